@@ -1,0 +1,321 @@
+"""Sound files and raw samples in, float32 mono in [-1, 1] out.
+
+One loader stands behind every entry: `read` for a whole file, `blocks` for a file of any length in bounded
+memory, `raw_blocks` for samples without a header, as a pipe brings them. All three give the same samples.
+`asr/containers.py` says which files are decoded.
+
+A file that is only partly usable is used as far as it goes, with an AudioWarning (asr/containers.py); what
+cannot be used is an AudioError that names the file.
+
+C channels, S samples. The resampler is soxr's, at its high quality.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from asr.containers import MAGIC, MAX_CHANNELS, Patched, check_format, check_head, how_to_convert, warn
+from asr.errors import AudioError
+
+Floats = NDArray[np.float32]
+Source = str | os.PathLike[str] | BinaryIO
+
+SAMPLE_RATE = 16000
+MAX_READ_S = 4 * 3600.0
+"""`read` refuses more seconds than this ..."""
+MAX_READ_BYTES = 2**30
+"""... and more bytes as decoded (frames x channels x 4), whatever sample rate the file claims."""
+
+_PIECE_FRAMES = 4096
+_CHANNELS = {"mix": None, "left": 0, "right": 1, **{str(i): i for i in range(MAX_CHANNELS)}}
+
+_ERRNO = {
+    errno.ENOENT: "not found",
+    errno.EACCES: "permission denied",
+    errno.ELOOP: "too many links: they form a loop",
+    errno.ENOTDIR: "not found: a part of the path is a file",
+}
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    duration_s: float
+    sample_rate: int
+    channels: int
+
+
+def info(source: Source) -> AudioInfo:
+    """Length, sample rate in Hz and channels, by the header; of a WAV that was cut off, of what is there."""
+    with _opened(source) as sound:
+        frames = sound.declared
+        if frames is None or sound.is_cut:
+            frames = sum(map(len, _pieces(sound)))
+        return AudioInfo(frames / sound.rate, sound.rate, sound.channels)
+
+
+def read(
+    source: Source,
+    sample_rate: int = SAMPLE_RATE,
+    channel: str | int = "mix",
+    max_s: float = MAX_READ_S,
+    max_bytes: int = MAX_READ_BYTES,
+) -> Floats:
+    """A whole sound file -> (S,) at sample_rate.
+
+    channel: "mix" (the mean), "left", "right", or the number of one, from 0. AudioError beyond max_s seconds
+    or max_bytes decoded bytes: `blocks` has no such limit.
+    """
+    with _opened(source) as sound:
+        limit = min(int(max_s * sound.rate), max_bytes // (4 * sound.channels))
+        pieces = list(_samples(sound, sample_rate, channel, limit))
+    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+
+
+def blocks(
+    source: Source, block_s: float = 1.0, sample_rate: int = SAMPLE_RATE, channel: str | int = "mix"
+) -> Iterator[Floats]:
+    """What `read` gives, block_s seconds at a time (the last block may be shorter), in bounded memory."""
+    with _opened(source) as sound:
+        yield from _cut(_samples(sound, sample_rate, channel), block_s, sample_rate)
+
+
+def raw_blocks(
+    stream: BinaryIO,
+    sample_rate: int = SAMPLE_RATE,
+    encoding: str = "s16le",
+    block_s: float = 0.1,
+    to_rate: int = SAMPLE_RATE,
+) -> Iterator[Floats]:
+    """Mono samples without a header -> blocks of block_s seconds at to_rate, each once it is complete.
+
+    encoding: "s16le" or "f32le"; sample_rate: of the stream, in Hz. Reads may return any number of bytes;
+    those at the end that make no whole sample are dropped. AudioError when it is a sound file with a header.
+    """
+    if encoding not in ("s16le", "f32le"):
+        raise AudioError(f"raw samples: encoding {encoding!r} is not one of s16le, f32le")
+    check_format("raw samples", sample_rate, 1)
+    samples = _raw_samples(stream, np.dtype("<i2" if encoding == "s16le" else "<f4"), block_s, sample_rate)
+    yield from _cut(_resampled(samples, sample_rate, to_rate), block_s, to_rate)
+
+
+def write(path: str | os.PathLike[str], samples: Floats, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write samples (S,) as 16 bit .wav or .flac; what is beyond [-1, 1] is clipped. AudioError for NaN."""
+    format_ = Path(path).suffix.lower().removeprefix(".").upper()
+    if format_ not in ("WAV", "FLAC"):
+        raise AudioError(f"{path}: sound is written as .wav or .flac")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: the samples to write hold NaN or infinity")
+    # not libsndfile's conversion, which scales by 32767: what is read and written again stays the same
+    pcm = (np.asarray(samples, np.float64) * 32768).round().clip(-32768, 32767).astype(np.int16)
+    try:
+        with open(path, "wb") as stream:
+            soundfile.write(stream, pcm, sample_rate, format=format_, subtype="PCM_16")
+    except OSError as error:
+        raise AudioError(f"{path}: {_reason(error)}") from None
+
+
+# Opening
+
+
+class _Decoder(soundfile.SoundFile):
+    """Reads straight on: SoundFile seeks after every read, which breaks MP3, and FLAC cut off or piped."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class _Sound:
+    name: str
+    file: _Decoder
+    rate: int
+    channels: int
+    declared: int | None
+    """Frames that the header promises; None where it does not say."""
+    is_cut: bool
+    """Fewer are there."""
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[_Sound]:
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        context: AbstractContextManager[BinaryIO] = _open_file(name)
+    else:
+        name, context = str(getattr(source, "name", "audio")), nullcontext(source)
+    with context as stream:
+        patched, declared = check_head(stream, name)
+        with _decoder(patched, name) as file:
+            check_format(name, file.samplerate, file.channels)
+            known = file.frames if file.frames < 2**60 else None  # FLAC written to a pipe does not know
+            is_cut = declared is not None and file.frames < declared
+            yield _Sound(name, file, file.samplerate, file.channels, declared or known, is_cut)
+
+
+def _decoder(stream: Patched, name: str) -> _Decoder:
+    try:
+        return _Decoder(stream)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{name}: {_complaint(error)}; {how_to_convert(name)}") from None
+
+
+def _complaint(error: soundfile.LibsndfileError) -> str:
+    return f"damaged, or not of a kind we decode ({error.error_string.rstrip('. ')})"
+
+
+def _open_file(path: str) -> BinaryIO:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise AudioError(f"{path}: is a directory, expected a sound file")
+        if not stat.S_ISREG(mode):
+            raise AudioError(
+                f"{path}: is a pipe or a device, expected a file; send raw samples to standard input"
+            )
+        return open(path, "rb")
+    except OSError as error:
+        raise AudioError(f"{path}: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    return _ERRNO.get(error.errno or 0, (error.strerror or str(error)).lower())
+
+
+# Decoding
+
+
+def _pieces(sound: _Sound) -> Iterator[Floats]:
+    """Frames (n, C) as decoded. A decoder that gives up after the first piece ends the audio there."""
+    got = False
+    while True:
+        try:
+            piece = sound.file.read(_PIECE_FRAMES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            if got:
+                return
+            raise AudioError(f"{sound.name}: {_complaint(error)}; {how_to_convert(sound.name)}") from None
+        if not len(piece):
+            return
+        got = True
+        yield piece
+
+
+def _samples(
+    sound: _Sound, sample_rate: int, channel: str | int, limit: int | None = None
+) -> Iterator[Floats]:
+    """Mono pieces at sample_rate; AudioError beyond `limit` frames of the file."""
+    index = _channel_index(sound, channel)
+    scale = np.float32(_check_floats(sound))
+    mono = (
+        (piece.mean(1) if index is None else piece[:, index]) * scale
+        for piece in _watched(sound, scale, limit)
+    )
+    yield from _resampled(mono, sound.rate, sample_rate)
+
+
+def _channel_index(sound: _Sound, channel: str | int) -> int | None:
+    """Which column to take; None for the mean of all."""
+    index = _CHANNELS.get(channel, -1) if isinstance(channel, str) else channel
+    if index == -1:
+        raise AudioError(f"channel {channel!r} is not one of mix, left, right, or a number from 0")
+    if index is not None and not 0 <= index < sound.channels:
+        raise AudioError(f"{sound.name}: has {sound.channels} channels, there is no {channel}; use mix")
+    return index
+
+
+def _check_floats(sound: _Sound) -> float:
+    """What to multiply by. Float files alone can hold NaN or go beyond 1, so these are read twice."""
+    if sound.file.subtype not in ("FLOAT", "DOUBLE"):
+        return 1.0
+    bad, first, at, peak = 0, 0, 0, 0.0
+    for piece in _pieces(sound):
+        is_bad = ~np.isfinite(piece).all(1)
+        if is_bad.any():
+            first = first if bad else at + int(is_bad.argmax())
+            bad += int(is_bad.sum())
+        peak = max(peak, float(np.abs(piece).max()))
+        at += len(piece)
+    if bad:
+        raise AudioError(
+            f"{sound.name}: {bad:,} of {at:,} frames are NaN or infinite, the first is number {first} "
+            f"({first / sound.rate:.3f} s); repair the file"
+        )
+    sound.file.seek(0)
+    if peak > 1:
+        warn(f"{sound.name}: float samples up to {peak:g}, beyond [-1, 1]; scaled down by that")
+    return 1 / max(peak, 1.0)
+
+
+def _watched(sound: _Sound, scale: np.float32, limit: int | None) -> Iterator[Floats]:
+    """The pieces, with a warning at the end when they are fewer than promised, none, or clipped."""
+    frames = clipped = 0
+    for piece in _pieces(sound):
+        frames += len(piece)
+        if limit is not None and frames > limit:
+            raise AudioError(
+                f"{sound.name}: longer than {limit / sound.rate:.0f} s ({limit * 4 * sound.channels:,} bytes "
+                "decoded), the limit for reading at once; read it in blocks, or split it"
+            )
+        clipped += int((np.abs(piece).max(1) >= 0.999).sum())
+        yield piece
+    if not frames:
+        warn(f"{sound.name}: holds no samples")
+    elif sound.declared and (sound.declared - frames) / sound.rate > 0.02:
+        percent = 100 * frames / sound.declared
+        warn(f"{sound.name}: {percent:.0f} % of the declared audio is there; the file was cut off")
+    if scale == 1 and clipped > 0.01 * frames:
+        warn(f"{sound.name}: {100 * clipped / frames:.0f} % of the samples are at full scale: clipped")
+
+
+def _resampled(pieces: Iterable[Floats], from_rate: int, to_rate: int) -> Iterator[Floats]:
+    if from_rate == to_rate:
+        yield from pieces
+        return
+    resampler = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
+    for piece in pieces:
+        yield resampler.resample_chunk(piece)
+    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _cut(pieces: Iterable[Floats], block_s: float, sample_rate: int) -> Iterator[Floats]:
+    """Pieces of any length -> blocks of block_s seconds, the last one shorter."""
+    size = max(1, round(block_s * sample_rate))
+    held: list[Floats] = []
+    length = 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece)
+        if length >= size:
+            whole = np.concatenate(held)
+            end = length - length % size
+            yield from (whole[i : i + size] for i in range(0, end, size))
+            held, length = [whole[end:]], length - end
+    if length:
+        yield np.concatenate(held)
+
+
+def _raw_samples(stream: BinaryIO, dtype: np.dtype[Any], block_s: float, rate: int) -> Iterator[Floats]:
+    read_some = getattr(stream, "read1", stream.read)  # what has come, not the whole block
+    size = max(1, round(block_s * rate)) * dtype.itemsize
+    rest, at = b"", 0
+    while data := read_some(size):
+        if not at and (rest + data).startswith(MAGIC[:4]):
+            raise AudioError("raw samples: found a sound file with a header; give its path instead")
+        rest += data
+        end = len(rest) - len(rest) % dtype.itemsize
+        samples = np.frombuffer(rest[:end], dtype).astype(np.float32)
+        if not np.isfinite(samples).all():
+            first = at + int((~np.isfinite(samples)).argmax())
+            raise AudioError(f"raw samples: number {first} is NaN or infinite; is the encoding right?")
+        rest, at = rest[end:], at + len(samples)
+        yield samples / np.float32(32768) if dtype.kind == "i" else samples

@@ -1,0 +1,341 @@
+"""From manifests to batches: reads audio, tokenises, pads; what cannot be read is skipped and listed.
+
+The training process draws batches of cuts and hands each, with its position, to the next worker process,
+which reads the audio. Nothing depends on the number of workers, and an epoch ends without a pause.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset.sampling.dynamic import DynamicCutSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from asr.data.augment import AugmentConfig, Augmenter
+from asr.data.cuts import count_cuts, cut_path, cut_text, join_cuts, open_cuts, read_cut
+from asr.data.sampler import Sampler
+from asr.errors import AsrError, AudioError, ConfigError, ManifestError, TrainingError
+
+if TYPE_CHECKING:
+    from asr.tokens import Tokenizer
+
+FREE_SKIPS = 10
+"""So many bad utterances in an epoch are forgiven beyond the share: 1 bad of the first 10 is not yet 10 %.
+An epoch that ends with more than half of it bad stops the run, however small it is."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    train: list[str] = field(default_factory=list)
+    """Manifests to train on; utterances of several are interleaved."""
+
+    valid: list[str] = field(default_factory=list)
+    """Manifests to validate on."""
+
+    tokens: str = ""
+    """Tokenizer folder."""
+
+    max_batch_s: float = 300.0
+    """Seconds of audio in a batch of one device, padding included. Lower it when memory runs out."""
+
+    max_utterance_s: float = 30.0
+    """Longer utterances are left out of training."""
+
+    min_utterance_s: float = 0.1
+    """Shorter utterances are left out of training."""
+
+    first_max_s: list[float] = field(default_factory=list)
+    """max_utterance_s of the first epochs, a number for each, as [1.5, 1.5, 3]: from short utterances a small
+    corpus is learnt sooner. [] is off."""
+
+    num_buckets: int = 30
+    """Most groups of like duration; more means less padding and less chance in what goes together. A corpus
+    of few batches gets fewer."""
+
+    num_workers: int = 2
+    """Processes of each rank that read audio; 0 reads in the training process."""
+
+    max_skipped: float = 0.01
+    """Share of an epoch's utterances that may be unreadable, beyond the first ten."""
+
+    join_words: list[int] = field(default_factory=list)
+    """Fewest and most utterances of a speaker joined into one, drawn anew each epoch, as [1, 8]; [] is off.
+    Reads the manifests into memory: for small corpora of short utterances."""
+
+    join_pause_s: list[float] = field(default_factory=lambda: [0.1, 0.4])
+    """Shortest and longest pause between joined utterances, in seconds."""
+
+    seed: int = 0
+    """Of the order of the data and of its augmentation."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch_s < self.max_utterance_s:
+            raise ConfigError(
+                f"max_batch_s {self.max_batch_s} is less than max_utterance_s {self.max_utterance_s}; "
+                "a batch must hold at least one utterance"
+            )
+        for name in ("join_words", "join_pause_s"):
+            bounds = getattr(self, name)
+            if bounds and (len(bounds) != 2 or bounds[0] > bounds[1] or bounds[0] < 0):
+                raise ConfigError(f"{name} is {bounds}; expected the least and the most")
+
+
+@dataclass(frozen=True)
+class Skip:
+    """An utterance that could not be read."""
+
+    id: str
+    path: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Utterances side by side, and where the data stands after them.
+
+    samples (N, S) float32 in [-1, 1], sample_lens (N,), tokens (N, U) padded with 0, token_lens (N,).
+    A batch that lost every utterance `is_empty`: it has no ids, and a second of silence without tokens, so
+    that a rank can still run its model and join the others in their gradients, with a loss of zero.
+    """
+
+    samples: Tensor
+    sample_lens: Tensor
+    tokens: Tensor
+    token_lens: Tensor
+    ids: list[str]
+    texts: list[str]
+    position: dict[str, int]
+    skipped: tuple[Skip, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.ids
+
+    @property
+    def padding(self) -> float:
+        """The share of the samples that is padding."""
+        return 1 - int(self.sample_lens.sum()) / max(1, self.samples.numel())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader, so that copying to a GPU need not wait."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(
+            self,
+            samples=change(self.samples),
+            sample_lens=change(self.sample_lens),
+            tokens=change(self.tokens),
+            token_lens=change(self.token_lens),
+        )
+
+
+@dataclass
+class Reader:
+    """Cuts -> Batch. `augmenter` None is for validation: the cuts as they are."""
+
+    tokenizer: Tokenizer
+    sample_rate: int
+    augmenter: Augmenter | None = None
+
+    def batch(self, cuts: list[Cut], position: dict[str, int]) -> Batch:
+        read, skipped = [], []
+        for cut in cuts:
+            try:
+                read.append((cut, self._samples(cut, position.get("epoch", 0))))
+            except AudioError as error:
+                skipped.append(Skip(cut.id, cut_path(cut), str(error)))
+        texts = [cut_text(cut) for cut, _ in read]
+        samples, sample_lens = _pad([torch.from_numpy(s) for _, s in read] or [torch.zeros(self.sample_rate)])
+        tokens, token_lens = _pad([torch.tensor(self.tokenizer.encode(t)).long() for t in texts or [""]])
+        ids = [cut.id for cut, _ in read]
+        return Batch(samples, sample_lens, tokens, token_lens, ids, texts, position, tuple(skipped))
+
+    def _samples(self, cut: Cut, epoch: int) -> np.ndarray:
+        changed = self.augmenter.surroundings(cut, epoch) if self.augmenter else cut
+        try:
+            return read_cut(changed)[: cut.num_samples]
+        except AudioError:
+            if changed is cut:
+                raise
+            return read_cut(cut)  # silence has no signal-to-noise ratio; a bad file fails again
+
+
+def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """N rows of any length -> (N, longest) padded with 0, (N,) lengths."""
+    lens = torch.tensor([len(row) for row in rows])
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lens
+
+
+class _Audio(Dataset[Batch | AsrError]):
+    """What workers run: position and cuts to a Batch. An error is delivered, as raising would hide it."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, drawn: tuple[dict[str, int], list[Cut]]) -> Batch | AsrError:
+        position, cuts = drawn
+        try:
+            return self.reader.batch(cuts, position)
+        except AsrError as error:
+            return error
+
+
+class Loader:
+    """Batches for training and validation; see `build_loader`."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        reader: Reader,
+        sampler: Sampler,
+        skipped_file: Path | None = None,
+    ) -> None:
+        self.config = config
+        self.reader = reader
+        self.sampler = sampler
+        self.skips = _Skips(config.max_skipped, skipped_file)
+
+    def forever(self, position: dict[str, int] | None = None) -> Iterator[Batch]:
+        """Batches of all epochs to come, after the batch with that `position`; None is the start.
+
+        Every rank gets as many batches an epoch as every other. Raises ManifestError where an utterance of a
+        manifest or too many sound files are bad, TrainingError where a worker process died.
+        """
+        for batch in self._load(self.reader, self.sampler.forever(position)):
+            self.skips.count(batch)
+            yield batch
+
+    def validation(self, manifests: list[str] | None = None, limit: int = 0) -> Iterator[Batch]:
+        """This rank's batches of the manifests (None: those of the config), longest first, not augmented.
+
+        `limit` takes so many utterances, evenly from the whole; 0 takes all. Ranks may get unequal numbers.
+        """
+        cuts = [cut for path in manifests or self.config.valid for cut in open_cuts(path)]
+        if limit and limit < len(cuts):
+            cuts = [cuts[i * len(cuts) // limit] for i in range(limit)]
+        cuts = sorted((at_rate(cut, self.reader.sample_rate) for cut in cuts), key=lambda cut: -cut.duration)
+        # one rank for lhotse, which would give an utterance twice where the last batch is short of ranks
+        batches = DynamicCutSampler(cuts, max_duration=self.config.max_batch_s, rank=0, world_size=1)
+        own = itertools.islice(batches, self.sampler.rank, None, self.sampler.world_size)
+        yield from self._load(replace(self.reader, augmenter=None), (({}, list(batch)) for batch in own))
+
+    def _load(self, reader: Reader, plan: Iterable[tuple[dict[str, int], list[Cut]]]) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Audio(reader),
+            sampler=plan,
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or each start would draw from the generator of the model
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, AsrError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process reading data died ({error}); when memory ran out, lower data.num_workers or "
+                "data.max_batch_s; data.num_workers=0 reads in the training process and shows more"
+            ) from error
+
+
+class _Skips:
+    """Counts what was read and what was not in each epoch, and lists the latter."""
+
+    def __init__(self, max_share: float, file: Path | None) -> None:
+        self.max_share = max_share
+        self.file = file
+        self.listed: set[str] = set()
+        self.epoch = self.seen = self.skipped = 0
+        self.last = ""
+
+    def count(self, batch: Batch) -> None:
+        """Raises ManifestError when the epoch so far has more bad audio than may be."""
+        self._list([skip for skip in batch.skipped if skip.id not in self.listed])
+        if batch.position["epoch"] != self.epoch:
+            self._judge(free=0, max_share=0.5)
+            self.epoch, self.seen, self.skipped = batch.position["epoch"], 0, 0
+        self.seen += len(batch.ids) + len(batch.skipped)
+        self.skipped += len(batch.skipped)
+        self._judge(free=FREE_SKIPS, max_share=self.max_share)
+
+    def _judge(self, free: int, max_share: float) -> None:
+        if self.skipped > free + max_share * self.seen:
+            raise ManifestError(
+                f"{self.file or 'data'}: {self.skipped} of {self.seen} utterances of epoch {self.epoch} "
+                f"could not be read, last {self.last}; check that the audio is where the manifest says, "
+                "or raise data.max_skipped"
+            )
+
+    def _list(self, skips: list[Skip]) -> None:
+        for skip in skips:
+            self.last = f"{skip.id}: {skip.error}"
+            self.listed.add(skip.id)
+        if self.file and skips:
+            with self.file.open("a", encoding="utf-8") as lines:
+                for skip in skips:
+                    row = {"id": skip.id, "path": skip.path, "error": skip.error}
+                    lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def build_loader(
+    config: DataConfig,
+    augment: AugmentConfig,
+    tokenizer: Tokenizer,
+    sample_rate: int = 16000,
+    rank: int = 0,
+    world_size: int = 1,
+    skipped_file: Path | None = None,
+) -> Loader:
+    """The data of one rank. Raises ManifestError or ConfigError where a manifest is missing or wrong."""
+    augmenter = Augmenter(augment, sample_rate, config.seed)
+    cuts = TrainingCuts(config, augmenter, sample_rate)
+    longest_s = config.max_utterance_s / min(augment.speed, default=1.0)
+    sampler = Sampler(cuts, config.max_batch_s, longest_s, config.num_buckets, config.seed, rank, world_size)
+    return Loader(config, Reader(tokenizer, sample_rate, augmenter), sampler, skipped_file)
+
+
+class TrainingCuts:
+    """The cuts of an epoch, in an order that depends on it alone: interleaved, filtered, joined, sped up."""
+
+    def __init__(self, config: DataConfig, augmenter: Augmenter, sample_rate: int) -> None:
+        self.config = config
+        self.augmenter = augmenter
+        self.sample_rate = sample_rate
+        sets = [open_cuts(path) for path in config.train]
+        if not sets:
+            raise ConfigError("data.train is empty; expected at least one manifest")
+        weights = [count_cuts(path) for path in config.train]
+        self.source = CutSet.mux(*sets, weights=weights, seed=config.seed) if len(sets) > 1 else sets[0]
+
+    def __call__(self, epoch: int) -> Iterator[Cut]:
+        config = self.config
+        longest_s = dict(enumerate(config.first_max_s)).get(epoch, config.max_utterance_s)
+        fit = (cut for cut in self.source if config.min_utterance_s <= cut.duration <= longest_s)
+        cuts: Iterable[Cut] = (at_rate(cut, self.sample_rate) for cut in fit)
+        if config.join_words:
+            rng = random.Random(f"join {config.seed} {epoch}")
+            cuts = join_cuts(cuts, rng, config.join_words, config.join_pause_s, longest_s)
+        return (self.augmenter.speed(cut, epoch) for cut in cuts)
+
+
+def at_rate(cut: Cut, sample_rate: int) -> Cut:
+    return cut if cut.sampling_rate == sample_rate else cut.resample(sample_rate)

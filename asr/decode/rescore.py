@@ -1,0 +1,41 @@
+"""Two passes: what the CTC prefix beam found is scored again by the decoder, all hypotheses in one call.
+
+Teacher forcing needs no search, so the cost is one pass of the decoder, whatever the length; and the answer
+is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from asr.decode.config import SearchConfig
+from asr.decode.scorer import Floats, Hypothesis, Scorer
+
+
+def rescore(
+    scorer: Scorer, memory: Any, nbests: Sequence[Sequence[Hypothesis]], config: SearchConfig
+) -> list[list[Hypothesis]]:
+    """The hypotheses of each utterance of `memory`, with their part "ctc", in the order of the blended score.
+
+    One without tokens is scored as the others, by its eos.
+    """
+    owner = np.array([n for n, nbest in enumerate(nbests) for _ in nbest], np.int64)
+    hypotheses = [x for nbest in nbests for x in nbest]
+    answers: list[list[Hypothesis]] = [[] for _ in nbests]
+    if hypotheses:
+        scores = scorer.score(memory, owner, [x.tokens for x in hypotheses])
+        for n, hypothesis, log_probs in zip(owner, hypotheses, scores, strict=True):
+            answers[n].append(_rescored(hypothesis, log_probs, config))
+    return [sorted(x, key=lambda hypothesis: -hypothesis.score) for x in answers]
+
+
+def _rescored(hypothesis: Hypothesis, log_probs: Floats, config: SearchConfig) -> Hypothesis:
+    """log_probs (U + 1,): the decoder's, of the tokens and of eos."""
+    parts = {**hypothesis.parts, "attention": float(log_probs.sum(dtype=np.float64))}
+    score = config.blend(np.array(parts["attention"]), np.array(parts["ctc"]))
+    confidence = np.exp(
+        config.blend(log_probs[:-1].astype(np.float64), np.log(np.maximum(hypothesis.confidence, 1e-300)))
+    )
+    return replace(hypothesis, score=float(score), parts=parts, confidence=tuple(confidence.tolist()))

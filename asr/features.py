@@ -1,0 +1,179 @@
+"""Waveform -> log-mel frames, equal to Kaldi's fbank, as matrix products that differentiate and export.
+
+Per frame: remove the mean, pre-emphasise, multiply by the window, Fourier transform, power, mel triangles,
+logarithm. Window and Fourier transform are one matrix; all of it stays float32 when the rest of a model is
+quantized.
+
+N utterances · S samples · T frames, 10 ms apart · F mel bins
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from asr.errors import ConfigError
+
+PREEMPHASIS = 0.97
+FLOOR = torch.finfo(torch.float32).eps
+
+
+@dataclass(kw_only=True, slots=True)
+class FbankConfig:
+    """The features of a model: the defaults are those of Kaldi's successors and of sherpa-onnx."""
+
+    sample_rate: int = 16000
+    """Of the samples, in Hz."""
+
+    num_bins: int = 80
+    """F, the number of mel triangles."""
+
+    frame_ms: float = 25.0
+    """Length of a frame."""
+
+    shift_ms: float = 10.0
+    """Distance of two frames."""
+
+    low_freq_hz: float = 20.0
+    """Lower edge of the first triangle."""
+
+    high_freq_hz: float = -400.0
+    """Upper edge of the last triangle; zero or negative counts from half the sample rate."""
+
+    snip_edges: bool = False
+    """True: only frames that lie within the utterance. False: one frame per shift, the edges mirrored."""
+
+    scale: float = 1.0
+    """Samples in [-1, 1] are multiplied by this first: 32768 for checkpoints trained on 16-bit integers."""
+
+
+class Fbank(nn.Module):
+    """Log-mel energies of a power spectrum, floored at float32 epsilon, without dither."""
+
+    def __init__(self, config: FbankConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frame_samples = int(config.sample_rate * 0.001 * config.frame_ms)
+        self.shift_samples = int(config.sample_rate * 0.001 * config.shift_ms)
+        fft_size = 1 << (self.frame_samples - 1).bit_length()
+        fourier = _fourier_matrix(self.frame_samples, fft_size)
+        mel = _mel_matrix(config, fft_size)
+        self.register_buffer("fourier", fourier.float(), persistent=False)
+        self.register_buffer("mel", mel.float(), persistent=False)
+
+    fourier: Tensor
+    mel: Tensor
+
+    def num_frames(self, sample_lens: Tensor) -> Tensor:
+        """Samples -> frames, element by element."""
+        if self.config.snip_edges:
+            whole = 1 + (sample_lens - self.frame_samples) // self.shift_samples
+            return whole.clamp(min=0)
+        return (sample_lens + self.shift_samples // 2) // self.shift_samples
+
+    def forward(self, samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """The frames of whole utterances; what is behind the end of one never matters, and its frames are 0.
+
+        samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,).
+        """
+        x_lens = self.num_frames(sample_lens)
+        num_frames = int(self.num_frames(torch.tensor(samples.shape[1])))
+        if num_frames == 0:
+            return samples.new_zeros(len(samples), 0, self.config.num_bins), x_lens
+        num_samples = (num_frames - 1) * self.shift_samples + self.frame_samples
+        if not self.config.snip_edges:
+            samples = self._mirror(samples, sample_lens, num_samples)
+        x = self.frames(samples[:, :num_samples])
+        valid = torch.arange(num_frames, device=x.device) < x_lens[:, None]
+        return torch.where(valid[..., None], x, 0.0), x_lens
+
+    def frames(self, window: Tensor) -> Tensor:
+        """The frames that lie within a window of samples: the part that a stream uses and a graph contains.
+
+        window (N, (T - 1) * shift_samples + frame_samples). Returns x (N, T, F).
+        """
+        # frames are made of blocks that they share: slices of those are much faster than an index of samples
+        size = math.gcd(self.frame_samples, self.shift_samples)
+        step = self.shift_samples // size
+        blocks = window.unflatten(1, (-1, size))
+        after = self.frame_samples // size - 1  # blocks of a frame behind its first
+        parts = [blocks[:, i : i - after or None : step] for i in range(after + 1)]
+        x = torch.cat(parts, dim=-1)
+        x = x * self.config.scale
+        x = x - x.mean(-1, keepdim=True)
+        x = x - PREEMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
+        real, imaginary = (x @ self.fourier).chunk(2, dim=-1)
+        energy = (real.square() + imaginary.square()) @ self.mel
+        return energy.clamp(min=FLOOR).log()
+
+    def _mirror(self, samples: Tensor, sample_lens: Tensor, num_samples: int) -> Tensor:
+        """Reflect each utterance at both ends: -1 -> 0, -2 -> 1, n -> n - 1, with period 2 n."""
+        first = self.shift_samples // 2 - self.frame_samples // 2
+        n = sample_lens.clamp(min=1)[:, None]
+        position = torch.arange(first, first + num_samples, device=samples.device) % (2 * n)
+        return samples.gather(1, torch.minimum(position, 2 * n - 1 - position))
+
+
+class Cmvn(nn.Module):
+    """Global mean and variance normalisation, in the checkpoint and in the graph; identity by default."""
+
+    mean: Tensor
+    istd: Tensor
+
+    def __init__(self, num_bins: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_bins))
+        self.register_buffer("istd", torch.ones(num_bins))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., F) -> the same shape, mean 0 and variance 1 over the frames it was estimated on."""
+        return (x - self.mean) * self.istd
+
+    @classmethod
+    def from_frames(cls, frames: Iterable[Tensor]) -> Self:
+        """Estimate from utterances (T, F) each; raises ValueError where there is not one frame."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for x in frames:
+            count += len(x)
+            total = total + x.double().sum(0).cpu()
+            squares = squares + x.double().square().sum(0).cpu()
+        if count == 0:
+            raise ValueError("no frames to estimate mean and variance from")
+        mean = total / count
+        cmvn = cls(len(mean))
+        cmvn.mean.copy_(mean)
+        cmvn.istd.copy_((squares / count - mean.square()).clamp(min=1e-6).rsqrt())
+        return cmvn
+
+
+def _fourier_matrix(frame_samples: int, fft_size: int) -> Tensor:
+    """Povey's window times cosine and sine: (frame_samples, fft_size), real parts first, without Nyquist."""
+    i = torch.arange(frame_samples, dtype=torch.float64)
+    window = (0.5 - 0.5 * torch.cos(2 * math.pi * i / (frame_samples - 1))) ** 0.85
+    # the product is reduced before it is scaled, so that large angles stay exact
+    turns = (i[:, None] * torch.arange(fft_size // 2)) % fft_size / fft_size
+    angle = 2 * math.pi * turns
+    return window[:, None] * torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+
+
+def _mel_matrix(config: FbankConfig, fft_size: int) -> Tensor:
+    """Triangles that are linear in mel = 1127 ln(1 + f / 700): (fft_size / 2, F)."""
+    nyquist = config.sample_rate / 2
+    low, high = config.low_freq_hz, config.high_freq_hz
+    high = high if high > 0 else nyquist + high
+    if not 0 <= low < high <= nyquist:
+        raise ConfigError(
+            f"features: mel bins from {low:g} to {high:g} Hz do not fit samples at {config.sample_rate} Hz"
+        )
+    edges = torch.linspace(_mel(low), _mel(high), config.num_bins + 2, dtype=torch.float64)
+    bins = torch.arange(fft_size // 2, dtype=torch.float64) * config.sample_rate / fft_size
+    mel = (1127 * torch.log(1 + bins / 700))[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    return torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
+
+
+def _mel(freq_hz: float) -> float:
+    return 1127 * math.log(1 + freq_hz / 700)

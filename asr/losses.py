@@ -1,0 +1,83 @@
+"""Losses. Each returns one number per utterance, in nats, summed over what the utterance contains.
+
+How they are weighted and normalised is decided in one place, `asr/model/hybrid.py` and the training loop.
+
+N utterances · T encoder frames · U tokens · V units, blank is 0
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLANK = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the hybrid loss (Watanabe et al., "Hybrid CTC/Attention Architecture", arXiv:1609.06773)."""
+
+    ctc: float = 0.3
+    """Weight of the CTC loss."""
+
+    attention: float = 0.7
+    """Weight of the decoder's cross-entropy."""
+
+    label_smoothing: float = 0.1
+    """Probability that the decoder's target spreads evenly over all units."""
+
+
+def ctc_loss(log_probs: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """-log p(tokens | x) of each utterance, in nats.
+
+    log_probs (N, T, V), x_lens (N,), tokens (N, U) without blank (0), token_lens (N,). Returns (N,).
+    An utterance with too few frames for its tokens (`ctc_feasible`) gives 0, not inf, and no gradient, so
+    that one bad transcript cannot end a run.
+    """
+    return F.ctc_loss(
+        log_probs.transpose(0, 1),
+        tokens,
+        x_lens,
+        token_lens,
+        blank=BLANK,
+        reduction="none",
+        zero_infinity=True,
+    )
+
+
+def ctc_feasible(x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """Whether there is a frame for every token and for the blank between equal neighbours; (N,) bool."""
+    repeated = tokens[:, 1:] == tokens[:, :-1]
+    inside = torch.arange(repeated.shape[1], device=tokens.device) < token_lens[:, None] - 1
+    repeats = (repeated & inside).sum(1)
+    return token_lens + repeats <= x_lens
+
+
+def label_smoothed_cross_entropy(
+    log_probs: Tensor, targets: Tensor, target_lens: Tensor, smoothing: float
+) -> Tensor:
+    """Cross-entropy with (1 - smoothing) * target + smoothing * uniform over all V units, in nats.
+
+    log_probs (N, U, V), targets (N, U), target_lens (N,). Returns (N,), sums over the first target_lens
+    positions.
+    """
+    target = log_probs.gather(-1, targets[..., None]).squeeze(-1)
+    loss = -(1 - smoothing) * target - smoothing * log_probs.mean(-1)
+    inside = torch.arange(targets.shape[1], device=targets.device) < target_lens[:, None]
+    return torch.where(inside, loss, 0.0).sum(1)
+
+
+def transducer_loss(
+    logits: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor, blank: int = BLANK
+) -> Tensor:
+    """-log p(tokens | x) over the T x (U + 1) lattice of a transducer (Graves, arXiv:1211.3711), in nats.
+
+    logits (N, T, U + 1, V) before the softmax, x_lens (N,) and token_lens (N,) whose maxima are T and U,
+    tokens (N, U). Returns (N,).
+    """
+    from torchaudio.functional import rnnt_loss
+
+    return rnnt_loss(
+        logits.contiguous(), tokens.int(), x_lens.int(), token_lens.int(), blank=blank, reduction="none"
+    )

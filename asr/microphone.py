@@ -1,0 +1,159 @@
+"""The microphone, as blocks of float32 mono samples. Needs the extra `mic` (sounddevice) and PortAudio.
+
+PortAudio calls from a thread of its own and must never wait, so blocks go through a queue of QUEUE_S seconds.
+When whoever reads is slower than speech for longer than that, the newest blocks are lost, and the next one
+that is delivered says so; how far the reader is behind is measured for every block.
+"""
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import soxr
+
+from asr.audio import SAMPLE_RATE, Floats
+from asr.errors import AudioError, MissingExtra
+
+QUEUE_S = 30.0
+"""Audio that may wait to be read."""
+SILENT_S = 5.0
+"""A device that delivers nothing for so long is an error."""
+FLOOR_DB = -100.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """An input of this machine."""
+
+    index: int
+    name: str
+    channels: int
+    sample_rate: int
+    """The one it has by itself, in Hz."""
+    is_default: bool
+
+
+@dataclass(frozen=True)
+class Block:
+    samples: Floats
+    """(S,) mono, in [-1, 1]."""
+
+    lag_s: float
+    """Seconds from its arrival until it was handed over: how far the reader is behind."""
+
+    overflowed: bool
+    """Sound was lost right before it, here or in the device."""
+
+
+def devices() -> list[Device]:
+    """The inputs there are. MissingExtra without sounddevice, AudioError without PortAudio."""
+    sounddevice = _sounddevice()
+    default = sounddevice.default.device[0]
+    return [
+        Device(i, d["name"], d["max_input_channels"], int(d["default_samplerate"]), i == default)
+        for i, d in enumerate(sounddevice.query_devices())
+        if d["max_input_channels"] > 0
+    ]
+
+
+def microphone_blocks(
+    device: int | str | None = None, sample_rate: int = SAMPLE_RATE, block_ms: int = 100
+) -> Iterator[Block]:
+    """What a microphone hears, from now on and for ever; closing the iterator releases the device.
+
+    device: its number, its name or a part of it, or None (or "") for the default. A device that cannot do
+    sample_rate is opened at its own rate and resampled. AudioError when there is no such device, or when it
+    stops delivering.
+    """
+    sounddevice = _sounddevice()
+    found = _find(device)
+    rate = _native_rate(sounddevice, found, sample_rate)
+    inbox = _Inbox(max(1, round(1000 * QUEUE_S / block_ms)))
+    resampler = None if rate == sample_rate else soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+    try:
+        with sounddevice.InputStream(
+            samplerate=rate,
+            blocksize=max(1, round(rate * block_ms / 1000)),
+            device=found.index,
+            channels=1,
+            dtype="float32",
+            callback=inbox.put,
+        ) as stream:
+            while True:
+                samples, arrived_s, overflowed = inbox.get(stream, found.name)
+                if resampler is not None:
+                    samples = resampler.resample_chunk(samples)
+                yield Block(samples, time.monotonic() - arrived_s, overflowed)
+    except sounddevice.PortAudioError as error:
+        raise AudioError(f"microphone {found.name!r}: {error}; is it in use, or unplugged?") from None
+
+
+def level_db(samples: Floats) -> float:
+    """Root mean square in decibels below full scale: 0 for a full square wave, FLOOR_DB for silence."""
+    power = float(np.mean(np.square(samples, dtype=np.float64))) if len(samples) else 0.0
+    return max(FLOOR_DB, 10 * np.log10(power)) if power > 0 else FLOOR_DB
+
+
+class _Inbox:
+    """Where PortAudio's thread leaves blocks, and marks what it could not leave."""
+
+    def __init__(self, max_blocks: int) -> None:
+        self._queue: queue.Queue[tuple[Floats, float, bool]] = queue.Queue(max_blocks)
+        self._has_lost = False
+
+    def put(self, samples: Floats, _num_frames: int, _time: Any, status: Any) -> None:
+        has_lost = self._has_lost or bool(status.input_overflow)
+        try:
+            self._queue.put_nowait((samples[:, 0].copy(), time.monotonic(), has_lost))
+            self._has_lost = False
+        except queue.Full:
+            self._has_lost = True
+
+    def get(self, stream: Any, name: str) -> tuple[Floats, float, bool]:
+        try:
+            # a stream that has ended brings nothing more, so there is nothing to wait for
+            return self._queue.get(timeout=SILENT_S if stream.active else 0.01)
+        except queue.Empty:
+            what = "delivers nothing" if stream.active else "has stopped"
+            raise AudioError(f"microphone {name!r} {what}; is it unplugged or muted by the system?") from None
+
+
+def _find(device: int | str | None) -> Device:
+    there = devices()
+    if not there:
+        raise AudioError("no microphone found; plug one in, or transcribe a file")
+    if device is None or device == "":
+        return next((d for d in there if d.is_default), there[0])
+    number = int(device) if isinstance(device, int) or device.isdecimal() else None
+    part = str(device).lower()
+    fits = [d for d in there if d.index == number or (number is None and part in d.name.lower())]
+    fits = [d for d in fits if d.name.lower() == part] or fits
+    if len(fits) != 1:
+        what = "no microphone" if not fits else f"{len(fits)} microphones match"
+        names = ", ".join(f"{d.index} {d.name!r}" for d in there)
+        raise AudioError(f"{what} {str(device)!r}; there are {names}")
+    return fits[0]
+
+
+def _native_rate(sounddevice: ModuleType, device: Device, sample_rate: int) -> int:
+    try:
+        sounddevice.check_input_settings(
+            device=device.index, channels=1, dtype="float32", samplerate=sample_rate
+        )
+    except sounddevice.PortAudioError:
+        return device.sample_rate
+    return sample_rate
+
+
+def _sounddevice() -> ModuleType:
+    try:
+        import sounddevice
+    except ModuleNotFoundError:
+        raise MissingExtra("sounddevice", "mic") from None
+    except OSError:  # sounddevice is there, the library under it is not
+        raise AudioError("the PortAudio library is not installed; apt-get install libportaudio2") from None
+    return sounddevice

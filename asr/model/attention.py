@@ -1,0 +1,89 @@
+"""Self-attention with left context, and cross-attention. Both are one scaled_dot_product_attention.
+
+Positions are rotary (Su et al., "RoFormer", arXiv:2104.09864): queries and keys are rotated by their absolute
+position, so that their product depends on the distance alone, and cached keys stay as they are.
+
+N streams · T query frames · W cached frames · C channels · H heads · D channels per head
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BASE = 10000.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every position and channel pair, (N or 1, 1, T, D / 2) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, head_dim: int) -> "Rotation":
+        """positions (N or 1, T) int64; in double precision and modulo a turn: a stream may run for days."""
+        pair = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
+        angle = positions[:, None, :, None] * BASE ** (-pair * 2 / head_dim)
+        angle = (angle % (2 * math.pi)).float()
+        return cls(angle.cos(), angle.sin())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, H, T, D) -> rotated, in the type of x."""
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a sequence to itself and to what is cached of its past."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.project = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T).
+
+        Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
+        """
+        q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
+        keys = torch.cat([keys, rotation(k)], dim=2)
+        values = torch.cat([values, v], dim=2)
+        y = F.scaled_dot_product_attention(rotation(q), keys, values, attn_mask=mask)
+        return self.out(join_heads(y)), keys, values
+
+
+class CrossAttention(nn.Module):
+    """Attention to another sequence, whose keys and values are given."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """x (N, U, C); keys, values (N, H, T, D); mask (N, 1, 1, T). Returns (N, U, C).
+
+        A row that may attend to nothing hears zeros.
+        """
+        q = split_heads(self.query(x), self.num_heads)
+        empty = ~mask.any(-1, keepdim=True)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask | empty)
+        return self.out(join_heads(torch.where(empty, 0.0, y)))
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(N, T, C) -> (N, H, T, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(N, H, T, D) -> (N, T, C)."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,151 @@
+"""Label-synchronous decoder: a pre-norm Transformer that attends to the encoder's output (arXiv:1706.03762).
+
+N utterances or hypotheses · U tokens · T encoder frames · V units · C channels · L layers · H heads · D
+channels per head
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from asr.errors import ConfigError
+from asr.model.attention import CrossAttention, Rotation, SelfAttention
+from asr.model.layers import FeedForward, initialise
+from asr.model.masks import context_mask, valid_mask
+from asr.model.state import State
+
+
+@dataclass(kw_only=True, slots=True)
+class DecoderConfig:
+    """Size of the attention decoder."""
+
+    type: Literal["transformer"] = "transformer"
+    """The key in DECODERS."""
+
+    dim: int = 256
+    """C; the encoder may have another."""
+
+    num_layers: int = 6
+    """L."""
+
+    num_heads: int = 4
+    """H, which divides dim into even parts."""
+
+    ff_dim: int = 1024
+    """Hidden channels of the feed-forward module of a layer."""
+
+    dropout: float = 0.1
+    """Behind the embedding and every module of a layer, and within the feed-forward modules."""
+
+
+@dataclass(frozen=True)
+class DecoderState(State):
+    """Keys and values of the tokens so far, U of them in every hypothesis of a batch."""
+
+    keys: Tensor
+    """(N, L, H, U, D), rotated."""
+
+    values: Tensor
+    """(N, L, H, U, D)."""
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, cross-attention, feed-forward, each pre-norm and residual."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.cross_norm = nn.LayerNorm(config.dim)
+        self.cross = CrossAttention(config.dim, config.num_heads)
+        self.feed_forward = FeedForward(config.dim, config.ff_dim, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        past: tuple[Tensor, Tensor],
+        memory: tuple[Tensor, Tensor],
+        causal: Tensor,
+        heard: Tensor,
+        rotation: Rotation,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, U, C); past, memory: keys, values; causal, heard: masks. Returns x, keys and values anew."""
+        y, keys, values = self.attention(self.attention_norm(x), *past, rotation, causal)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.cross(self.cross_norm(x), *memory, heard))
+        return x + self.feed_forward(x), keys, values
+
+
+class TransformerDecoder(nn.Module):
+    """p(next token | tokens so far, encoder output): the same call teaches, rescores and steps."""
+
+    def __init__(self, config: DecoderConfig, num_tokens: int, memory_dim: int) -> None:
+        super().__init__()
+        if config.dim % (2 * config.num_heads):
+            raise ConfigError(
+                f"decoder.dim: {config.dim} channels do not divide into {config.num_heads} heads of even size"
+            )
+        self.config = config
+        self.head_dim = config.dim // config.num_heads
+        self.embedding = nn.Embedding(num_tokens, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.cross = nn.Linear(memory_dim, 2 * config.num_layers * config.dim)
+        self.norm = nn.LayerNorm(config.dim)
+        self.out = nn.Linear(config.dim, num_tokens)
+        self.apply(initialise)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+
+    def memory(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder output y (N, T, C) -> cross_keys, cross_values (N, L, H, T, D), once per utterance."""
+        parts = self.cross(y).unflatten(-1, (2, self.config.num_layers, self.config.num_heads, -1))
+        keys, values = parts.permute(2, 0, 3, 4, 1, 5)
+        return keys, values
+
+    def init_state(self, n: int) -> DecoderState:
+        """The state of n hypotheses without a token."""
+        config = self.config
+        empty = self.embedding.weight.new_zeros(n, config.num_layers, config.num_heads, 0, self.head_dim)
+        return DecoderState(empty, empty)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cross_keys: Tensor,
+        cross_values: Tensor,
+        y_lens: Tensor,
+        state: DecoderState | None = None,
+    ) -> tuple[Tensor, DecoderState]:
+        """Continue N hypotheses by U tokens each.
+
+        tokens (N, U), sos/eos first; cross_keys, cross_values from `memory`, one row per hypothesis; y_lens
+        (N,): encoder frames that count, and where there are none the decoder is a language model.  state:
+        what the previous call returned, None before the first token.
+
+        Returns logits (N, U, V) of what follows each token, and the state behind the last.
+        """
+        if state is None:
+            state = self.init_state(tokens.shape[0])
+        length, width = tokens.shape[1], state.keys.shape[3]
+        offset = torch.full_like(tokens[:1, 0], width)
+        causal = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)[
+            :, None
+        ]
+        heard = valid_mask(y_lens, cross_keys.shape[3])[:, None, None]
+        positions = offset[:, None] + torch.arange(length, device=tokens.device)
+        rotation = Rotation.at(positions, self.head_dim)
+        x = self.dropout(self.embedding(tokens) * math.sqrt(self.config.dim))
+        kept = []
+        pasts, memories = (
+            zip(keys.unbind(1), values.unbind(1), strict=True)
+            for keys, values in ((state.keys, state.values), (cross_keys, cross_values))
+        )
+        for layer, past, memory in zip(self.layers, pasts, memories, strict=True):
+            x, *present = layer(x, past, memory, causal, heard, rotation)
+            kept.append(present)
+        keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
+        return self.out(self.norm(x)), DecoderState(keys, values)

@@ -1,0 +1,260 @@
+"""The exported folder: model.json, its ONNX graphs, its units; every byte is checked when it is loaded.
+
+    model.json      what the model is, and size and SHA-256 of every other file
+    encoder.onnx    (window of samples, state) -> (y, CTC log-probabilities, state): features are in the graph
+    memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
+    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, state)
+    tokens.txt      the units; tokens.model or lexicon.txt beside it where text is to be encoded
+
+A flipped byte in the weights would load without complaint and only cost accuracy, hence the hashes. Graphs
+are opened from the bytes that were checked, so a graph that keeps weights in another file cannot be opened.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import onnxruntime as ort
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from asr.errors import BundleError
+from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
+
+FORMAT = 1
+GRAPHS = ("encoder", "memory", "decoder")
+STRICT = ConfigDict(extra="forbid")
+
+
+@checked(frozen=True, config=STRICT)
+class Features:
+    """What the samples must be, and how windows of them are cut. The maps themselves are in the graph."""
+
+    sample_rate: int
+    num_bins: int
+    frame_samples: int
+    shift_samples: int
+    snip_edges: bool
+
+
+@checked(frozen=True, config=STRICT)
+class Field:
+    """One tensor of a state: its shape for one stream, or one hypothesis.
+
+    A size is a number, or "W", encoder frames cached as left context, or "U", tokens so far.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+@checked(frozen=True, config=STRICT)
+class Streaming:
+    """The context of a stream, unless the caller chooses another: the graph takes any."""
+
+    chunk_ms: int
+    left_chunks: int
+    chunk_choices_ms: tuple[int, ...]
+    """Those that the model was trained on and the bundle was verified with."""
+
+    flush_samples: int
+    """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
+
+
+@checked(frozen=True, config=STRICT)
+class FileHash:
+    """Of one file beside model.json."""
+
+    size: int
+    sha256: str
+
+
+@checked(frozen=True, config=STRICT)
+class ModelInfo:
+    """model.json."""
+
+    format: int
+    version: str
+    """Of the toolkit that wrote it."""
+
+    target: str
+    """The key in export's TARGETS."""
+
+    source: str
+    """The experiment and the checkpoint."""
+
+    licence: str
+    features: Features
+    subsampling: int
+    """Feature frames per encoder frame."""
+
+    dim: int
+    """C, of the encoder's output."""
+
+    num_tokens: int
+    tokens_sha256: str
+    sos_eos: int
+    parameters: int
+    encoder_state: tuple[Field, ...]
+    decoder_state: tuple[Field, ...]
+    streaming: Streaming
+    files: dict[str, FileHash]
+    figures: dict[str, Any] = field(default_factory=dict)
+    """What was measured when it was exported."""
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of audio per encoder frame."""
+        return self.subsampling * self.features.shift_samples / self.features.sample_rate
+
+    def chunk_frames(self, chunk_ms: int) -> int:
+        """Milliseconds -> encoder frames; BundleError unless it is a whole number of them."""
+        frame_ms = round(1000 * self.frame_s)
+        if chunk_ms <= 0 or chunk_ms % frame_ms:
+            raise BundleError(
+                f"a chunk of {chunk_ms} ms is not a multiple of {frame_ms} ms, this model's encoder frame; "
+                f"pass {max(chunk_ms // frame_ms, 1) * frame_ms}"
+            )
+        return chunk_ms // frame_ms
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle. Sessions are made when first asked for, and shared by all streams."""
+
+    folder: Path
+    info: ModelInfo
+    tokenizer: Tokenizer
+    threads: int
+    _graphs: dict[str, bytes]
+
+    @classmethod
+    def load(cls, folder: str | Path, threads: int = 1) -> Self:
+        """Read and check a bundle. BundleError says which file is missing, damaged or of another version."""
+        folder = Path(folder)
+        info = read_info(folder)
+        tokenizer = load_tokenizer(folder)
+        _check_units(folder, info, tokenizer)
+        contents = {name: _read(folder, name, file) for name, file in info.files.items()}
+        missing = [name for name in GRAPHS if f"{name}.onnx" not in contents]
+        if missing:
+            raise BundleError(f"{folder}: model.json lists no {missing[0]}.onnx; export again")
+        return cls(folder, info, tokenizer, threads, {name: contents[f"{name}.onnx"] for name in GRAPHS})
+
+    @cached_property
+    def encoder(self) -> ort.InferenceSession:
+        return self._session("encoder")
+
+    @cached_property
+    def memory(self) -> ort.InferenceSession:
+        return self._session("memory")
+
+    @cached_property
+    def decoder(self) -> ort.InferenceSession:
+        return self._session("decoder")
+
+    def _session(self, name: str) -> ort.InferenceSession:
+        """Open a graph, and free its bytes."""
+        path = self.folder / f"{name}.onnx"
+        try:
+            session = ort.InferenceSession(
+                self._graphs.pop(name),
+                session_options(self.threads),
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["SkipLayerNormFusion"],  # slower on CPUs than the two it replaces
+            )
+        except Exception as error:  # onnxruntime has no common base class for its errors
+            raise BundleError(
+                f"{path}: onnxruntime {ort.__version__} cannot open it ({error}); export again"
+            ) from None
+        of_tokens = session.get_modelmeta().custom_metadata_map.get("tokens_sha256")
+        if of_tokens != self.info.tokens_sha256:
+            raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
+        return session
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """One call at a time, and no memory that grows with the number of different shapes seen."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def read_info(folder: Path) -> ModelInfo:
+    """model.json, whose format is checked before anything else in it."""
+    path = folder / "model.json"
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else "no model.json in it"
+        raise BundleError(f"{folder}: {what}; make a bundle with asr export") from None
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error}); export again") from None
+    version = data.get("format") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise BundleError(f"{path}: has no format number; this is not a bundle of asr export")
+    if version > FORMAT:
+        raise BundleError(
+            f"{folder}: model.json says format {version}, this version reads {FORMAT}; export again or update"
+        )
+    try:
+        return TypeAdapter(ModelInfo).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{path}: {where}: {first['msg'].lower()}; export again") from None
+
+
+def hash_file(path: Path) -> FileHash:
+    """Size and SHA-256 of a file, as model.json has them."""
+    data = path.read_bytes()
+    return FileHash(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _check_units(folder: Path, info: ModelInfo, tokenizer: Tokenizer) -> None:
+    num_units = len(tokenizer.symbols)
+    if num_units == info.num_tokens and tokens_hash(tokenizer.symbols) == info.tokens_sha256:
+        return
+    what = "in another order, or others" if num_units == info.num_tokens else f"expected {info.num_tokens}"
+    raise BundleError(
+        f"{folder}/tokens.txt: its {num_units} units are not those of the model ({what}); "
+        "copy tokens.txt of the experiment, or export again"
+    )
+
+
+def _read(folder: Path, name: str, expected: FileHash) -> bytes:
+    path = folder / name
+    if Path(name).name != name:
+        raise BundleError(f"{path}: model.json may only list files beside it; export again")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing; copy the whole folder again, or export again") from None
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror}") from None
+    if len(data) != expected.size:
+        raise BundleError(
+            f"{path}: has {len(data):,} bytes, model.json says {expected.size:,}; "
+            "copy it again, or export again"
+        )
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise BundleError(
+            f"{path}: its SHA-256 is not that of model.json, so it is damaged; copy it again, or export again"
+        )
+    return data

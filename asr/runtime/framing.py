@@ -1,0 +1,62 @@
+"""Samples of any block length -> windows of whole feature frames.
+
+Frame f covers samples f * shift - lead to f * shift - lead + length, where lead = length / 2 - shift / 2
+centres it. Samples before the start and behind the end are mirrored (-1 -> 0, n -> n - 1), as
+`asr/features.py` does for whole utterances, so that n samples always become (n + shift / 2) // shift frames,
+however they arrive.
+"""
+
+import numpy as np
+
+from asr.decode.scorer import Floats
+
+
+class Framer:
+    """The samples of one stream that its frames still need; nothing older is kept."""
+
+    def __init__(self, shift: int, length: int, snip_edges: bool = False) -> None:
+        self.shift, self.length = shift, length
+        self.num_samples = 0
+        self._snip_edges = snip_edges
+        self._lead = 0 if snip_edges else length // 2 - shift // 2
+        self._buffer = np.zeros(0, np.float32)
+        self._first = 0  # of the buffer, counted from the start of the stream
+        self.num_taken = 0  # frames
+        self._finished = False
+
+    def accept(self, samples: Floats) -> None:
+        """Append samples (S,)."""
+        self._buffer = np.concatenate([self._buffer, samples])
+        self.num_samples += len(samples)
+
+    def finish(self) -> None:
+        """There are no more samples: the frames at the end may now be taken."""
+        self._finished = True
+
+    def ready(self) -> int:
+        """Frames that can be taken now."""
+        if self._finished and not self._snip_edges:
+            total = (self.num_samples + self.shift // 2) // self.shift
+        else:
+            total = (self.num_samples + self._lead - self.length) // self.shift + 1
+        return max(total - self.num_taken, 0)
+
+    def take(self, num_frames: int) -> Floats:
+        """The window of the next num_frames frames, ((num_frames - 1) * shift + length,), edges mirrored."""
+        start = self.num_taken * self.shift - self._lead
+        position = np.arange(start, start + (num_frames - 1) * self.shift + self.length)
+        if start < 0 or position[-1] >= self.num_samples:
+            position %= 2 * self.num_samples
+            position = np.minimum(position, 2 * self.num_samples - 1 - position)
+        window = self._buffer[position - self._first]
+        self.num_taken += num_frames
+        self._forget()
+        return window
+
+    def _forget(self) -> None:
+        """Drop what is before the next frame; what the mirrored end may need is not, as it is nearer."""
+        keep_from = max(self.num_taken * self.shift - self._lead, self._first)
+        if self.num_samples > self.length:
+            keep_from = min(keep_from, self.num_samples - self.length)
+            self._buffer = self._buffer[keep_from - self._first :]
+            self._first = keep_from

@@ -1,0 +1,175 @@
+"""Streams: samples of any block length in, partial and final texts out.
+
+A stream cuts its samples into chunks of fixed length and encodes one chunk a call, so what it hears, and
+hence its text, never depends on how the samples arrive. Of the past it keeps the encoder's state, and what
+the decoder needs of the present utterance: memory does not grow with time. Counts are integers, and times
+are made of them, so they are as exact after a day as at the start.
+
+Several streams in one `StreamBatch` share the calls of the encoder, which costs less than a call for each.
+In float32 nothing else changes. With the int8 target, whose activations share one scale within a call, the
+log-probabilities of a stream then depend slightly on its company (tests/runtime/test_batch.py bounds how
+much).
+
+N streams · S samples
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from asr.decode.scorer import Floats
+from asr.errors import AudioError
+from asr.runtime.bundle import Bundle
+from asr.runtime.events import Event
+from asr.runtime.onnx_scorer import OnnxScorer, State
+from asr.runtime.utterance import StreamConfig, Utterance
+
+
+class Stream:
+    """One source of sound, from its start to `finish`."""
+
+    def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
+        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        config = config or StreamConfig()
+        info = bundle.info
+        self._scorer = OnnxScorer(bundle)
+        self.chunk = info.chunk_frames(
+            info.streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
+        )
+        self.left = info.streaming.left_chunks if config.left_chunks is None else config.left_chunks
+        self._chunk_frames = self.chunk * info.subsampling
+        self._call_frames = self._chunk_frames * config.chunks_per_call
+        self._framer = self._scorer.framer()
+        self._state = self._scorer.init_state(self.chunk * self.left)
+        self._utterance = Utterance(self._scorer, config)
+        self._finished = False
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio accepted so far."""
+        return self._framer.num_samples / self._scorer.bundle.info.features.sample_rate
+
+    @property
+    def encoded_s(self) -> float:
+        """Seconds of audio encoded so far: what the events are about."""
+        features = self._scorer.bundle.info.features
+        return self._framer.num_taken * features.shift_samples / features.sample_rate
+
+    def accept(self, samples: Floats) -> list[Event]:
+        """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
+        return accept_all([self], [samples])[0]
+
+    def finish(self) -> list[Event]:
+        """There is no more: the events of what was not yet encoded, and the last final one."""
+        return finish_all([self])[0]
+
+
+class StreamBatch:
+    """Streams of one bundle and configuration, encoded together; they join and leave at any time."""
+
+    def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
+        self._bundle, self._config = bundle, config
+
+    def join(self) -> Stream:
+        """A new stream. It leaves by not being passed any more."""
+        return Stream(self._bundle, self._config)
+
+    def accept(self, blocks: Mapping[Stream, Floats]) -> dict[Stream, list[Event]]:
+        """Blocks of samples of some of the streams -> their events."""
+        return dict(zip(blocks, accept_all(list(blocks), list(blocks.values())), strict=True))
+
+    def finish(self, streams: Sequence[Stream]) -> dict[Stream, list[Event]]:
+        """Some of the streams have ended -> their last events."""
+        return dict(zip(streams, finish_all(streams), strict=True))
+
+
+def accept_all(streams: Sequence[Stream], blocks: Sequence[Floats]) -> list[list[Event]]:
+    """`Stream.accept` of several streams with equal configuration; a block that is refused changes none."""
+    checked = [_check(stream, block) for stream, block in zip(streams, blocks, strict=True)]
+    events: list[list[Event]] = [[] for _ in streams]
+    step = streams[0]._call_frames * streams[0]._framer.shift if streams else 1
+    for start in range(
+        0, max(map(len, checked), default=0), step
+    ):  # so that a long block costs no more memory
+        for stream, samples in zip(streams, checked, strict=True):
+            stream._framer.accept(samples[start : start + step])
+        _encode_ready(streams, events)
+    return events
+
+
+def finish_all(streams: Sequence[Stream]) -> list[list[Event]]:
+    """`Stream.finish` of several streams with equal configuration."""
+    events: list[list[Event]] = [[] for _ in streams]
+    for stream in streams:
+        _check(stream, np.zeros(0, np.float32))
+        stream._framer.finish()
+        stream._finished = True
+    _encode_ready(streams, events)
+    for stream, told in zip(streams, events, strict=True):
+        told += stream._utterance.end()
+    return events
+
+
+def _check(stream: Stream, samples: Floats) -> Floats:
+    if stream._finished:
+        raise ValueError("this stream is finished; start another")
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise ValueError(f"samples are {samples.dtype} of shape {samples.shape}, expected float32 (S,)")
+    wrong = ~np.isfinite(samples)
+    if wrong.any():
+        first = stream._framer.num_samples + int(wrong.argmax())
+        raise AudioError(
+            f"{int(wrong.sum())} samples are NaN or infinite, the first is sample {first:,} of the stream; "
+            "check what records or converts them"
+        )
+    return samples.astype(np.float32, copy=False)
+
+
+def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
+    """Encode and search all that is complete, the next call of every stream at once."""
+    while True:
+        ready = [(n, stream, frames) for n, stream in enumerate(streams) if (frames := _next_frames(stream))]
+        if not ready:
+            return
+        for n, told in zip((n for n, _, _ in ready), _encode([(s, f) for _, s, f in ready]), strict=True):
+            events[n] += told
+
+
+def _next_frames(stream: Stream) -> int:
+    """Feature frames of the next call: whole chunks, or at the end what is left."""
+    ready = stream._framer.ready()
+    if ready >= stream._call_frames or stream._finished:
+        return min(ready, stream._call_frames)
+    return 0
+
+
+def _encode(calls: Sequence[tuple[Stream, int]]) -> list[list[Event]]:
+    windows = [stream._framer.take(num_frames) for stream, num_frames in calls]
+    padded = np.zeros((len(calls), max(map(len, windows))), np.float32)
+    for row, window in zip(padded, windows, strict=True):
+        row[: len(window)] = window
+    streams = [stream for stream, _ in calls]
+    first = streams[0]
+    num_frames = np.array([frames for _, frames in calls])
+    state = _join([stream._state for stream in streams])
+    out = first._scorer.advance(padded, num_frames, first.chunk, first.left, state)
+    events = []
+    for n, (stream, num) in enumerate(zip(streams, out.y_lens.tolist(), strict=True)):
+        stream._state = {name: x[n : n + 1] for name, x in out.state.items()}
+        events.append(_chunks(stream, out.y[n, :num], out.log_probs[n, :num]))
+    return events
+
+
+def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:
+    """Search chunk by chunk, so that the events do not depend on how many chunks one call had."""
+    events: list[Event] = []
+    for start in range(0, len(y), stream.chunk):
+        chunk = slice(start, start + stream.chunk)
+        events += stream._utterance.advance(y[chunk], log_probs[chunk])
+    return events
+
+
+def _join(states: Sequence[State]) -> State:
+    if len(states) == 1:
+        return states[0]
+    return {name: np.concatenate([state[name] for state in states]) for name in states[0]}

@@ -1,0 +1,130 @@
+"""The text of one utterance after another, from what the encoder says of a stream.
+
+While an utterance lasts, its best CTC hypothesis so far is told after each chunk in which it changes; when
+`endpoint.py` ends it, the modes with the decoder search once more.
+
+T encoder frames · C channels · V units
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from asr.decode.config import SearchConfig
+from asr.decode.ctc import CtcGreedy, CtcPrefixBeam
+from asr.decode.modes import MODES
+from asr.decode.scorer import BLANK, Floats, Hypothesis
+from asr.errors import ConfigError
+from asr.runtime.endpoint import Ending, EndpointConfig, Endpointer
+from asr.runtime.events import Event, make_event
+from asr.runtime.onnx_scorer import OnnxScorer
+
+FIRST_PASS = ("ctc-greedy", "ctc-prefix")
+"""Modes that have their answer at any time; the others search at the end of an utterance."""
+
+LEAD_IN_S = 0.6
+"""Silence before an utterance that its decoder hears."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """How a stream listens. Every value can differ from stream to stream."""
+
+    chunk_ms: int | None = None
+    """Audio per step: the latency. None: what model.json says."""
+
+    left_chunks: int | None = None
+    """Chunks of the past that attention sees. None: what model.json says."""
+
+    mode: str = "ctc-prefix"
+    """A key of MODES, for the final text. Partial texts are by CTC."""
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+    chunks_per_call: int = 1
+    """More than one: faster, and as much later. For audio that is there already; the context is the same."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"no such mode: {self.mode}; there are {', '.join(MODES)}")
+        if self.chunks_per_call < 1:
+            raise ConfigError(f"chunks_per_call is {self.chunks_per_call}, expected at least 1")
+        if self.left_chunks is not None and self.left_chunks < 0:
+            raise ConfigError(f"left_chunks is {self.left_chunks}; a stream needs a limit, 0 or more")
+
+
+class Utterance:
+    """The search for the text of one utterance at a time, over encoder frames."""
+
+    def __init__(self, scorer: OnnxScorer, config: StreamConfig) -> None:
+        self.first_frame = 0
+        self._scorer = scorer
+        self._config = config
+        greedy = config.mode == "ctc-greedy"
+        self._search = (
+            CtcGreedy() if greedy else CtcPrefixBeam(config.search.beam, config.search.tokens_per_frame)
+        )
+        self._endpointer = Endpointer(config.endpoint, scorer.frame_s)
+        self._lead_in = round(LEAD_IN_S / scorer.frame_s)
+        self._heard: list[tuple[Floats, Floats]] = []
+        self._num_frames = 0
+        self._last_text = ""
+
+    def advance(self, y: Floats, log_probs: Floats) -> list[Event]:
+        """The events of one more chunk, y (T, C) and log_probs (T, V)."""
+        events: list[Event] = []
+        while len(y):
+            ended = self._endpointer.advance((log_probs.argmax(1) == BLANK).tolist())
+            taken = ended[0] if ended else len(y)
+            self._take(y[:taken], log_probs[:taken])
+            if ended:
+                events += self.end() if ended[1] is not Ending.SILENCE else self._restart()
+            y, log_probs = y[taken:], log_probs[taken:]
+        return events + self._partial()
+
+    def end(self) -> list[Event]:
+        """The final event of the utterance, if it has a text; the next frame is the first of the next one."""
+        hypothesis = self._search.best()
+        if self._endpointer.has_speech and self._config.mode not in FIRST_PASS:
+            y, log_probs = (np.concatenate(parts) for parts in zip(*self._heard, strict=True))
+            memory = self._scorer.memory([y])
+            hypothesis = MODES[self._config.mode](self._scorer, [log_probs], memory, self._config.search)[0][
+                0
+            ]
+        event = self._event(hypothesis, final=True)
+        self._restart()
+        return [event] if event.text else []
+
+    def _take(self, y: Floats, log_probs: Floats) -> None:
+        self._search.advance(log_probs)
+        self._num_frames += len(y)
+        if self._config.mode not in FIRST_PASS:
+            self._heard.append((y, log_probs))
+
+    def _restart(self) -> list[Event]:
+        """Begin anew. After silence, the decoder shall hear the end of it before the next utterance."""
+        lead_in = [] if self._endpointer.has_speech else self._heard
+        self.first_frame += self._num_frames
+        self._num_frames = 0
+        self._heard = []
+        self._last_text = ""
+        self._search.reset()
+        self._endpointer.reset()
+        if lead_in:
+            y, log_probs = (np.concatenate(parts)[-self._lead_in :] for parts in zip(*lead_in, strict=True))
+            self.first_frame -= len(y)
+            self._take(y, log_probs)
+        return []
+
+    def _partial(self) -> list[Event]:
+        event = self._event(self._search.best(), final=False)
+        if event.text == self._last_text:
+            return []
+        self._last_text = event.text
+        return [event]
+
+    def _event(self, hypothesis: Hypothesis, final: bool) -> Event:
+        tokenizer = self._scorer.bundle.tokenizer
+        return make_event(hypothesis, tokenizer, self._scorer.frame_s, self.first_frame, final)

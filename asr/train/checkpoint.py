@@ -1,0 +1,275 @@
+"""Checkpoints of an experiment: save, find, verify, load, average.
+
+exp/NAME/checkpoints/
+  step-000500/model.safetensors   parameters and buffers
+              ema.safetensors     their running average, where train.ema asks for it
+              train_state.pt      optimizer, random numbers, place in the data: tensors and plain types only
+              meta.json           step, format, configuration, hash of the tokens, and a hash of each file
+  latest, best                    names of two of them, for people and scripts
+
+Weights are safetensors and train_state.pt loads with weights_only: a checkpoint cannot run code.
+"""
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import asr
+from asr.config import ExperimentConfig, differences, load_config
+from asr.errors import CheckpointError
+from asr.model.build import build_model
+from asr.model.hybrid import HybridModel
+from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
+from asr.train.storage import discard, verify_folder, write_file, write_folder
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+EMA = "ema.safetensors"
+STATE = "train_state.pt"
+AVERAGE = "average.safetensors"
+MODEL_PARTS = ("features", "encoder", "decoder")
+"""The parts of a configuration that decide which tensors there are and what they mean."""
+
+
+def folder_of(exp_dir: Path) -> Path:
+    return exp_dir / "checkpoints"
+
+
+def path_of(exp_dir: Path, step: int) -> Path:
+    return folder_of(exp_dir) / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    exp_dir: Path, step: int, weights: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any], meta: dict
+) -> Path:
+    """Write a checkpoint, then point `latest` to it.
+
+    weights: file name -> tensors.  state: what only training needs.  meta: see `describe`.
+    Raises CheckpointError where it cannot be written; then the earlier ones are untouched.
+    """
+    files = {name: safetensors.torch.save(_contiguous(tensors)) for name, tensors in weights.items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    files[STATE] = buffer.getvalue()
+    path = path_of(exp_dir, step)
+    write_folder(path, files, {"step": step, **meta})
+    point(exp_dir, "latest", path)
+    return path
+
+
+def describe(config: ExperimentConfig, tokens: Path, metrics: dict[str, float]) -> dict[str, Any]:
+    """What meta.json says besides step and files."""
+    return {
+        "format": FORMAT,
+        "asr": asr.__version__,
+        "torch": torch.__version__,
+        "tokens_sha256": tokens_hash(tokens),
+        "config": asdict(config),
+        "metrics": metrics,
+    }
+
+
+def checkpoints(exp_dir: Path) -> list[Path]:
+    """Finished checkpoints by step, verified or not."""
+    found = {int(p.name[5:]): p for p in folder_of(exp_dir).glob("step-*") if p.name[5:].isdigit()}
+    return [found[step] for step in sorted(found)]
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The meta.json of a checkpoint all of whose files are as they were written; else CheckpointError."""
+    meta = verify_folder(path)
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: format {meta.get('format')}, written by asr {meta.get('asr')}; this is asr "
+            f"{asr.__version__} and reads {FORMAT}; update"
+        )
+    return meta
+
+
+def newest_valid(exp_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The last checkpoint that is undamaged; None where there is none at all.
+
+    A damaged one is reported by `warn` and passed over. Raises CheckpointError where all are damaged, as
+    training never starts from scratch where it has been before, or where the format is another.
+    """
+    found = checkpoints(exp_dir)
+    reasons = []
+    for path in reversed(found):
+        try:
+            verify_folder(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            warn(f"WARNING  {error}; going back to an earlier checkpoint")
+        else:
+            verify(path)
+            return path
+    if reasons:
+        raise CheckpointError(
+            f"{folder_of(exp_dir)}: none of {len(found)} checkpoints can be used, the last because "
+            f"{reasons[0]}; remove the folder to start from scratch"
+        )
+    return None
+
+
+def prune(exp_dir: Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints and the best."""
+    best = pointed(exp_dir, "best")
+    for path in checkpoints(exp_dir)[:-keep]:
+        if path != best:
+            discard(path)
+
+
+def point(exp_dir: Path, name: str, path: Path) -> None:
+    write_file(folder_of(exp_dir) / name, f"{path.name}\n".encode())
+
+
+def pointed(exp_dir: Path, name: str) -> Path | None:
+    """The checkpoint that `latest` or `best` names."""
+    pointer = folder_of(exp_dir) / name
+    return folder_of(exp_dir) / pointer.read_text().strip() if pointer.is_file() else None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """train_state.pt on the CPU. Raises CheckpointError for anything but tensors and plain types."""
+    try:
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path / STATE}: not a training state: {reason}") from None
+
+
+def load_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: ExperimentConfig) -> None:
+    """Copy the tensors of a file into a model.
+
+    saved: the configuration they were trained with.  config: that of the model. Raises CheckpointError where
+    tensors are missing, unknown, or of other shapes, and names what differs between the two.
+    """
+    weights = read_weights(file)
+    own = model.state_dict()
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    reason = ""
+    if shapes:
+        there, here = (tuple(tensors[shapes[0]].shape) for tensors in (weights, own))
+        reason = f"{_tensors(len(shapes))} of another shape, first {shapes[0]}: {there} in the file, "
+        reason += f"{here} in the model"
+    elif missing := [name for name in own if name not in weights]:
+        reason = f"{_tensors(len(missing))} missing, first {missing[0]}"
+    elif unknown := [name for name in weights if name not in own]:
+        reason = f"{_tensors(len(unknown))} not in the model, first {unknown[0]}"
+    if reason:
+        raise CheckpointError(f"{file}: {reason}{explain_differences(saved, asdict(config))}")
+    model.load_state_dict(weights)
+
+
+def explain_differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """`; encoder.dim is 256 in the checkpoint, 384 in the configuration`, or nothing."""
+    parts = [{part: config[part] for part in MODEL_PARTS if part in config} for config in (saved, now)]
+    found = differences(*parts)
+    return "".join(
+        f"; {p} is {old} in the checkpoint, {new} in the configuration" for p, (old, new) in found.items()
+    )
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file{_advice(file)}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+
+
+def average_checkpoints(exp_dir: Path, paths: Sequence[Path]) -> Path:
+    """Write the mean of some checkpoints' weights to average.safetensors, which says what it was made of."""
+    if not paths:
+        raise CheckpointError(f"{folder_of(exp_dir)}: no checkpoint to average")
+    metas = [verify(path) for path in paths]
+    for path, meta in zip(paths, metas, strict=True):
+        if reason := explain_differences(metas[0]["config"], meta["config"]):
+            raise CheckpointError(f"{path}: another model than {paths[0].name}{reason}")
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        weights = read_weights(path / WEIGHTS)
+        for name, tensor in weights.items():
+            # in double precision the mean of equal numbers is that number
+            total[name] = total.get(name, 0) + tensor.double()
+    mean = {name: (tensor / len(paths)).to(weights[name].dtype) for name, tensor in total.items()}
+    about = {key: metas[-1][key] for key in ("format", "asr", "tokens_sha256", "config")}
+    about["sources"] = [path.name for path in paths]
+    file = exp_dir / AVERAGE
+    write_file(file, safetensors.torch.save(mean, {key: json.dumps(value) for key, value in about.items()}))
+    return file
+
+
+def about_weights(file: Path) -> dict[str, Any]:
+    """What average.safetensors says of itself: format, asr, tokens_sha256, config, sources."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            about = opened.metadata() or {}
+        return {key: json.loads(value) for key, value in about.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file{_advice(file)}") from None
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file of this toolkit: {error}") from None
+
+
+def load_model(
+    exp_dir: str | Path, which: str = "average", device: torch.device | str = "cpu"
+) -> tuple[HybridModel, Tokenizer, ExperimentConfig]:
+    """A trained model in eval mode, its tokenizer and its configuration.
+
+    which: `average`, `latest`, `best`, `ema` (the running average of the latest), the name of a checkpoint,
+    or a path to one or to a safetensors file. Raises CheckpointError, ConfigError or TokensError.
+    """
+    exp_dir = Path(exp_dir)
+    config = load_config([exp_dir / "config.yaml"])
+    tokenizer = load_tokenizer(exp_dir / "tokens")
+    file, about = _find_weights(exp_dir, which)
+    check_tokens_hash(file, about, exp_dir / "tokens")
+    model = build_model(config.features, config.encoder, config.decoder, config.loss, len(tokenizer.symbols))
+    load_weights(model, file, about.get("config", {}), config)
+    return model.to(device).eval(), tokenizer, config
+
+
+def check_tokens_hash(file: Path, about: dict[str, Any], tokens: Path) -> None:
+    """Raises CheckpointError where weights were trained on other units."""
+    if about.get("tokens_sha256", tokens_hash(tokens)) != tokens_hash(tokens):
+        raise CheckpointError(
+            f"{file}: trained with other units than {tokens}/tokens.txt (its SHA-256 differs)"
+        )
+
+
+def _find_weights(exp_dir: Path, which: str) -> tuple[Path, dict[str, Any]]:
+    """The safetensors file that `load_model` means, and what is known of it."""
+    named = {"average": exp_dir / AVERAGE, "best": pointed(exp_dir, "best")}
+    named |= dict.fromkeys(("latest", "ema"), newest_valid(exp_dir, warnings.warn))
+    path = named.get(which) if which in named else Path(which)
+    if path is None:
+        raise CheckpointError(f"{folder_of(exp_dir)}: no {which} checkpoint; train first")
+    if not path.exists() and (folder_of(exp_dir) / which).is_dir():
+        path = folder_of(exp_dir) / which
+    if not path.is_dir():
+        return path, about_weights(path)
+    return path / (EMA if which == "ema" else WEIGHTS), verify(path)
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'s' if count > 1 else ''}"
+
+
+def _advice(file: Path) -> str:
+    return f"; make it with `asr average {file.parent}`" if file.name == AVERAGE else ""

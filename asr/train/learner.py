@@ -1,0 +1,111 @@
+"""What training changes: the model, its running average, the optimizer, and how far it has come."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asr.config import ExperimentConfig
+from asr.model.build import build_model
+from asr.model.hybrid import HybridModel
+from asr.optim import build_optimizer
+from asr.train.checkpoint import EMA, WEIGHTS, load_state, load_weights, read_weights, verify
+from asr.train.random_state import restore_random_state
+
+
+@dataclass
+class Progress:
+    """How far training has come; plain types, saved with every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    position: dict[str, int] | None = None
+    """Where the data stands, see asr/data/sampler.py."""
+
+    audio_s: float = 0.0
+    """Seconds of audio seen so far, by all ranks."""
+
+    cpu_s: float = 0.0
+    """Processor time so far, of all ranks and their data workers, over all resumes."""
+
+    bad_steps: int = 0
+    """Steps in a row without a finite gradient."""
+
+    best: dict[str, float] = field(default_factory=dict)
+    """The validation with the lowest word error rate, at equal rates the lowest loss: step, wer, loss, ..."""
+
+    def advance(self, position: dict[str, int], audio_s: float, cpu_s: float) -> None:
+        """Count a step: the data stands at `position`, with so much audio more, so much time in all."""
+        self.step += 1
+        self.position, self.epoch = position, position["epoch"]
+        self.audio_s += audio_s
+        self.cpu_s = cpu_s
+
+
+@dataclass
+class Learner:
+    model: HybridModel
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    progress: Progress
+
+    @classmethod
+    def fresh(cls, config: ExperimentConfig, num_tokens: int, device: torch.device) -> "Learner":
+        model = build_model(config.features, config.encoder, config.decoder, config.loss, num_tokens)
+        model.to(device)
+        return cls(model, build_optimizer(model, config.optim), None, Progress())
+
+    def start_average(self) -> None:
+        """From the present parameters on."""
+        self.ema = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    def move_average(self, decay: float) -> None:
+        """ema = decay * ema + (1 - decay) * model; a shorter memory in the first steps, which are bad."""
+        if self.ema is not None:
+            weight = 1 - min(decay, (1 + self.progress.step) / (10 + self.progress.step))
+            torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), weight)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[HybridModel]:
+        """The model with the running average for its parameters, where there is one."""
+        if self.ema is None:
+            yield self.model
+            return
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.ema)
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(own)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """File name -> tensors, for a checkpoint."""
+        averaged = {} if self.ema is None else {EMA: self.ema}
+        return {WEIGHTS: self.model.state_dict(), **averaged}
+
+    def state(self, random_states: list[Any]) -> dict[str, Any]:
+        """All else that a checkpoint needs; random_states of every rank."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "random": random_states,
+        }
+
+    def restore(self, path: Path, config: ExperimentConfig, rank: int) -> dict[str, Any]:
+        """Become what was saved. Returns its meta.json; raises CheckpointError where it does not fit."""
+        meta = verify(path)
+        load_weights(self.model, path / WEIGHTS, meta["config"], config)
+        state = load_state(path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        if (path / EMA).exists() and config.train.ema:
+            self.start_average()
+            averaged = read_weights(path / EMA)
+            self.ema = {name: averaged[name].to(tensor.device) for name, tensor in (self.ema or {}).items()}
+        if rank < len(state["random"]):  # a rank that was not there before starts from its seed
+            restore_random_state(state["random"][rank])
+        return meta

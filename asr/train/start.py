@@ -1,0 +1,95 @@
+"""What happens before the first step: parameters, normalisation, and what they are computed with."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from asr.config import ExperimentConfig
+from asr.data.augment import SpecAugment
+from asr.data.loader import Loader, build_loader
+from asr.features import Cmvn
+from asr.model.hybrid import HybridModel
+from asr.train import distributed
+from asr.train.learner import Learner
+from asr.train.run import Run
+from asr.train.step import Backward, parallel
+
+
+def open_loader(run: Run) -> Loader:
+    """This rank's data; what cannot be read is listed in skipped.jsonl."""
+    config = run.config
+    return build_loader(
+        config.data,
+        config.augment,
+        run.tokenizer,
+        config.features.sample_rate,
+        distributed.rank(),
+        distributed.world_size(),
+        run.exp_dir / "skipped.jsonl",
+    )
+
+
+def start(run: Run, loader: Loader) -> Learner:
+    """A learner as the last checkpoint left it, or a fresh one with its features normalised."""
+    config, device = run.config, run.device
+    learner = Learner.fresh(config, len(run.tokenizer.symbols), device)
+    if not run.resume(learner) and config.train.cmvn:
+        normalise(learner.model, loader, config.train.cmvn_utterances)
+    if config.train.ema and learner.ema is None:
+        learner.start_average()
+    learner.model.train()
+    run.say(describe_model(learner.model, config, device))
+    return learner
+
+
+def normalise(model: HybridModel, loader: Loader, num_utterances: int) -> None:
+    """Set mean and variance of features to those of the first utterances, on all ranks those of the first."""
+    if distributed.is_main():
+        model.cmvn.load_state_dict(Cmvn.from_frames(first_frames(model, loader, num_utterances)).state_dict())
+    for buffer in model.cmvn.buffers():
+        distributed.broadcast(buffer)
+
+
+def first_frames(model: HybridModel, loader: Loader, count: int) -> Iterator[Tensor]:
+    """Log-mel frames (T, F) of the first `count` utterances."""
+    device = model.cmvn.mean.device
+    for batch in loader.forever():
+        x, x_lens = model.fbank(batch.samples.to(device), batch.sample_lens.to(device))
+        for frames, length in zip(x[: len(batch.ids)], x_lens.tolist(), strict=False):
+            yield frames[:length]
+        count -= len(batch.ids)
+        if count <= 0:
+            return
+
+
+def build_backward(model: HybridModel, config: ExperimentConfig, device: torch.device) -> Backward:
+    if config.train.compile:
+        model.compile(dynamic=True)
+    spec_augment = SpecAugment(config.augment.spec_augment).train().to(device)
+    return Backward(model, parallel(model, device), spec_augment, device, uses_bf16(config, device))
+
+
+def uses_bf16(config: ExperimentConfig, device: torch.device) -> bool:
+    """Whether matrix products are computed in bfloat16; `auto` where it is faster (tools/bench_train.py)."""
+    if config.train.precision != "auto":
+        return config.train.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_instructions and config.encoder.dim >= 128
+
+
+def describe_model(model: HybridModel, config: ExperimentConfig, device: torch.device) -> str:
+    """`model: conformer, 30.7 M parameters (encoder 22.1 M, decoder 8.4 M, ctc 0.2 M), cpu, fp32`"""
+    parts = {"encoder": model.encoder, "decoder": model.decoder, "ctc": model.ctc}
+    sizes = ", ".join(f"{name} {millions(part)}" for name, part in parts.items())
+    precision = "bf16" if uses_bf16(config, device) else "fp32"
+    ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
+    return (
+        f"model: {config.encoder.type}, {millions(model)} parameters ({sizes}), {device}, {precision}{ranks}"
+    )
+
+
+def millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

@@ -1,0 +1,52 @@
+"""How good the model is on utterances it does not learn from: loss and greedy word error rate."""
+
+import torch
+
+from asr.config import ExperimentConfig
+from asr.data.loader import Batch, Loader
+from asr.decode.ctc import CtcGreedy
+from asr.model.hybrid import HybridModel
+from asr.tokens import Tokenizer
+from asr.train import distributed
+from asr.train.step import num_targets
+from asr.wer import ErrorCount, align, count_errors
+
+
+@torch.no_grad()
+def validate(
+    model: HybridModel, loader: Loader, tokenizer: Tokenizer, config: ExperimentConfig
+) -> dict[str, float]:
+    """Loss per token (total, ctc, attention), and WER in per cent of CTC's best path, the whole utterance as
+    the context. Words are those that the units spell, each ideograph one of them, in the reference too. Every
+    rank takes a share of data.valid and gets the result of all."""
+    model.eval()
+    device = model.cmvn.mean.device
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in loader.validation(limit=config.train.valid_utterances):
+        if not batch.is_empty:
+            sums += _one(model, batch.to(device), tokenizer)
+    model.train()
+    total, ctc, attention, tokens, errors, words = distributed.gather(sums).sum(0).tolist()
+    rates = {
+        "loss": total / max(1, tokens),
+        "ctc": ctc / max(1, tokens),
+        "attention": attention / max(1, tokens),
+    }
+    return {**rates, "wer": 100 * errors / max(1, words), "words": words}
+
+
+def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor:
+    """Sums over a batch: total, ctc and attention loss, tokens, word errors, words."""
+    x, x_lens = model.features(batch.samples, batch.sample_lens)
+    loss = model(x, x_lens, batch.tokens, batch.token_lens)
+    y, y_lens = model.encode(x, x_lens)
+    log_probs = model.ctc_log_probs(y).cpu().numpy()
+    errors = ErrorCount()
+    for n, (length, num_tokens) in enumerate(zip(y_lens.tolist(), batch.token_lens.tolist(), strict=True)):
+        search = CtcGreedy()
+        search.advance(log_probs[n, :length])
+        spoken = batch.tokens[n, :num_tokens].tolist()
+        ref, hyp = ([word for word, _, _ in tokenizer.words(ids)] for ids in (spoken, search.best().tokens))
+        errors += count_errors(align(ref, hyp))
+    losses = [float(value) for value in (loss.total, loss.ctc, loss.attention)]
+    return torch.tensor([*losses, num_targets(batch), errors.total, errors.ref], dtype=torch.float64)

@@ -1,0 +1,89 @@
+"""From a model to a bundle that was compared with it."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from asr.model.hybrid import HybridModel
+from asr.model.torch_scorer import TorchScorer
+from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.onnx_scorer import OnnxScorer
+from export.bundle import Origin, describe, write_bundle
+from export.onnx import export_graphs
+from export.quantize import quantize
+from export.targets import TARGETS
+from export.verify import (
+    WHOLE,
+    Comparison,
+    Utterance,
+    answer,
+    at_once,
+    check_float32,
+    compare,
+    contexts,
+    in_chunks,
+    made_sound,
+)
+
+SOUND_S = 20.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and what was proved of it."""
+
+    info: ModelInfo
+    float32: Comparison
+    """The model and its float32 graphs, on made sound, at once and in chunks: the larger difference."""
+
+    quantized: Comparison | None
+    """The float32 graphs and those of the bundle, on the utterances given."""
+
+
+def build(
+    model: HybridModel, tokens: Path, target: str, origin: Origin, utterances: Sequence[Utterance], out: Path
+) -> Built:
+    """Write the bundle of a model; BundleError, and nothing written, where the graphs are not the model."""
+    graphs = export_graphs(model)
+    info = describe(model, tokens, target, origin)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float32"
+        write_bundle(graphs, info, tokens, path)
+        float32 = Bundle.load(path)
+        proved = _prove(model, float32)
+        if TARGETS[target].quantized:
+            graphs = {name: quantize(graph) for name, graph in graphs.items()}
+        info = write_bundle(graphs, info, tokens, out)
+        lost = _lost(float32, Bundle.load(out), utterances) if TARGETS[target].quantized else None
+    info = replace(info, figures=_figures(proved, lost))
+    info.write(out)
+    return Built(info, proved, lost)
+
+
+def _prove(model: HybridModel, float32: Bundle) -> Comparison:
+    """BundleError unless the graphs are the model, at once and chunk by chunk."""
+    info = float32.info
+    sound = [Utterance("made", made_sound(SOUND_S, info.features.sample_rate), "")]
+    found = []
+    for context in contexts(info):
+        expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer)
+        encode = at_once(OnnxScorer(float32), WHOLE) if context == WHOLE else in_chunks(float32, context)
+        found.append(compare(expected, answer(encode, sound, float32.tokenizer)))
+        check_float32(found[-1], f"{context}")
+    return max(found, key=lambda comparison: comparison.max_difference)
+
+
+def _lost(float32: Bundle, bundle: Bundle, utterances: Sequence[Utterance]) -> Comparison:
+    """What quantization changes, in the chunks that the bundle streams with."""
+    context = contexts(bundle.info)[1]
+    answers = [answer(in_chunks(b, context), utterances, b.tokenizer) for b in (float32, bundle)]
+    return compare(*answers)
+
+
+def _figures(proved: Comparison, lost: Comparison | None) -> dict[str, object]:
+    figures: dict[str, object] = {"max_difference_to_checkpoint": float(f"{proved.max_difference:.2e}")}
+    if lost:
+        figures["same_units_as_float32"] = f"{lost.same} of {lost.total} utterances"
+        figures["wer_float32"], figures["wer"] = (w and round(w, 2) for w in lost.wer)
+    return figures

@@ -1,0 +1,115 @@
+"""Graphs, units and model.json into one folder, all or nothing."""
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import onnx
+
+from asr import __version__
+from asr.errors import BundleError
+from asr.model.hybrid import SOS_EOS, HybridModel
+from asr.runtime.bundle import FORMAT, Features, Field, ModelInfo, Streaming, hash_file
+from asr.tokens import tokens_hash
+
+CHUNKS_MS = (160, 320, 640, 960)
+CHUNK_MS = 640
+LEFT_CHUNKS = 4
+TOKEN_FILES = ("tokens.txt", "tokens.model", "lexicon.txt")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of a bundle are from."""
+
+    source: str
+    licence: str
+
+
+def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> ModelInfo:
+    """model.json of a model, its files not yet listed."""
+    fbank, encoder = model.fbank, model.encoder
+    return ModelInfo(
+        format=FORMAT,
+        version=__version__,
+        target=target,
+        source=origin.source,
+        licence=origin.licence,
+        features=Features(
+            sample_rate=fbank.config.sample_rate,
+            num_bins=fbank.config.num_bins,
+            frame_samples=fbank.frame_samples,
+            shift_samples=fbank.shift_samples,
+            snip_edges=fbank.config.snip_edges,
+        ),
+        subsampling=encoder.subsampling,
+        dim=encoder.dim,
+        num_tokens=model.ctc.out_features,
+        tokens_sha256=tokens_hash(tokens),
+        sos_eos=SOS_EOS,
+        parameters=sum(p.numel() for p in model.parameters()),
+        encoder_state=_fields(encoder.init_state(1, 0), "W"),
+        decoder_state=_fields(model.decoder.init_state(1), "U"),
+        streaming=_streaming(model),
+        files={},
+    )
+
+
+def _fields(state: object, variable: str) -> tuple[Field, ...]:
+    """The tensors of a state made with size 0 where it is variable."""
+    tensors = [(f.name, getattr(state, f.name)) for f in fields(state)]  # type: ignore[arg-type]
+    return tuple(
+        Field(name, tuple(size or variable for size in x.shape[1:]), str(x.dtype).removeprefix("torch."))
+        for name, x in tensors
+    )
+
+
+def _streaming(model: HybridModel) -> Streaming:
+    """The longest chunk up to CHUNK_MS is the default, among those that fit the model's frames."""
+    fbank = model.fbank
+    frame_ms = round(1000 * model.encoder.subsampling * fbank.shift_samples / fbank.config.sample_rate)
+    longest = model.encoder.config.chunk.max_chunk * frame_ms
+    choices = tuple(ms for ms in CHUNKS_MS if ms % frame_ms == 0 and ms <= longest) or (longest,)
+    return Streaming(
+        chunk_ms=max((ms for ms in choices if ms <= CHUNK_MS), default=choices[0]),
+        left_chunks=LEFT_CHUNKS,
+        chunk_choices_ms=choices,
+        flush_samples=0 if fbank.config.snip_edges else fbank.frame_samples // 2,
+    )
+
+
+def write_bundle(graphs: dict[str, onnx.ModelProto], info: ModelInfo, tokens: Path, out: Path) -> ModelInfo:
+    """Write the folder `out`, in the place of a bundle that is there already; returns its model.json.
+
+    BundleError where `out` is something else, or cannot be written.
+    """
+    check_out(out)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / "bundle"
+        folder.mkdir()
+        for name, graph in graphs.items():
+            onnx.helper.set_model_props(graph, {"tokens_sha256": info.tokens_sha256})
+            onnx.save(graph, folder / f"{name}.onnx")
+        for name in TOKEN_FILES:
+            if (tokens / name).exists():
+                shutil.copyfile(tokens / name, folder / name)
+        info = replace(info, files={path.name: hash_file(path) for path in sorted(folder.iterdir())})
+        info.write(folder)
+        if out.exists():
+            out.rename(Path(temporary) / "old")
+        folder.rename(out)
+    return info
+
+
+def check_out(out: Path) -> None:
+    """BundleError unless a bundle can be written to `out`; asked before the minutes that an export takes."""
+    if out.exists() and not (out.is_dir() and ((out / "model.json").exists() or not any(out.iterdir()))):
+        raise BundleError(f"{out}: exists and is not a bundle; choose another folder with -o")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BundleError(f"{out.parent}: {error.strerror}") from None
+    if not os.access(out.parent, os.W_OK):
+        raise BundleError(f"{out.parent}: not writable; choose another folder with -o")

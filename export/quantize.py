@@ -1,0 +1,68 @@
+"""Matrices as signed 8-bit integers, one scale per output channel; activations get theirs at run time.
+
+What stays in float32, and why:
+
+    fbank       windowed Fourier transform and mel triangles: 16 nats do not fit into 8 bits
+    front       subsampling convolutions: integer convolutions are slower than float ones on CPUs
+    depthwise   convolutions, for the same reason; they are 1 % of the work
+    ctc         the output layer: its errors reach the log-probabilities unsmoothed, its cost is small
+    attention   products of activations with activations, softmax, norms: nothing of them is a weight
+
+The decoder's table of embeddings becomes 8-bit too. Weights are signed because unsigned ones are half as
+fast. The graphs need no preparation: constants are folded, and shapes known, when they come from
+`export/onnx.py`.
+"""
+
+import logging
+import tempfile
+from pathlib import Path
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+KEPT = {
+    "fbank": "fbank matrices",
+    "front.convolutions": "subsampling convolutions",
+    "ctc": "CTC output layer",
+}
+"""Modules of the encoder that are never quantized."""
+
+OP_TYPES = ["MatMul", "Gemm", "Gather"]
+
+
+def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 graph of `export/onnx.py` -> the same with 8-bit weights. The argument is left as it is."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantized.onnx"
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(logging.ERROR)  # it recommends the preparation that is not needed
+        try:
+            quantize_dynamic(
+                copy,
+                path,
+                op_types_to_quantize=OP_TYPES,
+                nodes_to_exclude=_excluded(model),
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            root.setLevel(level)
+        quantized = onnx.load(path)
+    quantized.graph.name = model.graph.name
+    quantized.ir_version = model.ir_version
+    onnx.checker.check_model(quantized)
+    return quantized
+
+
+def _excluded(model: onnx.ModelProto) -> list[str]:
+    """Nodes of the kept modules, and every Gather that does not look up embeddings."""
+    tables = {x.name for x in model.graph.initializer if x.name.endswith("embedding.weight")}
+    kept = tuple(f"{name}{end}" for name in KEPT for end in "./")
+    return [
+        node.name
+        for node in model.graph.node
+        if node.name.startswith(kept) or (node.op_type == "Gather" and node.input[0] not in tables)
+    ]

@@ -1,0 +1,194 @@
+"""What a bundle says against what the model says: log-probabilities, units and words, at once and in chunks.
+
+In float32 the two are the same function, up to rounding. With 8-bit matrices they are not, and what counts is
+whether the words are. Limits are stated here, and exceeding one is an error.
+
+S samples · T encoder frames · V units
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from kaldialign import edit_distance
+
+from asr.decode.ctc import CtcGreedy
+from asr.decode.scorer import Floats, Scorer
+from asr.errors import BundleError
+from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.onnx_scorer import OnnxScorer
+from asr.tokens import Tokenizer
+from asr.wer import total, word_errors
+
+MAX_DIFFERENCE = 1e-3
+"""Of any float32 log-probability above `LIKELY`, on real sound: rounding in 12 layers."""
+
+LIKELY = -20.0
+"""Log-probabilities below this decide nothing."""
+
+MAX_UNITS = 5.0
+"""Per cent of units that an int8 target may change, ..."""
+
+MAX_WER = 0.5
+"""... and per cent of words by which it may be worse."""
+
+MIN_WORDS = 1000
+"""Fewer reference words than this say nothing about half a per cent."""
+
+
+class Utterance(NamedTuple):
+    name: str
+    samples: Floats
+    text: str
+
+
+class Context(NamedTuple):
+    """Encoder frames per chunk, 0 for the whole utterance, and chunks of left context."""
+
+    chunk: int
+    left: int
+
+    def __str__(self) -> str:
+        return f"chunks of {self.chunk} frames, {self.left} of left context" if self.chunk else "at once"
+
+
+WHOLE = Context(0, -1)
+
+Encode = Callable[[Floats], Floats]
+"""Samples (S,) -> CTC log-probabilities (T, V)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model says of the utterances in one context."""
+
+    log_probs: list[Floats]
+    tokens: list[tuple[int, ...]]
+    wer: float | None
+    """Per cent; None without reference words."""
+    num_words: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same utterances."""
+
+    max_difference: float
+    same: int
+    """Utterances with the same units."""
+    total: int
+    units: float
+    """Per cent of units that differ."""
+    wer: tuple[float | None, float | None]
+    num_words: int
+
+
+def at_once(scorer: Scorer, context: Context) -> Encode:
+    """One call per utterance, in any context: what a stream must be equal to."""
+    return lambda samples: scorer.encode([samples], *context)[0][0]
+
+
+def in_chunks(bundle: Bundle, context: Context) -> Encode:
+    """Call by call with the state in between, as a stream does it."""
+
+    def encode(samples: Floats) -> Floats:
+        scorer = OnnxScorer(bundle)
+        framer, state = scorer.framer(), scorer.init_state(context.chunk * context.left)
+        framer.accept(samples)
+        framer.finish()
+        parts = [np.zeros((0, scorer.num_tokens), np.float32)]
+        while num := min(framer.ready(), context.chunk * bundle.info.subsampling):
+            out = scorer.advance(framer.take(num)[None], np.array([num]), *context, state)
+            state = out.state
+            parts.append(out.log_probs[0])
+        return np.concatenate(parts)
+
+    return encode
+
+
+def contexts(info: ModelInfo) -> list[Context]:
+    """At once, with the bundle's chunks, and with the shortest."""
+    chunks = {info.streaming.chunk_ms, min(info.streaming.chunk_choices_ms)}
+    frames = sorted((info.chunk_frames(ms) for ms in chunks), reverse=True)
+    return [WHOLE, *(Context(chunk, info.streaming.left_chunks) for chunk in frames)]
+
+
+def answer(encode: Encode, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Answers:
+    """Log-probabilities, greedy units, and the word error rate of their text."""
+    log_probs = [encode(utterance.samples) for utterance in utterances]
+    tokens = []
+    for frames in log_probs:
+        search = CtcGreedy()
+        search.advance(frames)
+        tokens.append(search.best().tokens)
+    errors = total(
+        word_errors(utterance.text, tokenizer.decode(ids))
+        for utterance, ids in zip(utterances, tokens, strict=True)
+        if utterance.text
+    )
+    return Answers(log_probs, tokens, 100 * errors.rate if errors.ref else None, errors.ref)
+
+
+def compare(reference: Answers, other: Answers) -> Comparison:
+    """How far `other` is from `reference`."""
+    largest, wrong, units = 0.0, 0, 0
+    for a, b in zip(reference.log_probs, other.log_probs, strict=True):
+        likely = np.maximum(a, b) > LIKELY
+        largest = max(largest, float(np.abs(a - b)[likely].max(initial=0.0)))
+    for x, y in zip(reference.tokens, other.tokens, strict=True):
+        wrong += edit_distance(list(x), list(y))["total"]
+        units += len(x)
+    same = sum(x == y for x, y in zip(reference.tokens, other.tokens, strict=True))
+    return Comparison(
+        largest,
+        same,
+        len(reference.tokens),
+        100 * wrong / max(units, 1),
+        (reference.wer, other.wer),
+        reference.num_words,
+    )
+
+
+def check_float32(found: Comparison, what: str) -> None:
+    """BundleError unless the two are the same function."""
+    if not found.max_difference <= MAX_DIFFERENCE:
+        raise BundleError(
+            f"{what}: log-probabilities differ by {found.max_difference:.1e} from the checkpoint's, "
+            f"expected at most {MAX_DIFFERENCE:.0e}; please report this"
+        )
+
+
+def check_int8(found: Comparison, what: str) -> None:
+    """BundleError unless the words are nearly the same."""
+    before, after = found.wer
+    is_measured = found.num_words >= MIN_WORDS and before is not None and after is not None
+    if is_measured and after - before > MAX_WER:  # type: ignore[operator]
+        problem = f"word error rate {after:.2f} % instead of {before:.2f} %, expected {MAX_WER} more at most"
+    elif found.units > MAX_UNITS:
+        problem = f"{found.units:.1f} % of units change, expected {MAX_UNITS} at most"
+    else:
+        return
+    raise BundleError(f"{what}: {problem}; use --target cpu-fp32")
+
+
+def made_sound(duration_s: float, sample_rate: int) -> Floats:
+    """Noise whose loudness and colour change as those of speech do: the same every time."""
+    rng = np.random.default_rng(0)
+    num = int(duration_s * sample_rate)
+    noise = rng.normal(0, 1, num)
+    dark = np.convolve(noise, np.exp(-np.arange(64) / 12.0), "same") / 2.5
+    at = np.arange(0, num + sample_rate // 8, sample_rate // 8)
+    loudness = np.interp(np.arange(num), at, rng.gamma(0.8, 0.06, len(at)))
+    colour = np.interp(np.arange(num), at, rng.random(len(at)))
+    return (loudness * (colour * noise + (1 - colour) * dark)).clip(-1, 1).astype(np.float32)
+
+
+def read_utterances(manifest: Path, count: int, sample_rate: int) -> list[Utterance]:
+    """The first `count` utterances of a manifest, at the rate of a model."""
+    from asr.data.cuts import cut_text, open_cuts, read_cut
+
+    cuts = islice(open_cuts(manifest), count)
+    return [Utterance(cut.id, read_cut(cut.resample(sample_rate)), cut_text(cut)) for cut in cuts]

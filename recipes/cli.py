@@ -1,0 +1,181 @@
+"""The front door: `asr VERB`. The module of a verb is imported when it is called, so `asr --help` is instant.
+
+Exit status: 0 done · 1 a bug, with its traceback · 2 something the user can mend, in one line on standard
+error · 130 interrupted · 141 nobody reads the output any more. Results go to standard output, the rest to
+standard error.
+"""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+import typer.main
+
+from asr import __version__
+from asr.errors import AsrError, ConfigError, MissingExtra
+
+VERBS = {
+    "prepare": "check manifests and print hours, speakers, characters",
+    "join": "short utterances of a speaker made into longer ones",
+    "tokenizer": "make the units: SentencePiece, characters or phones, from the text of manifests",
+    "train": "train a model, or go on where it stopped",
+    "average": "average the last checkpoints of an experiment",
+    "decode": "write hypotheses for manifests",
+    "score": "word or character error rate, with the commonest errors",
+    "export": "write an ONNX bundle",
+    "verify": "compare torch, ONNX and int8 on audio",
+    "transcribe": "a file, a folder, standard input, or the microphone",
+    "info": "what a checkpoint or a bundle is",
+    "bench": "real-time factor and latency of a bundle",
+}
+"""In the order of a project. `asr train` calls the function `train` of `recipes/train.py`."""
+
+OPTIONS = {
+    "--help": "print this",
+    "--version": "print the version",
+    "--debug": "before VERB (or ASR_DEBUG=1): show the traceback of every error",
+}
+
+EXTRAS = {
+    "torch": "train",
+    "torchaudio": "train",
+    "lhotse": "train",
+    "safetensors": "train",
+    "scipy": "train",
+    "tensorboard": "train",
+    "matplotlib": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "sounddevice": "mic",
+    "espeakng_loader": "made",
+}
+"""Which extra of setup.cfg brings a module that the base install lacks."""
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for arguments that it cannot understand."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `asr ARGV` and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = bool(os.environ.get("ASR_DEBUG"))
+    if args[:1] == ["--debug"]:
+        args, debug = args[1:], True
+    return guard(lambda: _dispatch(args), debug)
+
+
+def guard(program: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a program, `prepare.py` of a corpus for one, with our kinds of end, and return its exit status."""
+    try:
+        status = program() or 0
+        sys.stdout.flush()
+        return status
+    except AsrError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"asr: {error}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        print("asr: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        _silence_stdout()
+        return 141
+    except (
+        OSError
+    ) as error:  # a place that is full, read-only, no folder: where it is, is all there is to say
+        if debug or not error.filename:
+            traceback.print_exc()
+        print(f"asr: {error.filename or error}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        return 2 if error.filename else 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, rest = args[0], args[1:]
+    if name == "--help":
+        print(usage())
+    elif name == "--version":
+        print(f"asr {__version__}")
+    elif name in VERBS:
+        return _run(name, rest)
+    else:
+        kind = "option" if name.startswith("-") else "verb"
+        raise ConfigError(
+            f"no such {kind}: {name}{_nearest(name, [*VERBS, *OPTIONS])}; asr --help lists them"
+        )
+    return 0
+
+
+def usage() -> str:
+    """What `asr --help` prints; no module of a verb is imported for it."""
+    verbs, options = ("\n".join(f"  {k:11} {v}" for k, v in table.items()) for table in (VERBS, OPTIONS))
+    return f"usage: asr VERB [options]\n\n{verbs}\n\n{options}\n\nasr VERB --help explains a verb"
+
+
+def _run(name: str, args: list[str]) -> int:
+    try:
+        command = _command(name)
+        with command.make_context(f"asr {name}", args) as context:
+            command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    except UsageError as error:
+        raise ConfigError(f"{name}: {_usage_message(error)}; see asr {name} --help") from error
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingExtra(package, EXTRAS[package]) from error
+    return 0
+
+
+def _command(name: str) -> Any:
+    """The verb as a click command, in whose place newer versions of typer have a copy of their own."""
+    function = getattr(importlib.import_module(f"recipes.{name}"), name)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name, help=_help(function))(function)
+    return typer.main.get_command(app)
+
+
+def _help(function: Callable[..., None]) -> str:
+    """Its docstring; paragraphs with examples keep their line breaks."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    kept = [p.startswith("Example") or "\n " in p or p.startswith(" ") for p in paragraphs]
+    return "\n\n".join(f"\b\n{p}" if keep else p for p, keep in zip(paragraphs, kept, strict=True))
+
+
+def _usage_message(error: Any) -> str:
+    """The message of a usage error in the form of ours, with the nearest option where one is misspelt."""
+    if type(error).__name__ == "NoSuchOption":
+        known = [option for parameter in error.ctx.command.params for option in parameter.opts]
+        return f"no such option: {error.option_name}{_nearest(error.option_name, known)}"
+    text = error.format_message().rstrip(".")
+    return text[:1].lower() + text[1:]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _silence_stdout() -> None:
+    """Point standard output at nothing, or the interpreter complains of the pipe once more when it exits."""
+    with contextlib.suppress(OSError):  # where it is no real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""`asr export`: a checkpoint becomes a bundle, and says what was proved of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asr.runtime.bundle import ModelInfo
+    from export.verify import Comparison
+
+UTTERANCES = 20
+"""Of the first validation set, to compare on."""
+
+
+def export(
+    experiment: Annotated[Path, typer.Argument(help="folder of the experiment")],
+    target: Annotated[str, typer.Option(help="cpu-int8, or cpu-fp32 as the reference")] = "cpu-int8",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder to write; EXPERIMENT/bundle if not given")
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
+    licence: Annotated[str, typer.Option(help="of the weights, noted in model.json")] = "not stated",
+) -> None:
+    """Write an ONNX bundle that runs without torch, and compare it with the checkpoint.
+
+    The float32 graphs must be the checkpoint up to rounding. What 8-bit matrices change is printed: on some
+    utterances of the validation set, or on made sound where there is none.
+
+    Example: asr export exp/conformer-s --target cpu-int8 -o bundle
+    """
+    from asr.train.checkpoint import load_model
+    from export.build import SOUND_S, build
+    from export.bundle import Origin, check_out
+    from export.targets import TARGETS
+    from export.verify import Utterance, made_sound, read_utterances
+
+    if target not in TARGETS:
+        raise ConfigError(f"--target {target}: no such target; there are {', '.join(TARGETS)}")
+    out = out or experiment / "bundle"
+    check_out(out)
+    model, _, config = load_model(experiment, checkpoint)
+    rate = config.features.sample_rate
+    found = [Path(path) for path in config.data.valid if Path(path).exists()]
+    where = "made sound"
+    utterances = [Utterance("made", made_sound(SOUND_S, rate), "")]
+    if found:
+        utterances, where = read_utterances(found[0], UTTERANCES, rate), found[0].name
+    origin = Origin(f"{experiment.name}, {checkpoint} checkpoint", licence)
+    built = build(model, experiment / "tokens", target, origin, utterances, out)
+    _print_files(built.info)
+    print(
+        f"{'torch and onnx':<20}max |Δ log p| {built.float32.max_difference:.1e} "
+        f"on {SOUND_S:g} s of made sound, at once and in chunks"
+    )
+    if built.quantized:
+        _print_quantized(built.quantized, where)
+    print(f"{out}/ written, model.json format {built.info.format}, from {origin.source}")
+
+
+def _print_files(info: ModelInfo) -> None:
+    kind = info.target.rpartition("-")[2]
+    roles = {
+        "encoder.onnx": f"samples, {len(info.encoder_state)} states -> log_probs (N, T, {info.num_tokens}), "
+        f"{info.streaming.chunk_ms} ms a step",
+        "memory.onnx": "encoder output -> what the decoder attends to",
+        "decoder.onnx": "tokens -> log_probs of the next",
+    }
+    for name, role in roles.items():
+        print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<6}{role}")
+
+
+def _print_quantized(found: Comparison, where: str) -> None:
+    from export.quantize import KEPT
+
+    print(f"{'kept in float32':<20}{', '.join(KEPT.values())}  (export/quantize.py says why)")
+    before, after = found.wer
+    wer = "" if before is None or after is None else f"; WER {before:.2f} -> {after:.2f}"
+    print(
+        f"{'onnx and int8':<20}same units in {found.same} of {found.total} utterances of {where}, "
+        f"{found.units:.2f} % of units differ{wer}"
+    )

@@ -1,0 +1,107 @@
+"""`asr info`: what a checkpoint, an experiment or a bundle is."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asr.errors import BundleError, CheckpointError
+
+MODEL_JSON = "model.json"
+
+
+def info(
+    path: Annotated[Path, typer.Argument(help="experiment, checkpoint, .safetensors file or bundle")],
+) -> None:
+    """Say what a checkpoint, an experiment or a bundle is; a bundle is told without torch.
+
+    Example: asr info exp/conformer-s
+    """
+    if (path / MODEL_JSON).is_file():
+        about = _bundle(path / MODEL_JSON)
+    elif (path / "config.yaml").is_file():
+        about = _experiment(path)
+    elif (path / "meta.json").is_file():
+        about = _checkpoint(path)
+    elif path.suffix == ".safetensors":
+        about = _weights(path)
+    else:
+        raise CheckpointError(
+            f"{path}: neither an experiment, a checkpoint, a .safetensors file nor a bundle"
+        )
+    for name, value in about.items():
+        print(f"{name:<14}{value}")
+
+
+def _bundle(file: Path) -> dict[str, Any]:
+    """The plain values of model.json, and the names of what is nested in it."""
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: {error}") from None
+    plain = {
+        key: ", ".join(map(str, value)) if isinstance(value, dict | list) else value
+        for key, value in about.items()
+    }
+    size = sum(part.stat().st_size for part in file.parent.iterdir() if part.is_file())
+    return {"bundle": file.parent, **plain, "size": f"{size / 1e6:.1f} MB"}
+
+
+def _experiment(path: Path) -> dict[str, Any]:
+    from asr.config import load_config
+    from asr.train.checkpoint import AVERAGE, about_weights, checkpoints, pointed
+    from asr.train.report import read_metrics
+
+    config = load_config([path / "config.yaml"])
+    found = checkpoints(path)
+    about: dict[str, Any] = {"experiment": path, "encoder": config.encoder.type}
+    about["checkpoints"] = f"{len(found)}, {found[0].name} to {found[-1].name}" if found else "none"
+    if best := pointed(path, "best"):
+        about["best"] = best.name
+    if found:
+        about |= _size(found[-1] / "model.safetensors")
+    if (path / AVERAGE).is_file():
+        about["average of"] = ", ".join(about_weights(path / AVERAGE)["sources"])
+    rows = read_metrics(path / "metrics.jsonl")
+    for kind in ("train", "valid"):
+        last = next((row for row in reversed(rows) if row["kind"] == kind), None)
+        if last:
+            about[f"last {kind}"] = _figures(last)
+    return about
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from asr.train.checkpoint import verify
+
+    meta = verify(path)
+    about = {"checkpoint": path, "step": f"{meta['step']:,}", "written by": f"asr {meta['asr']}"}
+    about |= {"encoder": meta["config"]["encoder"]["type"], "best": _figures(meta["metrics"])}
+    return {**about, **_size(path / "model.safetensors"), "files": "verified"}
+
+
+def _weights(file: Path) -> dict[str, Any]:
+    from asr.train.checkpoint import about_weights
+
+    about = about_weights(file)
+    return {
+        "weights": file,
+        "written by": f"asr {about.get('asr')}",
+        "average of": about.get("sources"),
+        **_size(file),
+    }
+
+
+def _size(file: Path) -> dict[str, str]:
+    from asr.train.checkpoint import read_weights
+
+    weights = read_weights(file)
+    total = sum(tensor.numel() for tensor in weights.values())
+    return {"parameters": f"{total / 1e6:.2f} M in {len(weights)} tensors"}
+
+
+def _figures(values: dict[str, Any]) -> str:
+    kept = {key: value for key, value in values.items() if key != "kind"}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in kept.items()
+    )

@@ -1,0 +1,135 @@
+"""What `asr transcribe` listens to: files, standard input, the microphone; all as blocks of samples."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asr.errors import AudioError, ConfigError
+
+if TYPE_CHECKING:
+    from asr.decode.scorer import Floats
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+BLOCK_S = 0.1
+LAG_S = 1.0
+"""More than this between a word and its text is worth a warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How sources are to be read."""
+
+    channel: str = "mix"
+    rate: int = 16000
+    encoding: str = "s16le"
+    realtime: bool = False
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of sound."""
+
+    name: str
+    """A path, "-" for standard input, or "microphone"."""
+
+    output: Path
+    """Where a transcript goes below the folder of -o, without its suffix."""
+
+    settings: Settings
+
+    @property
+    def is_live(self) -> bool:
+        """Whether its sound comes no faster than it is spoken."""
+        return self.name in ("-", "microphone") or self.settings.realtime
+
+    def blocks(self, sample_rate: int) -> Iterator[Floats]:
+        """Its samples at sample_rate. AudioError where it cannot be used."""
+        from asr.audio import blocks, raw_blocks
+
+        settings = self.settings
+        if self.name == "microphone":
+            yield from _microphone(settings.device, sample_rate)
+        elif self.name == "-":
+            stream = sys.stdin.buffer
+            yield from raw_blocks(stream, settings.rate, settings.encoding, BLOCK_S, sample_rate)
+        else:
+            found = blocks(self.name, BLOCK_S, sample_rate, settings.channel)
+            yield from paced(found, sample_rate) if settings.realtime else found
+
+
+def paced(blocks: Iterator[Floats], sample_rate: int) -> Iterator[Floats]:
+    """The same blocks, each when it would have been spoken."""
+    started, num_samples = time.monotonic(), 0
+    for block in blocks:
+        num_samples += len(block)
+        time.sleep(max(0.0, started + num_samples / sample_rate - time.monotonic()))
+        yield block
+
+
+def find_sources(names: list[str], recursive: bool, settings: Settings) -> list[Source]:
+    """The sources of the command line: folders become the sound files in them."""
+    if "-" in names and len(names) > 1:
+        raise ConfigError("- is standard input, and cannot be read beside files")
+    sources: list[Source] = []
+    for name in names:
+        path = Path(name)
+        if name != "-" and path.is_dir():
+            found = _sound_files(path, recursive)
+            sources += [Source(str(x), x.relative_to(path).with_suffix(""), settings) for x in found]
+        else:
+            sources.append(Source(name, Path("stdin" if name == "-" else path.stem), settings))
+    return sources
+
+
+def _sound_files(folder: Path, recursive: bool) -> list[Path]:
+    every = folder.rglob("*") if recursive else folder.glob("*")
+    found = sorted(path for path in every if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        advice = "" if recursive else "; --recursive also looks into the folders in it"
+        raise AudioError(f"{folder}: no sound files ({' '.join(SUFFIXES)}) in it{advice}")
+    return found
+
+
+def _microphone(device: str, sample_rate: int) -> Iterator[Floats]:
+    """Blocks of the microphone; on a terminal with a level meter, and a word where computing is too slow."""
+    from asr.microphone import level_db, microphone_blocks
+
+    warned_at = -60.0
+    for block in microphone_blocks(device, sample_rate, round(1000 * BLOCK_S)):
+        now = time.monotonic()
+        if (block.overflowed or block.lag_s > LAG_S) and now > warned_at + 10:
+            warned_at = now
+            what = "samples were lost" if block.overflowed else f"{block.lag_s:.1f} s behind"
+            print(f"\rasr: {what}: this machine is too slow for this model\x1b[K", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"\r{meter(level_db(block.samples))}", end="", file=sys.stderr, flush=True)
+        yield block.samples
+
+
+def meter(level_db: float) -> str:
+    """-60 dB and below is empty, 0 dB is full."""
+    full = round(max(0.0, min(1.0, 1 + level_db / 60)) * 10)
+    return f"[{'#' * full}{'-' * (10 - full)}]"
+
+
+def print_devices() -> None:
+    """The microphones, one a line."""
+    from asr.microphone import devices
+
+    for device in devices():
+        print(f"{device.index:3}  {device.name}{'  (default)' if device.is_default else ''}")
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80

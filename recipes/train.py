@@ -1,0 +1,37 @@
+"""`asr train`: train a model, or go on where it stopped."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[list[Path], typer.Option(help="YAML file; later ones win over earlier ones")],
+    exp: Annotated[Path, typer.Option(help="folder of the experiment, made where there is none")],
+    set: Annotated[list[str], typer.Option(help="one field, as in optim.lr=1e-3; wins over files")] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train a model, or go on from the last checkpoint in the folder of the experiment.
+
+    Stops after the present step, with a checkpoint, on SIGTERM, SIGINT or SIGUSR1, and exits with 0; a
+    second signal ends it at once.
+
+    Example: asr train --config recipes/conf/conformer-s.yaml --config conf/train.yaml --exp exp/conformer-s
+
+    Example: torchrun --nproc-per-node 8 -m recipes.cli train --config A.yaml --config B.yaml --exp exp/NAME
+    """
+    # oneDNN keeps a thousand kernels, one for each shape: a gigabyte, and no batch has the shape of another
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    from asr.config import load_config
+    from asr.train.distributed import device_of
+    from asr.train.loop import train as run
+
+    run(
+        load_config(config, set),
+        exp,
+        device_of(device),
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )

@@ -1,0 +1,222 @@
+"""`asr transcribe`: a file, a folder, standard input, or the microphone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asr.errors import AsrError, ConfigError
+from recipes.sources import Settings, Source, find_sources, print_devices, terminal_width
+
+if TYPE_CHECKING:
+    from asr.runtime import Bundle, Event, StreamConfig
+
+CHUNKS_PER_CALL = 4
+"""Of files, whose sound is there already: twice as fast as chunk by chunk, with the same context."""
+
+FINISHED_WITH_FAILURES = 3
+
+
+def transcribe(
+    bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="sound files, folders, or - for raw samples on standard input")
+    ] = None,
+    mic: Annotated[bool, typer.Option("--mic", help="listen to the microphone")] = False,
+    device: Annotated[str, typer.Option(help="microphone: number or part of its name")] = "",
+    list_devices: Annotated[bool, typer.Option("--list-devices", help="list the microphones")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="file to write; for several sources a folder")
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="txt, srt, vtt or json")] = "txt",
+    recursive: Annotated[bool, typer.Option("--recursive", help="also folders in folders")] = False,
+    mode: Annotated[
+        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint or rescore")
+    ] = "ctc-prefix",
+    chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
+    left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,
+    channel: Annotated[str, typer.Option(help="of files: mix, left, right, or a number from 0")] = "mix",
+    rate: Annotated[int, typer.Option(help="of raw samples, in Hz")] = 16000,
+    encoding: Annotated[str, typer.Option(help="of raw samples: s16le or f32le")] = "s16le",
+    realtime: Annotated[bool, typer.Option("--realtime", help="play files at the speed of speech")] = False,
+    threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
+) -> None:
+    """Transcribe sound of any length; on a terminal, with the words as they are heard.
+
+    Files are WAV, FLAC, Ogg Vorbis or Opus, and MP3, at any sample rate. One that cannot be used does not
+    stop the others; then the exit status is 3.
+
+    Example: asr transcribe bundle a.wav talks/ --format srt -o subtitles
+
+    Example: arecord -t raw -f S16_LE -r 16000 | asr transcribe bundle -
+    """
+    from asr.runtime import Bundle, StreamConfig
+    from asr.runtime.transcript import FORMATS
+
+    if list_devices:
+        print_devices()
+        return
+    if format_ not in FORMATS:
+        raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
+    if mic == bool(sources):
+        raise ConfigError("pass sound files, folders or -, or else --mic")
+    config = StreamConfig(
+        mode=mode,
+        chunk_ms=chunk_ms or None,
+        left_chunks=left_chunks if left_chunks >= 0 else None,
+    )
+    settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)
+    found = find_sources(sources or [], recursive, settings)
+    if mic:
+        found = [Source("microphone", Path("microphone"), settings)]
+    outputs = _outputs(found, out, format_)
+    run = Run(Bundle.load(bundle, threads), config, format_, is_single=len(found) == 1)
+    for source, output in zip(found, outputs, strict=True):
+        run.transcribe(source, output)
+    run.summarise()
+    if run.num_failed:
+        raise typer.Exit(FINISHED_WITH_FAILURES)
+
+
+def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path | None]:
+    """The file of each source, None for standard output. ConfigError where it cannot be."""
+    if out is None:
+        if len(sources) > 1 and format_ in ("srt", "vtt"):
+            raise ConfigError(f"--format {format_}: several sources need a folder; pass -o FOLDER")
+        return [None] * len(sources)
+    is_folder = len(sources) > 1 or out.is_dir()
+    outputs = [out / f"{source.output}.{format_}" if is_folder else out for source in sources]
+    for output, source in zip(outputs, sources, strict=True):
+        if outputs.count(output) > 1:
+            raise ConfigError(
+                f"{output}: would be the transcript of several sources, one of them {source.name}"
+            )
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{output.parent}: {(error.strerror or str(error)).lower()}") from None
+        if not os.access(output.parent, os.W_OK):
+            raise ConfigError(f"{output.parent}: not writable; choose another folder with -o")
+    return list(outputs)
+
+
+@dataclass
+class Run:
+    """One call of the program: many sources, one bundle."""
+
+    bundle: Bundle
+    config: StreamConfig
+    format: str
+    is_single: bool
+    """One source: a failure is the program's, and standard output needs no names."""
+
+    num_done: int = 0
+    num_failed: int = 0
+    audio_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def transcribe(self, source: Source, output: Path | None) -> None:
+        """Write the transcript of one source; say why, if that cannot be, and go on."""
+        try:
+            with _opened(output) as file, _told_warnings():
+                for line in self._lines(source, named=output is None and not self.is_single):
+                    file.write(line + "\n")
+                    file.flush()
+            self.num_done += 1
+        except AsrError as error:
+            if self.is_single:
+                raise
+            print(f"asr: {error}", file=sys.stderr)
+            self.num_failed += 1
+
+    def _lines(self, source: Source, named: bool) -> Iterator[str]:
+        """The lines of a transcript, each as soon as its utterance has ended."""
+        from asr.runtime.transcript import FORMATS
+
+        for line in FORMATS[self.format](self._finals(source)):
+            if named and self.format == "json":
+                yield json.dumps({"source": source.name, **json.loads(line)}, ensure_ascii=False)
+            else:
+                yield f"{source.name}: {line}" if named else line
+
+    def _finals(self, source: Source) -> Iterator[Event]:
+        """The final events of a source; partial ones are shown on a terminal."""
+        from asr.runtime import Stream
+
+        config = self.config if source.is_live else replace(self.config, chunks_per_call=CHUNKS_PER_CALL)
+        stream = Stream(self.bundle, config)
+        blocks = source.blocks(self.bundle.info.features.sample_rate)
+        with (
+            contextlib.suppress(KeyboardInterrupt)
+            if source.name == "microphone"
+            else contextlib.nullcontext()
+        ):
+            for block in blocks:
+                yield from _shown(stream.accept(block), source.settings.realtime)
+        yield from _shown(stream.finish(), source.settings.realtime)
+        self.audio_s += stream.duration_s
+
+    def summarise(self) -> None:
+        """One line about many sources."""
+        if not self.is_single:
+            wall_s = time.monotonic() - self.started
+            failed = f"; {self.num_failed} could not be used" if self.num_failed else ""
+            print(
+                f"{self.num_done} transcribed, {self.audio_s / 60:.1f} min of sound in {wall_s:.1f} s "
+                f"(RTF {wall_s / max(self.audio_s, 1e-9):.3f}){failed}",
+                file=sys.stderr,
+            )
+
+
+def _shown(events: list[Event], realtime: bool) -> Iterator[Event]:
+    """The final ones of some events. The last partial one takes a line of the terminal, if there is one;
+    elsewhere each is a line of its own where the words shall be seen as they are spoken."""
+    is_terminal = sys.stderr.isatty()
+    for event in events:
+        if event.final:
+            if is_terminal:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            yield event
+        elif realtime and not is_terminal and event.text:
+            print(f"{event.end_s:7.1f} s  {event.text}", file=sys.stderr, flush=True)
+    if is_terminal and events and not events[-1].final:
+        text = events[-1].text[-(terminal_width() - 15) :]
+        print(f"\r\x1b[K\x1b[12C{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _opened(output: Path | None) -> Iterator[IO[str]]:
+    """Standard output, or a file that has its name when it is complete."""
+    if output is None:
+        yield sys.stdout
+        return
+    unfinished = output.with_name(f".{output.name}.part")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            yield file
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _told_warnings() -> Iterator[None]:
+    """Warnings about sound on standard error, in one line each."""
+
+    def tell(message: Any, *_: Any, **__: Any) -> None:
+        print(f"asr: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = tell
+        yield

@@ -1,0 +1,98 @@
+"""`asr verify`: the checkpoint, its float32 graphs and its bundle on the same utterances."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asr.errors import BundleError, ManifestError
+
+if TYPE_CHECKING:
+    from asr.runtime.bundle import Bundle
+    from export.verify import Comparison, Context, Encode
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="bundle, or experiment with its bundle in EXPERIMENT/bundle")],
+    manifest: Annotated[Path, typer.Argument(help="utterances to compare on")],
+    utterances: Annotated[int, typer.Option(help="how many of them, from the first on")] = 200,
+    checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
+) -> None:
+    """Compare torch, ONNX and int8 on audio: log-probabilities, units, and word error rates.
+
+    Each is compared at once and chunk by chunk. A bundle alone is compared with itself at once. Exits with 2
+    where a limit of export/verify.py is exceeded.
+
+    Example: asr verify exp/conformer-s data/manifests/corpus_test.jsonl.gz --utterances 200
+    """
+    from asr.runtime.bundle import Bundle
+    from export.verify import answer, check_float32, check_int8, compare, contexts, read_utterances
+
+    is_experiment = (model / "config.yaml").is_file()
+    bundle = Bundle.load(model / "bundle" if is_experiment else model)
+    heard = read_utterances(manifest, utterances, bundle.info.features.sample_rate)
+    if not heard:
+        raise ManifestError(f"{manifest}: no utterances in it")
+    with tempfile.TemporaryDirectory() as folder:
+        models = _models(model, checkpoint, bundle, Path(folder)) if is_experiment else {}
+        models[f"bundle {bundle.info.target}"] = lambda context: _bundle_encode(bundle, context)
+        for context in contexts(bundle.info):
+            print(f"{context}, {len(heard)} utterances")
+            answers = {name: answer(of(context), heard, bundle.tokenizer) for name, of in models.items()}
+            reference = next(iter(answers.values()))
+            for name, given in answers.items():
+                found = compare(reference, given)
+                _print(name, found)
+                if name == "onnx float32" or bundle.info.target == "cpu-fp32":
+                    check_float32(found, f"{name}, {context}")
+                check_int8(found, f"{name}, {context}")
+    _print_sizes(bundle)
+
+
+def _models(
+    experiment: Path, checkpoint: str, bundle: Bundle, folder: Path
+) -> dict[str, Callable[[Context], Encode]]:
+    """The checkpoint, and a fresh export of it in float32; BundleError where the bundle is of other units."""
+    from asr.model.torch_scorer import TorchScorer
+    from asr.runtime.bundle import Bundle
+    from asr.train.checkpoint import load_model
+    from export.bundle import Origin, describe, write_bundle
+    from export.onnx import export_graphs
+    from export.verify import at_once
+
+    model, _, _ = load_model(experiment, checkpoint)
+    info = describe(model, experiment / "tokens", "cpu-fp32", Origin(experiment.name, ""))
+    if info.tokens_sha256 != bundle.info.tokens_sha256:
+        raise BundleError(f"{bundle.folder}: its units are not those of {experiment}; export again")
+    write_bundle(export_graphs(model), info, experiment / "tokens", folder / "float32")
+    float32 = Bundle.load(folder / "float32")
+    scorer = TorchScorer(model, "cpu")
+    return {
+        "torch": lambda context: at_once(scorer, context),
+        "onnx float32": lambda context: _bundle_encode(float32, context),
+    }
+
+
+def _bundle_encode(bundle: Bundle, context: Context) -> Encode:
+    from asr.runtime.onnx_scorer import OnnxScorer
+    from export.verify import WHOLE, at_once, in_chunks
+
+    return at_once(OnnxScorer(bundle), context) if context == WHOLE else in_chunks(bundle, context)
+
+
+def _print(name: str, found: Comparison) -> None:
+    wer = "" if found.wer[1] is None else f"  WER {found.wer[1]:6.2f} % of {found.num_words:,} words"
+    print(
+        f"  {name:<18}max |Δ log p| {found.max_difference:8.1e}  "
+        f"same units {found.same}/{found.total}, {found.units:.2f} % differ{wer}",
+        flush=True,
+    )
+
+
+def _print_sizes(bundle: Bundle) -> None:
+    sizes = ", ".join(f"{name} {file.size / 1e6:.1f} MB" for name, file in bundle.info.files.items())
+    print(f"{bundle.folder}: {bundle.info.parameters / 1e6:.1f} M parameters; {sizes}")

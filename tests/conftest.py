@@ -1,0 +1,115 @@
+"""What every test may count on: one thread, no telemetry, the same random numbers, and reference data."""
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: small tensors are four times faster on one thread
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from asr.model.hybrid import HybridModel
+
+REPO = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not gpu" in config.option.markexpr:  # the everyday tests give the same numbers on every machine
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # lhotse and others draw from the global generator
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Inputs and outputs of reference implementations, one folder each; see CONTRIBUTING.md."""
+    return _folder("ASR_GOLDEN", "golden")
+
+
+@pytest.fixture(scope="session")
+def speech_data() -> Path:
+    """Real speech with transcripts, one folder a corpus."""
+    return _folder("ASR_DATA", "data")
+
+
+def _folder(variable: str, name: str) -> Path:
+    path = Path(os.environ.get(variable) or REPO.parent / "shared" / name)
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there; set {variable} to the folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> "HybridModel":
+    """Random weights that hear something: CTC says blank in about half of the frames, and its units vary."""
+    import torch
+
+    from asr.features import FbankConfig
+    from asr.losses import LossConfig
+    from asr.model.build import build_model
+    from asr.model.conformer import ConformerConfig
+    from asr.model.decoder import DecoderConfig
+
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        encoder = ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8)
+        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64)
+        model = build_model(FbankConfig(), encoder, decoder, LossConfig(), len(TINY_SYMBOLS)).eval()
+        with torch.no_grad():
+            model.cmvn.mean += -6.0
+            model.cmvn.istd *= 0.3
+            noise = torch.randn(1, 80_000) * torch.rand(1, 50).repeat_interleave(1600, 1).square()
+            y, _ = model.encode(*model.features(noise, torch.tensor([80_000])))
+            model.ctc.weight *= 3 / model.ctc(y).std(1).mean()
+            model.ctc.bias -= model.ctc(y).mean((0, 1))
+            model.ctc.bias[0] += 4
+            model.decoder.out.bias[1] -= 4  # it does not stop at once
+    return model
+
+
+TINY_SYMBOLS = ["<blk>", "<sos/eos>", "<unk>", "▁", *"abcdefghijklmnop", "▁the", "ing"]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundles cpu-fp32 and cpu-int8 of `tiny_model`, exported once for all workers."""
+    import fcntl
+
+    from export.bundle import Origin, describe, write_bundle
+    from export.onnx import export_graphs
+    from export.quantize import quantize
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "cpu-int8").exists():
+            text = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(TINY_SYMBOLS))
+            (folder / "tokens.txt").write_text(text, encoding="utf-8")
+            graphs = export_graphs(tiny_model)
+            quantized = {name: quantize(graph) for name, graph in graphs.items()}
+            for target, built in (("cpu-fp32", graphs), ("cpu-int8", quantized)):
+                info = describe(tiny_model, folder, target, Origin("tiny", "Apache-2.0"))
+                write_bundle(built, info, folder, folder / target)
+    return folder

@@ -1,0 +1,155 @@
+"""Manifests keep what they are given and name the line that is wrong; short utterances become long."""
+
+import gzip
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from asr.data.cuts import (
+    count_cuts,
+    ctc_frames,
+    ctc_frames_needed,
+    cut_speaker,
+    cut_text,
+    join_cuts,
+    open_cuts,
+    read_cut,
+    save_cuts,
+)
+from asr.data.importers import from_tsv
+from asr.errors import AudioError, ManifestError
+
+from .conftest import Corpus, write_tone, write_tsv
+
+
+def test_what_is_saved_is_opened_and_lhotse_reads_it_too(corpus: Corpus, tmp_path: Path) -> None:
+    cuts = list(open_cuts(corpus([0.2, 0.3])))
+    save_cuts(cuts, tmp_path / "again.jsonl.gz")
+    assert list(open_cuts(tmp_path / "again.jsonl.gz")) == cuts
+    assert list(CutSet.from_file(tmp_path / "again.jsonl.gz")) == cuts
+    assert count_cuts(tmp_path / "again.jsonl.gz") == 2
+
+
+def test_a_save_that_breaks_off_leaves_the_old_manifest(corpus: Corpus) -> None:
+    path = corpus([0.2, 0.3])
+
+    def broken() -> list[Cut]:
+        raise ValueError("source broke")
+
+    with pytest.raises(ValueError, match="source broke"):
+        save_cuts((cut for cut in broken()), path)
+    assert count_cuts(path) == 2
+
+
+def test_a_shar_folder_opens_like_a_manifest(corpus: Corpus, tmp_path: Path) -> None:
+    cuts = open_cuts(corpus([0.2, 0.3]))
+    (tmp_path / "shar").mkdir()
+    cuts.to_shar(tmp_path / "shar", fields={"recording": "wav"}, shard_size=10)
+    opened = list(open_cuts(tmp_path / "shar"))
+    assert [cut_text(cut) for cut in opened] == ["word 0", "word 1"]
+    assert len(read_cut(opened[1])) == 4800
+    assert count_cuts(tmp_path / "shar") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{broken", "train.jsonl.gz:3: not a lhotse cut"),
+        (b'{"id": "a", "type": "MonoCut", "surprise": 1}', "train.jsonl.gz:3: not a lhotse cut"),
+        (
+            b'{"id": "r", "sources": [], "sampling_rate": 1, "num_samples": 1, "duration": 1}',
+            "found a Recording",
+        ),
+    ],
+)
+def test_a_wrong_line_is_named(corpus: Corpus, line: bytes, message: str) -> None:
+    path = corpus([0.2, 0.3])
+    with gzip.open(path, "ab") as file:
+        file.write(b"\n" * (not gzip.decompress(path.read_bytes()).endswith(b"\n")) + line + b"\n")
+    with pytest.raises(ManifestError, match=message):
+        list(open_cuts(path))
+
+
+def test_no_manifest_and_no_kind_of_manifest_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such manifest"):
+        open_cuts(tmp_path / "none.jsonl.gz")
+    with pytest.raises(ManifestError, match="not a manifest"):
+        open_cuts(tmp_path)
+
+
+def test_channels_are_averaged_and_names_may_be_anything(tmp_path: Path) -> None:
+    name = "mit Leerzeichen ü 'q'.wav"
+    soundfile.write(tmp_path / name, np.stack([np.full(800, 0.5), np.full(800, 0.1)], axis=1), 16000)
+    path = write_tsv(tmp_path, [("a b/ü", name, "s", "train", "x", "", "")])
+    save_cuts(from_tsv(path, []), tmp_path / "a.jsonl")
+    (cut,) = open_cuts(tmp_path / "a.jsonl")
+    np.testing.assert_allclose(read_cut(cut), np.full(800, 0.3), atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "short", "nan"])
+def test_audio_that_is_not_as_the_manifest_says_is_an_error(corpus: Corpus, damage: str) -> None:
+    path = corpus([0.5])
+    wav = path.parent / "train" / "0.wav"
+    (cut,) = open_cuts(path)
+    if damage == "gone":
+        wav.unlink()
+    elif damage == "empty":
+        wav.write_bytes(b"")
+    elif damage == "short":
+        write_tone(wav, 0.3)
+    else:
+        soundfile.write(wav, np.full(8000, np.nan), 16000, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"0\.wav: \S+") as error:
+        read_cut(cut)
+    assert "\n" not in str(error.value)
+
+
+def joined(path: Path, seed: int = 0, **how: object) -> list[Cut]:
+    return list(join_cuts(open_cuts(path), random.Random(seed), **how))  # type: ignore[arg-type]
+
+
+def test_joining_uses_every_utterance_once_beside_others_of_its_speaker(corpus: Corpus) -> None:
+    path = corpus([0.2 + 0.01 * n for n in range(40)])
+    cuts = joined(path, words=(2, 5))
+    said = [text for cut in cuts for text in cut_text(cut).split("word ")[1:]]
+    assert sorted(int(text) for text in said) == list(range(40))
+    for cut in cuts:
+        assert {s.speaker for s in cut.supervisions} == {cut_speaker(cut)}
+        assert len(cut.supervisions) <= 5
+    assert len({cut.id for cut in cuts}) == len(cuts)
+
+
+def test_joined_audio_is_its_parts_with_pauses_in_the_order_of_the_text(corpus: Corpus) -> None:
+    path = corpus([0.3] * 6)
+    parts = {cut_text(cut): read_cut(cut) for cut in open_cuts(path)}
+    for cut in joined(path, words=(2, 2), pause_s=(0.1, 0.2)):
+        samples = read_cut(cut)
+        first, second = ("word" + text.rstrip() for text in cut_text(cut).split("word")[1:])
+        np.testing.assert_allclose(samples[:4800], parts[first], atol=1e-6)
+        np.testing.assert_allclose(samples[-4800:], parts[second], atol=1e-6)
+        pause = samples[4800:-4800]
+        assert 0.1 * 16000 - 1 <= len(pause) <= 0.2 * 16000 + 1
+        assert not pause.any()
+
+
+def test_joining_keeps_to_the_longest_and_depends_on_its_generator_alone(corpus: Corpus) -> None:
+    path = corpus([0.5] * 30)
+    cuts = joined(path, words=(1, 8), max_s=2.0)
+    assert max(cut.duration for cut in cuts) <= 2.0
+    assert len({len(cut.supervisions) for cut in cuts}) > 1
+    assert [cut.id for cut in joined(path, max_s=2.0)] == [cut.id for cut in joined(path, max_s=2.0)]
+    assert [cut.id for cut in joined(path)] != [cut.id for cut in joined(path, seed=1)]
+
+
+def test_ctc_needs_a_frame_for_each_unit_and_one_between_equal_ones() -> None:
+    assert ctc_frames_needed([]) == 0
+    assert ctc_frames_needed([5, 6, 5]) == 3
+    assert ctc_frames_needed([5, 5, 5]) == 5
+    assert ctc_frames(0.16, 4) == 4
+    assert ctc_frames(0.165, 4) == 5
+    assert ctc_frames(0.16, 8) == 2

@@ -1,0 +1,79 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+GRAPHS = ("encoder", "memory", "decoder")
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_bundles: Path) -> dict[str, onnx.ModelProto]:
+    return {name: onnx.load(tiny_bundles / "cpu-fp32" / f"{name}.onnx") for name in GRAPHS}
+
+
+def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
+    state = ["frames", "keys", "values", "conv", "offset"]
+    following = [f"next_{name}" for name in state]
+    expected = {
+        "encoder": (
+            ["window", "num_frames", "chunk", "left", *state],
+            ["y", "log_probs", "y_lens", *following],
+        ),
+        "memory": (["y"], ["cross_keys", "cross_values"]),
+        "decoder": (
+            ["tokens", "cross_keys", "cross_values", "y_lens", "keys", "values"],
+            ["log_probs", "next_keys", "next_values"],
+        ),
+    }
+    for name, graph in graphs.items():
+        found = [x.name for x in graph.graph.input], [x.name for x in graph.graph.output]
+        assert found == expected[name]
+
+
+def test_older_runtimes_can_read_them(graphs: dict[str, onnx.ModelProto]):
+    for graph in graphs.values():
+        assert graph.ir_version <= 10
+        assert [(x.domain, x.version) for x in graph.opset_import if x.domain == ""] == [("", 18)]
+        assert not graph.functions
+        assert {node.domain for node in graph.graph.node} <= {""}
+
+
+def test_no_control_flow_and_no_weights_elsewhere(graphs: dict[str, onnx.ModelProto]):
+    for graph in graphs.values():
+        assert not {"If", "Loop", "Scan"} & {node.op_type for node in graph.graph.node}
+        assert all(x.data_location == onnx.TensorProto.DEFAULT for x in graph.graph.initializer)
+
+
+def test_nothing_of_the_machine_that_exported_is_in_them(tiny_bundles: Path):
+    home = str(Path(__file__).parents[2]).encode()
+    for path in (tiny_bundles / "cpu-fp32").glob("*.onnx"):
+        data = path.read_bytes()
+        assert b".py" not in data
+        assert home not in data
+
+
+def test_nodes_are_named_after_modules(graphs: dict[str, onnx.ModelProto]):
+    names = Counter(node.name.rpartition("/")[0] for node in graphs["encoder"].graph.node)
+    for module in ("fbank.fourier", "fbank.mel", "encoder.layers.1.attention.project", "ctc"):
+        assert names[module] > 0
+    assert len({node.name for node in graphs["encoder"].graph.node}) == len(graphs["encoder"].graph.node)
+
+
+@pytest.mark.parametrize(("n", "width", "frames"), [(1, 0, 1), (1, 1, 4), (5, 7, 33)])
+def test_every_dynamic_size_is(graphs: dict[str, onnx.ModelProto], n: int, width: int, frames: int):
+    session = onnxruntime.InferenceSession(graphs["encoder"].SerializeToString())
+    sizes = {"N": n, "W": width, "160*T + 240": 160 * frames + 240}
+    inputs = {}
+    for x in session.get_inputs():
+        kind = np.float32 if x.type == "tensor(float)" else np.int64
+        inputs[x.name] = np.zeros([sizes.get(size, size) for size in x.shape], kind)
+    inputs["num_frames"] += frames
+    inputs["chunk"] += 4
+    y, log_probs, y_lens, *_, offset = session.run(None, inputs)
+    assert y.shape == (n, -(-frames // 4), 32)
+    assert log_probs.shape == (n, -(-frames // 4), 22)
+    assert y_lens.tolist() == offset.tolist() == [-(-frames // 4)] * n
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)

@@ -1,0 +1,104 @@
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from asr.features import FbankConfig
+from asr.losses import LossConfig
+from asr.model.build import build_model
+from asr.model.conformer import ConformerConfig
+from asr.model.decoder import DecoderConfig
+from asr.runtime.bundle import session_options
+from export.onnx import export_graphs
+from export.quantize import KEPT, quantize
+from export.verify import made_sound
+
+EIGHT_BITS = {"MatMulInteger", "DynamicQuantizeLinear"}
+
+
+def load(tiny_bundles: Path, target: str, name: str) -> onnx.ModelProto:
+    return onnx.load(tiny_bundles / target / f"{name}.onnx")
+
+
+def ops(graph: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in graph.graph.node]
+
+
+@pytest.mark.parametrize("name", ["encoder", "memory", "decoder"])
+def test_weights_become_signed_bytes(tiny_bundles: Path, name: str):
+    before, after = (load(tiny_bundles, target, name) for target in ("cpu-fp32", "cpu-int8"))
+    assert not EIGHT_BITS & set(ops(before))
+    assert set(ops(after)) >= EIGHT_BITS
+    assert "ConvInteger" not in ops(after)
+    kinds = {x.name: x.data_type for x in after.graph.initializer}
+    weights = [node.input[1] for node in after.graph.node if node.op_type == "MatMulInteger"]
+    assert {kinds[name] for name in weights} == {TensorProto.INT8}
+    assert after.ir_version == before.ir_version
+
+
+def test_every_matrix_of_a_layer_is_quantized(tiny_bundles: Path):
+    before, after = (load(tiny_bundles, target, "encoder") for target in ("cpu-fp32", "cpu-int8"))
+    constants = {x.name for x in before.graph.initializer}
+    kept = tuple(f"{name}{end}" for name in KEPT for end in "./")
+    matrices = [n for n in before.graph.node if n.op_type == "MatMul" and n.input[1] in constants]
+    weights = [node for node in matrices if not node.name.startswith(kept)]
+    assert len(weights) == 1 + 2 * 8  # the subsampling's, and eight a layer
+    assert ops(after).count("MatMulInteger") == len(weights)
+
+
+@pytest.mark.parametrize("module", ["fbank.fourier", "fbank.mel", "ctc", "encoder.front.convolutions.0"])
+def test_what_is_kept_is_named_so(tiny_bundles: Path, module: str):
+    graph = load(tiny_bundles, "cpu-int8", "encoder")
+    constants = {x.name: x for x in graph.graph.initializer}
+    nodes = [
+        n for n in graph.graph.node if n.name.startswith(f"{module}/") and n.op_type in ("MatMul", "Conv")
+    ]
+    assert nodes
+    for node in nodes:
+        assert constants[node.input[1]].data_type == TensorProto.FLOAT
+
+
+def test_size_is_a_quarter():
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32), "w")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 512]) for name in "xy"]
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="encoder.layers.0/MatMul_0")
+    graph = helper.make_graph([node], "encoder", value[:1], value[1:], [weight])
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+    before = model.SerializeToString()
+    assert quantize(model).ByteSize() < 0.27 * model.ByteSize()
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.slow
+def test_a_model_of_real_width_is_smaller_and_faster():
+    config = ConformerConfig(num_layers=4), DecoderConfig(num_layers=2)
+    graphs = export_graphs(build_model(FbankConfig(), *config, LossConfig(), 500))
+    quantized = {name: quantize(graph) for name, graph in graphs.items()}
+    before, after = (sum(g.ByteSize() for g in built.values()) for built in (graphs, quantized))
+    assert after < 0.35 * before
+    inputs = {
+        "window": made_sound(1.0, 16000)[None, : 63 * 160 + 400],
+        "num_frames": np.array([64]),
+        "chunk": np.array(16),
+        "left": np.array(4),
+        "frames": np.zeros((1, 3, 80), np.float32),
+        "keys": np.zeros((1, 4, 4, 64, 64), np.float32),
+        "values": np.zeros((1, 4, 4, 64, 64), np.float32),
+        "conv": np.zeros((1, 4, 256, 14), np.float32),
+        "offset": np.array([1000]),
+    }
+    sessions = [
+        onnxruntime.InferenceSession(built["encoder"].SerializeToString(), session_options(1))
+        for built in (graphs, quantized)
+    ]
+    times: list[list[float]] = [[], []]
+    for _ in range(30):  # interleaved, so that both meet the same company on the machine
+        for session, taken in zip(sessions, times, strict=True):
+            started = time.process_time()
+            session.run(None, inputs)
+            taken.append(time.process_time() - started)
+    assert np.median(times[1]) < 0.85 * np.median(times[0])

@@ -1,0 +1,22 @@
+import pytest
+
+from asr.features import FbankConfig
+from asr.losses import LossConfig
+from asr.model.build import DECODERS, ENCODERS, build_model
+from asr.model.conformer import ConformerConfig
+from asr.model.decoder import DecoderConfig
+
+
+@pytest.mark.parametrize("registry", [ENCODERS, DECODERS])
+def test_the_key_is_the_type_of_the_configuration(registry):
+    for name, (config_class, _) in registry.items():
+        assert config_class().type == name
+
+
+def test_encoder_and_decoder_may_have_different_sizes():
+    encoder = ConformerConfig(dim=16, num_layers=1, ff_dim=8)
+    decoder = DecoderConfig(dim=24, num_layers=1, ff_dim=8)
+    model = build_model(FbankConfig(num_bins=20), encoder, decoder, LossConfig(), 7)
+    assert model.ctc.out_features == model.decoder.out.out_features == 7
+    assert model.encoder.dim == 16
+    assert model.cmvn.mean.shape == (20,)

@@ -1,0 +1,145 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from asr.audio import write
+from asr.config import ExperimentConfig, save_config
+from asr.model.hybrid import HybridModel
+from asr.runtime.bundle import Bundle
+from asr.tokens import load_tokenizer
+from asr.train import checkpoint
+from export import build, verify
+from export.verify import made_sound
+from recipes.cli import main
+
+Result = tuple[int, str, str]
+
+
+@pytest.fixture
+def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    def run(*args: object) -> Result:
+        status = main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def experiment(
+    tiny_model: HybridModel, tiny_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The tiny model as an experiment, whose export was made before."""
+    path = tmp_path / "exp" / "tiny"
+    (path / "tokens").mkdir(parents=True)
+    (path / "tokens" / "tokens.txt").write_bytes((tiny_bundles / "tokens.txt").read_bytes())
+    save_config(ExperimentConfig(), path / "config.yaml")
+
+    def load_model(folder: Path, which: str) -> tuple[HybridModel, object, ExperimentConfig]:
+        assert (folder, which) == (path, "average")
+        return tiny_model, load_tokenizer(path / "tokens"), ExperimentConfig()
+
+    def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
+        assert model is tiny_model
+        return {x.stem: onnx.load(x) for x in (tiny_bundles / "cpu-fp32").glob("*.onnx")}
+
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    monkeypatch.setattr(build, "export_graphs", export_graphs)
+    monkeypatch.setattr("export.onnx.export_graphs", export_graphs)
+    return path
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    from lhotse import MonoCut, Recording, SupervisionSegment
+
+    from asr.data.cuts import save_cuts
+
+    cuts = []
+    for n in range(3):
+        write(tmp_path / f"{n}.wav", made_sound(3.0 + n, 16000))
+        recording = Recording.from_file(tmp_path / f"{n}.wav")
+        spoken = [SupervisionSegment(f"s{n}", recording.id, 0, recording.duration, text="some words")]
+        cuts.append(MonoCut(f"c{n}", 0, recording.duration, 0, spoken, recording=recording))
+    save_cuts(cuts, tmp_path / "test.jsonl.gz")
+    return tmp_path / "test.jsonl.gz"
+
+
+@pytest.mark.parametrize("target", ["cpu-int8", "cpu-fp32"])
+def test_export_writes_a_bundle_and_says_what_it_proved(asr, experiment: Path, target: str):
+    status, out, err = asr("export", experiment, "--target", target, "--licence", "CC0")
+    assert (status, err) == (0, "")
+    assert "max |Δ log p|" in out
+    assert ("kept in float32" in out) == (target == "cpu-int8")
+    info = Bundle.load(experiment / "bundle").info
+    assert (info.target, info.licence, info.source) == (target, "CC0", "tiny, average checkpoint")
+    assert float(info.figures["max_difference_to_checkpoint"]) < 1e-4
+    assert ("same_units_as_float32" in info.figures) == (target == "cpu-int8")
+
+
+def test_export_elsewhere(asr, experiment: Path, tmp_path: Path):
+    assert asr("export", experiment, "-o", tmp_path / "b")[0] == 0
+    assert Bundle.load(tmp_path / "b").info.target == "cpu-int8"
+    assert not (experiment / "bundle").exists()
+
+
+def test_mistakes_are_told_before_the_export(asr, experiment: Path, tmp_path: Path):
+    assert "cpu-fp32, cpu-int8" in asr("export", experiment, "--target", "tpu")[2]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    status, _, err = asr("export", experiment, "-o", tmp_path / "mine")
+    assert status == 2
+    assert "not a bundle" in err
+
+
+def test_a_graph_that_is_not_the_model_is_not_written(asr, experiment: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "MAX_DIFFERENCE", 1e-9)
+    status, _, err = asr("export", experiment)
+    assert status == 2
+    assert "log-probabilities differ" in err
+    assert not (experiment / "bundle").exists()
+
+
+def test_verify_compares_three_ways(asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "MAX_UNITS", 100.0)  # random weights are not sure of anything
+    assert asr("export", experiment)[0] == 0
+    status, out, err = asr("verify", experiment, manifest, "--utterances", 2)
+    assert (status, err) == (0, "")
+    for part in ("at once, 2 utterances", "chunks of 16 frames", "chunks of 4 frames"):
+        assert part in out
+    for name in ("torch", "onnx float32", "bundle cpu-int8"):
+        assert out.count(f"  {name} ") == 3
+    assert "of 4 words" in out
+    assert "encoder.onnx" in out
+
+
+def test_verify_fails_beyond_a_limit(asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch):
+    assert asr("export", experiment)[0] == 0
+    monkeypatch.setattr(verify, "MAX_UNITS", -1.0)
+    status, _, err = asr("verify", experiment, manifest)
+    assert status == 2
+    assert "% of units change" in err
+
+
+def test_a_bundle_alone_is_compared_with_itself(asr, tiny_bundles: Path, manifest: Path):
+    status, out, _ = asr("verify", tiny_bundles / "cpu-fp32", manifest)
+    assert status == 0
+    assert out.count("bundle cpu-fp32") == 3
+
+
+def test_bench_prints_figures(asr, tiny_bundles: Path, tmp_path: Path, manifest: Path):
+    write(tmp_path / "a.wav", made_sound(3.0, 16000))
+    for sound in (tmp_path / "a.wav", manifest):
+        status, out, _ = asr("bench", tiny_bundles / "cpu-int8", sound)
+        assert status == 0
+        for name in ("real-time factor", "first partial", "final", "chunk", "memory"):
+            assert name in out
+    assert '"rtf":' in asr("bench", tiny_bundles / "cpu-int8", tmp_path / "a.wav", "--json")[1]
+
+
+def test_the_error_of_a_bundle_reaches_the_user(asr, tmp_path: Path):
+    status, _, err = asr("bench", tmp_path)
+    assert status == 2
+    assert err == f"asr: {tmp_path}: no model.json in it; make a bundle with asr export\n"

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asr.decode.scorer import Floats
+from asr.features import Fbank, FbankConfig
+from asr.runtime.framing import Framer
+
+
+def frames_of(framer: Framer, fbank: Fbank, most: int = 1000) -> torch.Tensor:
+    """The features of all frames that are ready, taken at most `most` at a time."""
+    parts = [torch.zeros(0, fbank.config.num_bins)]
+    while num_frames := min(framer.ready(), most):
+        parts.append(fbank.frames(torch.from_numpy(framer.take(num_frames))[None])[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("name", ["noise", "chirp", "voice"])
+@pytest.mark.parametrize("snip_edges", [False, True])
+@pytest.mark.parametrize("pattern", [0, 1])
+def test_as_many_frames_are_ready_after_each_block_as_in_kaldi(
+    golden: Path, name: str, snip_edges: bool, pattern: int
+):
+    arrays = np.load(golden / "kaldi_fbank" / "io.npz")
+    sizes = json.loads((golden / "kaldi_fbank" / "config.json").read_text())["blocks"][pattern]
+    samples = arrays[f"wav.{name}"]
+    framer, ready, start = Framer(160, 400, snip_edges), [], 0
+    while start < len(samples):
+        size = sizes[len(ready) % len(sizes)]
+        framer.accept(samples[start : start + size])
+        ready.append(framer.ready())
+        start += size
+    framer.finish()
+    ready.append(framer.ready())
+    expected = arrays[f"online.{name}.snip{int(snip_edges)}.blocks{pattern}.frames_ready"]
+    np.testing.assert_array_equal(ready, expected)
+
+
+@pytest.mark.parametrize("snip_edges", [False, True])
+@pytest.mark.parametrize(("sample_rate", "block"), [(16000, 1), (16000, 777), (8000, 100)])
+@pytest.mark.parametrize("num_samples", [0, 1, 79, 80, 119, 320, 399, 400, 401, 999, 4001])
+def test_framed_features_are_those_of_the_whole_utterance(
+    snip_edges: bool, sample_rate: int, block: int, num_samples: int
+):
+    config = FbankConfig(sample_rate=sample_rate, snip_edges=snip_edges)
+    fbank = Fbank(config)
+    samples = np.random.default_rng(0).normal(0, 0.1, num_samples).astype(np.float32)
+    framer = Framer(fbank.shift_samples, fbank.frame_samples, snip_edges)
+    parts = []
+    for start in range(0, num_samples, block):
+        framer.accept(samples[start : start + block])
+        parts.append(frames_of(framer, fbank, most=3))
+    framer.finish()
+    parts.append(frames_of(framer, fbank))
+    whole, _ = fbank(torch.from_numpy(samples)[None], torch.tensor([num_samples]))
+    torch.testing.assert_close(torch.cat(parts), whole[0], rtol=0, atol=1e-3)
+
+
+def test_only_what_is_still_needed_is_kept():
+    framer = Framer(160, 400)
+    for _ in range(1000):
+        framer.accept(np.zeros(1000, np.float32))
+        if framer.ready():
+            framer.take(framer.ready())
+        assert len(framer._buffer) <= 1400
+
+
+def test_samples_are_counted_exactly_beyond_what_32_bits_hold():
+    framer = Framer(160, 400)
+    framer.num_samples = framer._first = 2**33 * 160
+    framer.num_taken = 2**33
+    framer._buffer = np.zeros(0, np.float32)
+    block: Floats = np.arange(1000, dtype=np.float32)
+    framer._first -= 400
+    framer._buffer = np.zeros(400, np.float32)
+    framer.accept(block)
+    assert framer.ready() == (1000 - 280) // 160 + 1
+    np.testing.assert_array_equal(framer.take(1)[120:], block[:280])

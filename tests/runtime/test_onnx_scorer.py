@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+
+from asr.decode.config import SearchConfig
+from asr.decode.modes import MODES, decode
+from asr.decode.scorer import Floats
+from asr.model.hybrid import HybridModel
+from asr.model.torch_scorer import TorchScorer
+from asr.runtime import Bundle
+from asr.runtime.onnx_scorer import OnnxScorer
+from export.verify import Context, at_once, in_chunks
+
+CONTEXTS = [(chunk, left) for chunk in (4, 8, 16) for left in (0, 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def scorers(tiny_model: HybridModel, float32: Bundle) -> tuple[TorchScorer, OnnxScorer]:
+    return TorchScorer(tiny_model, "cpu"), OnnxScorer(float32)
+
+
+@pytest.mark.parametrize("context", [(0, -1), (8, -1), *CONTEXTS])
+def test_at_once_it_is_the_model(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats, context):
+    expected, found = (at_once(scorer, Context(*context))(sound) for scorer in scorers)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("num_samples", [7 * 16000 - 333, 4 * 10240, 25000, 1500])
+def test_chunk_by_chunk_it_is_the_model(
+    scorers: tuple[TorchScorer, OnnxScorer], float32: Bundle, sound: Floats, context, num_samples: int
+):
+    expected = at_once(scorers[0], Context(*context))(sound[:num_samples])
+    found = in_chunks(float32, Context(*context))(sound[:num_samples])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_real_speech_too(scorers: tuple[TorchScorer, OnnxScorer], float32: Bundle, speech: list[Floats]):
+    for samples in speech:
+        expected = at_once(scorers[0], Context(8, 4))(samples)
+        found = in_chunks(float32, Context(8, 4))(samples)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("field", ["frames", "keys", "values", "conv", "offset"])
+def test_every_field_of_the_state_is_heard(float32: Bundle, sound: Floats, field: str):
+    """Or the tests above could pass with a state that nobody reads."""
+    scorer = OnnxScorer(float32)
+    framer, state = scorer.framer(), scorer.init_state(16)
+    framer.accept(sound)
+    for _ in range(3):
+        state = scorer.advance(framer.take(32)[None], np.array([32]), 8, 2, state).state
+    window, num_frames = framer.take(32)[None], np.array([32])
+    whole = scorer.advance(window, num_frames, 8, 2, state).log_probs
+    other = {**state, field: np.zeros_like(state[field])}
+    assert np.abs(scorer.advance(window, num_frames, 8, 2, other).log_probs - whole).max() > 1e-3
+
+
+def test_streams_in_a_batch_are_what_they_are_alone(float32: Bundle, sound: Floats):
+    """Also where one has fewer frames, and none at all."""
+    scorer, rng = OnnxScorer(float32), np.random.default_rng(1)
+    windows = rng.normal(0, 0.1, (4, 31 * 160 + 400)).astype(np.float32)
+    num_frames = np.array([32, 17, 0, 32])
+    state = {
+        name: rng.normal(0, 1, (4, *x.shape[1:])).astype(x.dtype) for name, x in scorer.init_state(16).items()
+    }
+    state["offset"] = np.array([40, 8, 0, 2**40])
+    together = scorer.advance(windows, num_frames, 8, 2, state)
+    assert together.y_lens.tolist() == [8, 5, 0, 8]
+    for n in range(4):
+        one = {name: x[n : n + 1] for name, x in state.items()}
+        alone = scorer.advance(windows[n : n + 1], num_frames[n : n + 1], 8, 2, one)
+        num = together.y_lens[n]
+        np.testing.assert_allclose(together.log_probs[n, :num], alone.log_probs[0, :num], rtol=0, atol=1e-4)
+        for name, x in alone.state.items():
+            np.testing.assert_allclose(together.state[name][n], x[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_gives_the_same_from_torch_and_from_onnx(
+    scorers: tuple[TorchScorer, OnnxScorer], speech: list[Floats], mode: str
+):
+    config = SearchConfig(beam=4, nbest=2)
+    samples = [x[:48000] for x in speech] + [np.zeros(0, np.float32), speech[0][:320]]
+    expected, found = (decode(scorer, mode, samples, config, 8, 4) for scorer in scorers)
+    for a, b in zip(expected, found, strict=True):
+        assert [x.tokens for x in a] == [x.tokens for x in b]
+        np.testing.assert_allclose([x.score for x in a], [x.score for x in b], rtol=1e-4, atol=1e-3)
+        assert [x.frames for x in a] == [x.frames for x in b]
+    assert any(x[0].tokens for x in found)
+
+
+def test_scores_do_not_depend_on_other_hypotheses(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats):
+    _, scorer = scorers
+    _, memory = scorer.encode([sound, sound[:20000]])
+    hypotheses = [(5, 6, 7), (), (9,)]
+    together = scorer.score(memory, np.array([0, 1, 1]), hypotheses)
+    for n, (owner, tokens) in enumerate(zip((0, 1, 1), hypotheses, strict=True)):
+        (alone,) = scorer.score(memory, np.array([owner]), [tokens])
+        assert len(alone) == len(tokens) + 1
+        np.testing.assert_allclose(together[n], alone, rtol=0, atol=1e-5)
+
+
+def test_steps_give_what_a_whole_sequence_gives(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats):
+    _, scorer = scorers
+    _, memory = scorer.encode([sound, sound[:20000]])
+    tokens = [5, 9, 9]
+    (expected,) = scorer.score(memory, np.array([1]), [tokens])
+    state = scorer.start(memory, np.array([0, 1]))
+    state = scorer.select(state, np.array([1, 1, 0]))
+    found = []
+    for last, following in zip([scorer.sos_eos, *tokens], [*tokens, scorer.sos_eos], strict=True):
+        ids, log_probs, state = scorer.step(state, np.full(3, last), scorer.num_tokens)
+        assert (np.diff(log_probs) <= 0).all()
+        found.append(log_probs[1, ids[1].tolist().index(following)])
+        state = scorer.select(state, np.array([1, 0, 2]))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_eight_bits_are_near_but_not_the_same(float32: Bundle, int8: Bundle, sound: Floats):
+    a, b = (np.exp(in_chunks(bundle, Context(16, 4))(sound)) for bundle in (float32, int8))
+    assert 1e-4 < np.abs(a - b).mean() < 0.03
+
+
+def test_torch_and_onnx_agree_on_no_frames(scorers: tuple[TorchScorer, OnnxScorer]):
+    for scorer in scorers:
+        log_probs, memory = scorer.encode([np.zeros(0, np.float32), np.zeros(16000, np.float32)])
+        assert [x.shape for x in log_probs] == [(0, 22), (25, 22)]
+        assert len(scorer.score(memory, np.array([1]), [(4, 5)])[0]) == 3
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,105 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, tensor
+
+from asr.losses import ctc_feasible, ctc_loss, label_smoothed_cross_entropy, transducer_loss
+
+
+@pytest.fixture(scope="module")
+def exact(golden):
+    with np.load(golden / "ctc_rnnt" / "io.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected.to(actual.dtype), **tolerance)
+
+
+def _ctc(exact: dict[str, Tensor], prefix: str, x_lens: Tensor) -> None:
+    """Losses equal the sum over all paths; where there is none, 0 instead of infinity."""
+    logits = exact[f"{prefix}.logits"].requires_grad_()
+    tokens, token_lens = exact[f"{prefix}.targets"].clamp(min=0), exact[f"{prefix}.target_lens"]
+    loss = ctc_loss(logits.log_softmax(-1), x_lens, tokens, token_lens)
+    expected = exact[f"{prefix}.loss"]
+    close(loss, expected.where(expected.isfinite(), 0.0), rtol=1e-5, atol=1e-6)
+    assert torch.equal(ctc_feasible(x_lens, tokens, token_lens), expected.isfinite())
+    loss.sum().backward()
+    if f"{prefix}.grad_logits" in exact:
+        close(logits.grad, exact[f"{prefix}.grad_logits"], rtol=0, atol=1e-5)
+
+
+def test_ctc_losses_and_gradients_equal_the_enumeration(exact):
+    _ctc(exact, "ctc", torch.full((11,), 12))
+
+
+def test_ctc_losses_of_a_padded_batch_equal_the_enumeration(exact):
+    _ctc(exact, "ctc_batch", exact["ctc_batch.input_lens"])
+
+
+def _collapse(path: tuple[int, ...]) -> list[int]:
+    return [token for token, _ in itertools.groupby(path) if token]
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [1, 1], [2], []])
+def test_ctc_loss_is_the_sum_over_all_paths(tokens):
+    log_probs = torch.randn(1, 5, 3).log_softmax(-1)
+    paths = [p for p in itertools.product(range(3), repeat=5) if _collapse(p) == tokens]
+    total = torch.stack([log_probs[0, range(5), p].sum() for p in paths]).logsumexp(0)
+    padded = tensor([[*tokens, 0, 0]])
+    close(ctc_loss(log_probs, tensor([5]), padded, tensor([len(tokens)])), -total[None])
+
+
+@pytest.mark.parametrize("tokens", [[1, 2, 3], [1, 1, 2], [2, 2, 2], [1]])
+def test_feasible_means_a_path_exists(tokens):
+    needed = len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+    padded = tensor([[*tokens, 0, 0, 0]] * 2)
+    lens = tensor([needed - 1, needed])
+    assert ctc_feasible(lens, padded, tensor([len(tokens)] * 2)).tolist() == [False, True]
+
+
+def test_a_batch_without_a_token_is_feasible():
+    assert ctc_feasible(tensor([0, 3]), torch.zeros(2, 0, dtype=torch.int64), tensor([0, 0])).all()
+
+
+def test_no_frames_and_no_tokens_are_no_loss():
+    log_probs = torch.randn(2, 3, 4, requires_grad=True)
+    loss = ctc_loss(log_probs.log_softmax(-1), tensor([0, 3]), tensor([[1], [0]]), tensor([1, 0]))
+    loss.sum().backward()
+    assert loss[0] == 0
+    assert loss[1] > 0
+    assert log_probs.grad.isfinite().all()
+    assert not log_probs.grad[0].any()
+
+
+def test_cross_entropy_is_torchs_summed_over_each_utterance():
+    logits, targets = torch.randn(2, 4, 6), torch.randint(6, (2, 4))
+    loss = label_smoothed_cross_entropy(logits.log_softmax(-1), targets, tensor([4, 2]), 0.1)
+    for i, n in enumerate((4, 2)):
+        expected = torch.nn.functional.cross_entropy(
+            logits[i, :n], targets[i, :n], reduction="sum", label_smoothing=0.1
+        )
+        close(loss[i], expected)
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_transducer_losses_and_gradients_equal_the_enumeration(exact, case):
+    name = f"rnnt{case}"
+    logits = exact[f"{name}.logits"][None].requires_grad_()
+    tokens = exact[f"{name}.labels"][None]
+    lens = (tensor([n]) for n in (logits.shape[1], tokens.shape[1]))
+    x_lens, token_lens = lens
+    loss = transducer_loss(logits, x_lens, tokens, token_lens, blank=int(exact[f"{name}.blank"]))
+    close(loss, exact[f"{name}.loss"][None], rtol=1e-5, atol=1e-6)
+    loss.sum().backward()
+    close(logits.grad[0], exact[f"{name}.grad_logits"], rtol=0, atol=1e-5)
+
+
+def test_transducer_losses_of_a_padded_batch_are_those_of_its_utterances():
+    logits, tokens = torch.randn(2, 5, 4, 6), torch.randint(1, 6, (2, 3))
+    x_lens, token_lens = tensor([5, 3]), tensor([3, 1])
+    both = transducer_loss(logits, x_lens, tokens, token_lens)
+    alone = transducer_loss(logits[1:, :3, :2], x_lens[1:], tokens[1:, :1], token_lens[1:])
+    close(both[1:], alone)
