@@ -16,8 +16,7 @@ demo: setup  ## train, decode, export and stream a small model on made speech; g
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash egs/made/run.sh
 
 test: setup  ## the tests of every day, minutes
-	$(python) -m pytest tests/train  # first and alone: its processes are forked, and torch.export leaves threads behind
-	$(python) -m pytest -n 2 --ignore tests/train
+	$(python) -m pytest -n 2
 
 test-slow: setup  ## the long ones: training until it converges, full sizes, a GPU where there is one
 	$(python) -m pytest -m "slow or gpu"

@@ -1,8 +1,10 @@
 """Tiny experiments: eight words of tones, a model of a few thousand parameters, processes that can be killed.
 
-Children are forked, as importing torch anew takes longer than most tests; see `in_child`.
+Children come from a server that has imported torch and done nothing else: importing it anew takes longer than
+most tests, and a fork of this process would inherit locks held by the threads of autograd.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -24,14 +26,16 @@ from asr.tokens import train_tokenizer
 from asr.train.learner import Progress
 from asr.train.loop import train
 
-FORK = multiprocessing.get_context("fork")
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["asr.train.loop", "lhotse", "pytest"])
+LIMIT_S = 60
 SIZES = (
     "encoder.dim=16 encoder.num_layers=1 encoder.num_heads=2 encoder.ff_dim=32 encoder.kernel_size=3 "
     "encoder.subsampling_channels=4 decoder.dim=16 decoder.num_layers=1 decoder.num_heads=2 decoder.ff_dim=32"
 )
 RUN = (
     "optim.warmup_steps=5 data.max_batch_s=2 data.max_utterance_s=2 data.num_workers=0 train.log_every=2 "
-    "train.cmvn_utterances=4 train.precision=fp32 train.save_every=3 train.timeout_s=60"
+    "train.cmvn_utterances=4 train.precision=fp32 train.save_every=3 train.timeout_s=45"
 )
 
 
@@ -92,7 +96,8 @@ class Children:
     alive: list[Any] = field(default_factory=list)
 
     def start(self, target: Callable[..., None], *args: Any, **environment: str) -> Any:
-        process = FORK.Process(target=_with_environment, args=(target, args, environment))
+        """Run target(*args), a function of a module, in a process of its own."""
+        process = FRESH.Process(target=_with_environment, args=(target, args, environment))
         process.start()
         self.alive.append(process)
         return process
@@ -105,13 +110,15 @@ class Children:
         where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         started = [self.start(target, *args, **where, RANK=str(rank)) for rank in range(count)]
         for process in started:
-            process.join(60)
+            process.join(LIMIT_S)
         assert [process.exitcode for process in started] == [0] * count
 
 
 def _with_environment(target: Callable[..., None], args: Sequence[Any], environment: dict[str, str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a training, for the processes that read data
     os.environ.update(environment)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(LIMIT_S - 5)  # where a child hangs is worth knowing
     try:
         target(*args)
     except Exception:

@@ -60,16 +60,20 @@ def test_stopped_and_resumed_equals_uninterrupted(lab: Any) -> None:
     assert_same_checkpoint(path_of(whole, 7), path_of(parts, 7))
 
 
+def die(line: str) -> None:
+    if line.startswith("step       4"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(lab: Any, *options: str) -> None:
+    lab.train("killed", *options, echo=die)
+
+
 def test_killed_and_resumed_equals_uninterrupted(lab: Any, children: Any) -> None:
     """SIGKILL behind the checkpoint of step 3, with processes that read data."""
     options = (*ALL_OF_IT, "data.num_workers=2")
     whole, _ = lab.train("whole", *options, "optim.max_steps=7")
-
-    def die(line: str) -> None:
-        if line.startswith("step       4"):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    child = children.start(lambda: lab.train("killed", *options, "optim.max_steps=7", echo=die))
+    child = children.start(train_until_killed, lab, *options, "optim.max_steps=7")
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     killed, _ = lab.train("killed", *options, "optim.max_steps=7")
@@ -95,14 +99,19 @@ def test_a_signal_ends_training_with_a_checkpoint(lab: Any, number: int) -> None
     assert progress.step == 4
 
 
-def test_a_second_signal_ends_it_at_once(lab: Any, children: Any) -> None:
-    def ask_twice(line: str) -> None:
-        if line.startswith("step       2"):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
+def ask_twice(line: str) -> None:
+    if line.startswith("step       2"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
 
-    child = children.start(lambda: lab.train("a", "optim.max_steps=100", echo=ask_twice))
+
+def train_until_asked_twice(lab: Any) -> None:
+    lab.train("a", "optim.max_steps=100", echo=ask_twice)
+
+
+def test_a_second_signal_ends_it_at_once(lab: Any, children: Any) -> None:
+    child = children.start(train_until_asked_twice, lab)
     child.join(20)
     assert child.exitcode == 128 + signal.SIGTERM
 
@@ -193,15 +202,17 @@ def test_another_model_is_refused_and_other_changes_are_told(lab: Any) -> None:
     assert any("optim.lr was 0.001, is 0.5" in line for line in lab.log)
 
 
-def test_two_trainings_in_one_folder_refuse(lab: Any, children: Any) -> None:
-    ready = lab.folder / "ready"
-
+def hold_the_folder(lab: Any) -> None:
     def hold(line: str) -> None:
-        ready.write_text(str(os.getpid()))
+        (lab.folder / "ready").touch()
         time.sleep(60)
 
-    child = children.start(lambda: lab.train("a", "optim.max_steps=2", echo=hold))
-    while not ready.exists():
+    lab.train("a", "optim.max_steps=2", echo=hold)
+
+
+def test_two_trainings_in_one_folder_refuse(lab: Any, children: Any) -> None:
+    child = children.start(hold_the_folder, lab)
+    while not (lab.folder / "ready").exists():
         assert child.is_alive()
         time.sleep(0.01)
     with pytest.raises(TrainingError, match=f"process {child.pid} on .* is training here"):

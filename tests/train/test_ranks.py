@@ -21,9 +21,9 @@ OPTIONS = ("data.max_batch_s=2.0", "data.num_workers=1")
 
 
 def test_two_ranks_resume_exactly_in_the_middle_of_an_epoch(lab: Any, children: Any) -> None:
-    children.ranks(2, lambda: lab.train("whole", *OPTIONS, "optim.max_steps=5"))
-    children.ranks(2, lambda: lab.train("parts", *OPTIONS, "optim.max_steps=2"))
-    children.ranks(2, lambda: lab.train("parts", *OPTIONS, "optim.max_steps=5"))
+    children.ranks(2, lab.train, "whole", *OPTIONS, "optim.max_steps=5")
+    children.ranks(2, lab.train, "parts", *OPTIONS, "optim.max_steps=2")
+    children.ranks(2, lab.train, "parts", *OPTIONS, "optim.max_steps=5")
     whole, parts = (path_of(lab.folder / name, 5) for name in ("whole", "parts"))
     a, b = (read_weights(path / "model.safetensors") for path in (whole, parts))
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -33,40 +33,44 @@ def test_two_ranks_resume_exactly_in_the_middle_of_an_epoch(lab: Any, children: 
     assert read_metrics(lab.folder / "whole" / "metrics.jsonl")[-1]["cpu_minutes"] > 0
 
 
+def ask(line: str) -> None:
+    if line.startswith("step       2"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_until_asked(lab: Any) -> None:
+    lab.train("a", "optim.max_steps=1000", echo=ask)
+
+
 def test_one_rank_is_asked_and_all_stop(lab: Any, children: Any) -> None:
-    def train_until_asked() -> None:
-        def ask(line: str) -> None:
-            if line.startswith("step       2"):
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        lab.train("a", "optim.max_steps=1000", echo=ask)
-
-    children.ranks(2, train_until_asked)
+    children.ranks(2, train_until_asked, lab)
     assert path_of(lab.folder / "a", 3).is_dir()
 
 
-def test_a_rank_that_is_missing_is_named(children: Any, tmp_path: Path) -> None:
-    def come_or_stay_away() -> None:
-        with distributed.group(torch.device("cpu"), 60):
-            if distributed.rank() == 0:
-                with pytest.raises(TrainingError, match=r"ranks lost each other: .*1"):
-                    distributed.barrier(0.5)
-                (tmp_path / "done").touch()
-            while not (tmp_path / "done").exists():
-                time.sleep(0.05)
+def come_or_stay_away(done: Path) -> None:
+    with distributed.group(torch.device("cpu"), 60):
+        if distributed.rank() == 0:
+            with pytest.raises(TrainingError, match=r"ranks lost each other: .*1"):
+                distributed.barrier(0.5)
+            done.touch()
+        while not done.exists():
+            time.sleep(0.05)
 
-    children.ranks(2, come_or_stay_away)
+
+def test_a_rank_that_is_missing_is_named(children: Any, tmp_path: Path) -> None:
+    children.ranks(2, come_or_stay_away, tmp_path / "done")
+
+
+def come_alone(done: Path) -> None:
+    alone = distributed.group(torch.device("cpu"), 0.5)
+    with pytest.raises(TrainingError, match=r"rank 1: no meeting at 127.0.0.1:9: "), alone:
+        pass
+    done.touch()
 
 
 def test_ranks_that_do_not_meet_say_where(children: Any, tmp_path: Path) -> None:
-    def come_alone() -> None:
-        alone = distributed.group(torch.device("cpu"), 0.5)
-        with pytest.raises(TrainingError, match=r"rank 1: no meeting at 127.0.0.1:9: "), alone:
-            pass
-        (tmp_path / "done").touch()
-
     where = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    children.start(come_alone, **where).join(30)
+    children.start(come_alone, tmp_path / "done", **where).join(30)
     assert (tmp_path / "done").exists()
 
 

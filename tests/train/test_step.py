@@ -64,23 +64,25 @@ def test_accumulation_equals_a_large_batch(lab: Any, parts: list[list[int]]) -> 
     torch.testing.assert_close(split_loss, loss, rtol=1e-5, atol=1e-5)
 
 
+DEALS: dict[str, tuple[list[Any], list[Any]]] = {
+    "unequal": ([[0, 1, 2]], [[3]]),
+    "accumulated": ([[0], [1]], [[2], [3]]),
+    "empty": ([[0]], [None]),
+}
+
+
+def save_gradients(lab: Any, folder: Path) -> None:
+    rank = distributed.rank()
+    with distributed.group(torch.device("cpu"), 60):
+        for name, deal in DEALS.items():
+            batches = [batch_of(rows) if rows else empty() for rows in deal[rank]]
+            torch.save(gradients(lab, batches), folder / f"{name}{rank}.pt")
+
+
 def test_two_ranks_equal_one(lab: Any, children: Any, tmp_path: Path) -> None:
     """With an unequal share each, accumulated on both, and with nothing to read on one of them at first."""
-    deals = {
-        "unequal": ([[0, 1, 2]], [[3]]),
-        "accumulated": ([[0], [1]], [[2], [3]]),
-        "empty": ([[0]], [None]),
-    }
-
-    def be_a_rank() -> None:
-        rank = distributed.rank()
-        with distributed.group(torch.device("cpu"), 60):
-            for name, deal in deals.items():
-                batches = [batch_of(rows) if rows else empty() for rows in deal[rank]]
-                torch.save(gradients(lab, batches), tmp_path / f"{name}{rank}.pt")
-
-    children.ranks(2, be_a_rank)
-    for name, deal in deals.items():
+    children.ranks(2, save_gradients, lab, tmp_path)
+    for name, deal in DEALS.items():
         rows = [row for share in deal for part in share for row in part or []]
         expected, loss = gradients(lab, [batch_of(sorted(rows))])
         for rank in range(2):
@@ -89,16 +91,17 @@ def test_two_ranks_equal_one(lab: Any, children: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(found_loss, loss, rtol=1e-5, atol=1e-5)
 
 
-def test_ranks_know_of_each_other(lab: Any, children: Any, tmp_path: Path) -> None:
-    def be_a_rank() -> None:
-        rank = distributed.rank()
-        model = Learner.fresh(lab.config(), 6, torch.device("cpu")).model
-        with distributed.group(torch.device("cpu"), 60):
-            shared = agree(model, [batch_of([0, 1]) if rank else batch_of([3])], cpu_s=2.0, stop=bool(rank))
-            torch.save(vars(shared), tmp_path / f"{rank}.pt")
-            assert distributed.gather_objects(rank) == [0, 1]
+def save_what_is_shared(lab: Any, folder: Path) -> None:
+    rank = distributed.rank()
+    model = Learner.fresh(lab.config(), 6, torch.device("cpu")).model
+    with distributed.group(torch.device("cpu"), 60):
+        shared = agree(model, [batch_of([0, 1]) if rank else batch_of([3])], cpu_s=2.0, stop=bool(rank))
+        torch.save(vars(shared), folder / f"{rank}.pt")
+        assert distributed.gather_objects(rank) == [0, 1]
 
-    children.ranks(2, be_a_rank)
+
+def test_ranks_know_of_each_other(lab: Any, children: Any, tmp_path: Path) -> None:
+    children.ranks(2, save_what_is_shared, lab, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second
     # 3 + 1 + 1 tokens and 3 ends; 100 feature frames are 25 encoder frames

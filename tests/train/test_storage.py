@@ -15,22 +15,23 @@ from asr.train.storage import discard, remove_litter, verify_folder, write_file,
 FILES = {"a.bin": b"a" * 300_000, "b.bin": b"b" * 300_000}
 
 
-def test_twenty_kills_at_random_moments_leave_what_verifies(tmp_path: Path, children: Any) -> None:
-    def write_forever() -> None:
-        step = max([int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()], default=0)
-        while True:
-            step += 1
-            write_folder(tmp_path / f"{step}", FILES, {"step": step})
-            write_file(tmp_path / "latest", f"{step}".encode())
-            discard(tmp_path / f"{step - 2}")
+def write_forever(folder: Path) -> None:
+    step = max([int(p.name) for p in folder.iterdir() if p.name.isdigit()], default=0)
+    while True:
+        step += 1
+        write_folder(folder / f"{step}", FILES, {"step": step})
+        write_file(folder / "latest", f"{step}".encode())
+        discard(folder / f"{step - 2}")
 
+
+def test_twenty_kills_at_random_moments_leave_what_verifies(tmp_path: Path, children: Any) -> None:
     def latest() -> int:
         file = tmp_path / "latest"
         return int(file.read_text()) if file.exists() else 0
 
     rng, unfinished, last = random.Random(0), 0, 0
     for _ in range(20):
-        child = children.start(write_forever)
+        child = children.start(write_forever, tmp_path)
         while latest() <= last:
             assert child.is_alive()
             time.sleep(0.001)
@@ -46,23 +47,21 @@ def test_twenty_kills_at_random_moments_leave_what_verifies(tmp_path: Path, chil
     assert unfinished  # some did hit a folder being written
 
 
+def write_more_than_may_be(folder: Path) -> None:
+    said = os.open(folder / "heard", os.O_WRONLY | os.O_CREAT)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    try:
+        write_folder(folder / "2", FILES, {"step": 2})
+    except CheckpointError as error:
+        os.write(said, str(error).encode())
+
+
 def test_a_full_disk_leaves_what_was_there_and_says_how_much_is_missing(
     tmp_path: Path, children: Any
 ) -> None:
     write_folder(tmp_path / "1", FILES, {"step": 1})
-    heard = tmp_path / "heard"
-
-    def write_more_than_may_be() -> None:
-        said = os.open(heard, os.O_WRONLY | os.O_CREAT)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        try:
-            write_folder(tmp_path / "2", FILES, {"step": 2})
-        except CheckpointError as error:
-            os.write(said, str(error).encode())
-
-    child = children.start(write_more_than_may_be)
-    child.join()
-    message = heard.read_text()
+    children.start(write_more_than_may_be, tmp_path).join()
+    message = (tmp_path / "heard").read_text()
     assert str(tmp_path / "2") in message
     assert "600," in message
     assert "free" in message
