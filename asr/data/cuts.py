@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -154,6 +155,23 @@ def _reason(cut: Cut, error: Exception) -> str:
         return "no such file"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def balance_texts(cuts: Iterable[Cut], rng: random.Random, power: float) -> list[Cut]:
+    """Repeat the cuts of rare texts, so that a text of n cuts is there in proportion to n ** power.
+
+    Those of the commonest text stay as they are; a cut of a text with n cuts where that one has m is there
+    (m / n) ** (1 - power) times, fractions by chance, and its repetitions get ids of their own.
+    """
+    cuts = list(cuts)
+    count = Counter(map(cut_text, cuts))
+    most = max(count.values(), default=0)
+    balanced = []
+    for cut in cuts:
+        times = (most / count[cut_text(cut)]) ** (1 - power)
+        again = int(times + rng.random()) - 1
+        balanced += [cut, *(cut.with_id(f"{cut.id}#{number}") for number in range(2, again + 2))]
+    return balanced
 
 
 def join_cuts(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from asr.data.augment import AugmentConfig, Augmenter
-from asr.data.cuts import count_cuts, cut_path, cut_text, join_cuts, open_cuts, read_cut
+from asr.data.cuts import balance_texts, count_cuts, cut_path, cut_text, join_cuts, open_cuts, read_cut
 from asr.data.sampler import Sampler
 from asr.errors import AsrError, AudioError, ConfigError, ManifestError, TrainingError
 
@@ -69,6 +69,11 @@ class DataConfig:
     max_skipped: float = 0.01
     """Share of an epoch's utterances that may be unreadable, beyond the first ten."""
 
+    text_power: float = 1.0
+    """Utterances of rare texts are repeated, so that a text of n utterances is heard in proportion to
+    n^text_power: 0 hears all texts equally often, 1 is off. For single words; like join_words it reads the
+    manifests into memory."""
+
     join_words: list[int] = field(default_factory=list)
     """Fewest and most utterances of a speaker joined into one, drawn anew each epoch, as [1, 8]; [] is off.
     Reads the manifests into memory: for small corpora of short utterances."""
@@ -85,6 +90,8 @@ class DataConfig:
                 f"max_batch_s {self.max_batch_s} is less than max_utterance_s {self.max_utterance_s}; "
                 "a batch must hold at least one utterance"
             )
+        if not 0 <= self.text_power <= 1:
+            raise ConfigError(f"text_power is {self.text_power}; expected a number between 0 and 1")
         for name in ("join_words", "join_pause_s"):
             bounds = getattr(self, name)
             if bounds and (len(bounds) != 2 or bounds[0] > bounds[1] or bounds[0] < 0):
@@ -314,7 +321,8 @@ def build_loader(
 
 
 class TrainingCuts:
-    """The cuts of an epoch, in an order that depends on it alone: interleaved, filtered, joined, sped up."""
+    """The cuts of an epoch, in an order that depends on it alone: interleaved, filtered, balanced, joined,
+    sped up."""
 
     def __init__(self, config: DataConfig, augmenter: Augmenter, sample_rate: int) -> None:
         self.config = config
@@ -331,6 +339,8 @@ class TrainingCuts:
         longest_s = dict(enumerate(config.first_max_s)).get(epoch, config.max_utterance_s)
         fit = (cut for cut in self.source if config.min_utterance_s <= cut.duration <= longest_s)
         cuts: Iterable[Cut] = (at_rate(cut, self.sample_rate) for cut in fit)
+        if config.text_power < 1:
+            cuts = balance_texts(cuts, random.Random(f"balance {config.seed} {epoch}"), config.text_power)
         if config.join_words:
             rng = random.Random(f"join {config.seed} {epoch}")
             cuts = join_cuts(cuts, rng, config.join_words, config.join_pause_s, longest_s)

@@ -2,6 +2,7 @@
 
 import gzip
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asr.data.cuts import (
+    balance_texts,
     count_cuts,
     ctc_frames,
     ctc_frames_needed,
@@ -107,6 +109,20 @@ def test_audio_that_is_not_as_the_manifest_says_is_an_error(corpus: Corpus, dama
     with pytest.raises(AudioError, match=r"0\.wav: \S+") as error:
         read_cut(cut)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("power", "rare"), [(1.0, 2), (0.5, 4.0), (0.0, 8)])
+def test_rare_texts_are_repeated_by_the_power_of_their_number(
+    corpus: Corpus, power: float, rare: float
+) -> None:
+    cuts = list(open_cuts(corpus([0.2] * 10)))
+    for number, cut in enumerate(cuts):
+        cut.supervisions[0].text = "rare" if number < 2 else "common"
+    drawn = [balance_texts(cuts, random.Random(seed), power) for seed in range(50)]
+    found = [Counter(map(cut_text, some)) for some in drawn]
+    assert {count["common"] for count in found} == {8}
+    assert np.mean([count["rare"] for count in found]) == pytest.approx(rare, abs=0.2)
+    assert all(len({cut.id for cut in some}) == len(some) for some in drawn)
 
 
 def joined(path: Path, seed: int = 0, **how: object) -> list[Cut]:

@@ -134,6 +134,15 @@ def test_joined_utterances_are_drawn_anew_each_epoch_from_all_words(setup: Setup
     assert sorted(texts[0]) != sorted(texts[1])
 
 
+def test_all_texts_may_be_heard_equally_often(setup: Setup) -> None:
+    cuts = list(open_cuts(setup.manifest))
+    for cut in cuts[1:]:
+        cut.supervisions[0].text = "word 1"
+    save_cuts(cuts, setup.manifest)
+    texts = [text for batch in epoch(setup.loader(text_power=0.0)) for text in batch.texts]
+    assert sorted(texts) == ["word 0"] * 59 + ["word 1"] * 59
+
+
 @pytest.mark.parametrize("joined", [{}, {"join_words": [1, 4]}])
 def test_first_epochs_have_short_utterances_only(setup: Setup, joined: dict[str, list[int]]) -> None:
     loader = setup.loader(first_max_s=[0.5, 0.9], **joined)
@@ -275,6 +284,7 @@ def test_little_of_a_batch_of_real_speech_is_padding(
     ("wrong", "message"),
     [
         ({"max_batch_s": 10.0}, "max_batch_s 10.0 is less than max_utterance_s"),
+        ({"text_power": 1.5}, "text_power is"),
         ({"join_words": [3]}, "join_words is"),
         ({"join_pause_s": [0.4, 0.1]}, "join_pause_s is"),
     ],
