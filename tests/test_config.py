@@ -1,11 +1,14 @@
 """A configuration says what is wrong with it, where, and in which file."""
 
-from dataclasses import asdict
+import ast
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from asr.config import REGISTERS, differences, load_config, save_config
+from asr.config import REGISTERS, ExperimentConfig, differences, load_config, save_config
 from asr.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "recipes" / "conf"
@@ -114,3 +117,24 @@ def test_configurations_of_models_load(path: Path) -> None:
 def test_each_kind_of_a_part_is_known_by_its_type(name: str) -> None:
     for kind, config_class in REGISTERS[name].items():
         assert isinstance(getattr(load_config([], [f"{name}.type={kind}"]), name), config_class)
+
+
+def options(config: Any) -> Iterator[str]:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        yield from options(value) if is_dataclass(value) else [field.name]
+
+
+def test_every_option_is_read_somewhere() -> None:
+    """An option that the code never reads does nothing, and nothing would say so."""
+    sources = [path for path in (CONF.parents[1] / "asr").rglob("*.py") if path.name != "config.py"]
+    trees = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
+    # self.x is a class looking at itself, as a configuration that checks its values does
+    read = {
+        node.attr
+        for tree in trees
+        for node in tree
+        if isinstance(node, ast.Attribute)
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    }
+    assert set(options(ExperimentConfig())) - read == set()

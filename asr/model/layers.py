@@ -33,6 +33,8 @@ class ConvModule(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.gated = nn.Linear(dim, 2 * dim)
         self.depthwise = nn.Conv2d(dim, dim, (1, kernel_size), groups=dim)
+        # as its gradient is laid out on a CPU, which DistributedDataParallel would copy otherwise
+        self.depthwise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.depthwise_norm = nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)

@@ -23,7 +23,7 @@ from asr.train.random_state import seed_all
 from asr.train.report import Window
 from asr.train.run import open_run
 from asr.train.signals import listen
-from asr.train.start import build_backward, open_loader, start
+from asr.train.start import build_backward, open_loader, start, use_threads
 from asr.train.step import agree, context_of_step
 from asr.train.validate import validate
 
@@ -42,6 +42,7 @@ def train(
         open_run(config, exp_dir, device, echo) as run,
     ):
         seed_all(config.train.seed + distributed.rank())
+        use_threads(config.train.threads)
         loader = open_loader(run)
         learner = start(run, loader)
         model, optimizer, progress = learner.model, learner.optimizer, learner.progress

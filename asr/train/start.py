@@ -16,6 +16,12 @@ from asr.train.run import Run
 from asr.train.step import Backward, parallel
 
 
+def use_threads(count: int) -> None:
+    """So many threads in this process; 0 leaves it to torch, which takes one for each core."""
+    if count:
+        torch.set_num_threads(count)
+
+
 def open_loader(run: Run) -> Loader:
     """This rank's data; what cannot be read is listed in skipped.jsonl."""
     config = run.config

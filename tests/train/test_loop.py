@@ -53,6 +53,11 @@ def test_a_tiny_batch_is_learnt_by_heart(lab: Any) -> None:
     assert progress.step == 60
 
 
+def test_it_runs_on_as_many_threads_as_it_is_told(lab: Any) -> None:
+    lab.train("a", "optim.max_steps=1", "train.threads=2")
+    assert torch.get_num_threads() == 2
+
+
 def test_stopped_and_resumed_equals_uninterrupted(lab: Any) -> None:
     whole, _ = lab.train("whole", *ALL_OF_IT, "optim.max_steps=7")
     parts, _ = lab.train("parts", *ALL_OF_IT, "optim.max_steps=3")
