@@ -39,8 +39,8 @@ class TrainConfig:
     faster: on GPUs, and for models of at least 128 channels on CPUs that know bfloat16 (AVX-512, AMX)."""
 
     threads: int = 0
-    """Threads of one process on a CPU; 0 leaves it to torch. One is best for a small model: more wait for each
-    other most of the time, and what they wait is processor time."""
+    """Threads of one process on a CPU; 0 leaves it to torch. One is best for a small model: several wait for
+    each other most of the time, and waiting is processor time too."""
 
     compile: bool = False
     """torch.compile: minutes at the start, less time and memory per step on a GPU."""
