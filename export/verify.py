@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from kaldialign import edit_distance
 
+from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy
+from asr.decode.modes import decode
 from asr.decode.scorer import Floats, Scorer
 from asr.errors import BundleError
 from asr.runtime.bundle import Bundle, ModelInfo
@@ -172,6 +174,23 @@ def check_int8(found: Comparison, what: str) -> None:
     else:
         return
     raise BundleError(f"{what}: {problem}; use --target cpu-fp32")
+
+
+def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Sequence[Utterance]) -> int:
+    """Utterances in which a decoding mode finds the same units with both models."""
+    same = 0
+    for utterance in utterances:
+        found = [decode(scorer, mode, [utterance.samples], SearchConfig()) for scorer in (first, second)]
+        a, b = (nbest[0].tokens for (nbest,) in found)
+        same += a == b
+    return same
+
+
+def check_searches(mode: str, same: int, count: int) -> None:
+    """BundleError unless every utterance is the same."""
+    if same < count:
+        differ = f"{mode}: other units in {count - same} of {count} utterances"
+        raise BundleError(f"{differ} than the checkpoint's; please report this")
 
 
 def made_sound(duration_s: float, sample_rate: int) -> Floats:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from asr.errors import BundleError, ManifestError
 
 if TYPE_CHECKING:
+    from asr.decode.scorer import Scorer
     from asr.runtime.bundle import Bundle
-    from export.verify import Comparison, Context, Encode
+    from export.verify import Comparison, Context, Encode, Utterance
+
+
+class Model(NamedTuple):
+    """One of those that are compared."""
+
+    scorer: Scorer
+    encode: Callable[[Context], Encode]
 
 
 def verify(
@@ -21,16 +29,20 @@ def verify(
     manifest: Annotated[Path, typer.Argument(help="utterances to compare on")],
     utterances: Annotated[int, typer.Option(help="how many of them, from the first on")] = 200,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
+    searches: Annotated[bool, typer.Option(help="compare the result of every decoding mode, too")] = False,
 ) -> None:
     """Compare torch, ONNX and int8 on audio: log-probabilities, units, and word error rates.
 
     Each is compared at once and chunk by chunk. A bundle alone is compared with itself at once. Exits with 2
     where a limit of export/verify.py is exceeded.
 
-    Example: asr verify exp/conformer-s data/manifests/corpus_test.jsonl.gz --utterances 200
+    Example: asr verify exp/conformer-s data/manifests/corpus_test.jsonl.gz --utterances 200 --searches
     """
     from asr.runtime.bundle import Bundle
     from export.verify import answer, check_float32, check_int8, compare, contexts, read_utterances
+
+    if searches and not (model / "config.yaml").is_file():
+        raise BundleError(f"{model}: no checkpoint to compare searches with; give the experiment")
 
     is_experiment = (model / "config.yaml").is_file()
     bundle = Bundle.load(model / "bundle" if is_experiment else model)
@@ -39,10 +51,12 @@ def verify(
         raise ManifestError(f"{manifest}: no utterances in it")
     with tempfile.TemporaryDirectory() as folder:
         models = _models(model, checkpoint, bundle, Path(folder)) if is_experiment else {}
-        models[f"bundle {bundle.info.target}"] = lambda context: _bundle_encode(bundle, context)
+        models[f"bundle {bundle.info.target}"] = _bundle_model(bundle)
         for context in contexts(bundle.info):
             print(f"{context}, {len(heard)} utterances")
-            answers = {name: answer(of(context), heard, bundle.tokenizer) for name, of in models.items()}
+            answers = {
+                name: answer(one.encode(context), heard, bundle.tokenizer) for name, one in models.items()
+            }
             reference = next(iter(answers.values()))
             for name, given in answers.items():
                 found = compare(reference, given)
@@ -50,12 +64,12 @@ def verify(
                 if name == "onnx float32" or bundle.info.target == "cpu-fp32":
                     check_float32(found, f"{name}, {context}")
                 check_int8(found, f"{name}, {context}")
+        if searches:
+            _compare_searches(models["torch"].scorer, models["onnx float32"].scorer, heard)
     _print_sizes(bundle)
 
 
-def _models(
-    experiment: Path, checkpoint: str, bundle: Bundle, folder: Path
-) -> dict[str, Callable[[Context], Encode]]:
+def _models(experiment: Path, checkpoint: str, bundle: Bundle, folder: Path) -> dict[str, Model]:
     """The checkpoint, and a fresh export of it in float32; BundleError where the bundle is of other units."""
     from asr.model.torch_scorer import TorchScorer
     from asr.runtime.bundle import Bundle
@@ -69,19 +83,33 @@ def _models(
     if info.tokens_sha256 != bundle.info.tokens_sha256:
         raise BundleError(f"{bundle.folder}: its units are not those of {experiment}; export again")
     write_bundle(export_graphs(model), info, experiment / "tokens", folder / "float32")
-    float32 = Bundle.load(folder / "float32")
     scorer = TorchScorer(model, "cpu")
     return {
-        "torch": lambda context: at_once(scorer, context),
-        "onnx float32": lambda context: _bundle_encode(float32, context),
+        "torch": Model(scorer, lambda context: at_once(scorer, context)),
+        "onnx float32": _bundle_model(Bundle.load(folder / "float32")),
     }
 
 
-def _bundle_encode(bundle: Bundle, context: Context) -> Encode:
+def _bundle_model(bundle: Bundle) -> Model:
     from asr.runtime.onnx_scorer import OnnxScorer
     from export.verify import WHOLE, at_once, in_chunks
 
-    return at_once(OnnxScorer(bundle), context) if context == WHOLE else in_chunks(bundle, context)
+    scorer = OnnxScorer(bundle)
+    return Model(
+        scorer, lambda context: at_once(scorer, context) if context == WHOLE else in_chunks(bundle, context)
+    )
+
+
+def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -> None:
+    """BundleError where a search of the float32 graphs finds other units than that of the checkpoint."""
+    from asr.decode.modes import MODES
+    from export.verify import check_searches, count_same_searches
+
+    print(f"searches at once, {len(heard)} utterances, torch and onnx float32")
+    for mode in MODES:
+        same = count_same_searches(mode, torch, onnx, heard)
+        print(f"  {mode:<18}same units {same}/{len(heard)}", flush=True)
+        check_searches(mode, same, len(heard))
 
 
 def _print(name: str, found: Comparison) -> None:

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 
 from asr.audio import write
 from asr.config import ExperimentConfig, save_config
+from asr.decode.modes import MODES
+from asr.decode.scorer import Hypothesis
 from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import Bundle
 from asr.tokens import load_tokenizer
@@ -105,8 +108,10 @@ def test_a_graph_that_is_not_the_model_is_not_written(asr, experiment: Path, mon
 def test_verify_compares_three_ways(asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "MAX_UNITS", 100.0)  # random weights are not sure of anything
     assert asr("export", experiment)[0] == 0
-    status, out, err = asr("verify", experiment, manifest, "--utterances", 2)
+    status, out, err = asr("verify", experiment, manifest, "--utterances", 2, "--searches")
     assert (status, err) == (0, "")
+    for mode in MODES:
+        assert re.search(rf"^  {mode} +same units 2/2$", out, re.MULTILINE)
     for part in ("at once, 2 utterances", "chunks of 16 frames", "chunks of 4 frames"):
         assert part in out
     for name in ("torch", "onnx float32", "bundle cpu-int8"):
@@ -121,6 +126,19 @@ def test_verify_fails_beyond_a_limit(asr, experiment: Path, manifest: Path, monk
     status, _, err = asr("verify", experiment, manifest)
     assert status == 2
     assert "% of units change" in err
+
+
+def test_verify_fails_where_a_search_differs(
+    asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(verify, "MAX_UNITS", 100.0)
+    assert asr("export", experiment)[0] == 0
+    answers = iter([(3,), (3,), (3,), (4,)])
+    monkeypatch.setattr(verify, "decode", lambda *_: [[Hypothesis(next(answers), 0.0)]])
+    status, out, err = asr("verify", experiment, manifest, "--utterances", 2, "--searches")
+    assert status == 2
+    assert "same units 1/2" in out
+    assert "ctc-greedy: other units in 1 of 2 utterances" in err
 
 
 def test_a_bundle_alone_is_compared_with_itself(asr, tiny_bundles: Path, manifest: Path):
