@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -26,10 +25,7 @@ BUFFER_CUTS = 20_000
 """Cuts held for shuffling. A corpus of fewer is shuffled whole."""
 
 BOUNDS_CUTS = 10_000
-"""Cuts read before the first batch to place the bounds of the buckets."""
-
-BOUNDS_EPOCH = 1_000_000
-"""Whose cuts they are: one that is like all but the first epochs."""
+"""Cuts of an epoch that place the bounds of its buckets; the first epochs may have short ones only."""
 
 STEPS_OF_BUCKET = 2
 """A small corpus gets fewer buckets, so that each of them has so many steps of all ranks to draw from."""
@@ -59,10 +55,11 @@ class Sampler:
 
     def epoch(self, epoch: int) -> Iterator[list[Cut]]:
         """This rank's batches of an epoch, from its first."""
+        constraint = self._constraint(epoch)
         sampler = _WholeSteps(
             self.cuts(epoch),
-            constraint=self._constraint,
-            duration_bins=self._constraint.max_seq_len_buckets[:-1],
+            constraint=constraint,
+            duration_bins=constraint.max_seq_len_buckets[:-1],
             buffer_size=BUFFER_CUTS,
             shuffle=True,
             sync_buckets=True,  # without, lhotse ends an epoch at the first bucket that is empty
@@ -93,13 +90,12 @@ class Sampler:
                 )
             done = 0
 
-    @cached_property
-    def _constraint(self) -> FixedBucketBatchSizeConstraint:
+    def _constraint(self, epoch: int) -> FixedBucketBatchSizeConstraint:
         """The longest utterance of each bucket, and how many go into a batch.
 
         Buckets share the seconds of the first cuts evenly; one more is for what is longer than all of these.
         """
-        cuts = list(itertools.islice(self.cuts(BOUNDS_EPOCH), BOUNDS_CUTS))
+        cuts = list(itertools.islice(self.cuts(epoch), BOUNDS_CUTS))
         seconds = [cut.duration for cut in cuts]
         step_s = self.max_batch_s * self.world_size
         num_buckets = min(self.num_buckets, len(cuts), int(sum(seconds) / (STEPS_OF_BUCKET * step_s)))

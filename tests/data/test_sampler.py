@@ -55,6 +55,15 @@ def test_a_batch_keeps_to_its_seconds_and_little_of_it_is_padding(world_size: in
     assert spoken > 0.9 * padded
 
 
+def test_an_epoch_of_short_utterances_has_as_little_padding() -> None:
+    short = [MonoCut(f"short{number}", 0.0, 0.85 + 0.3 * number / 4000, 0) for number in range(4000)]
+    batches = [
+        [cut.duration for cut in batch]
+        for batch in Sampler(lambda epoch: iter(CUTS if epoch else short), 60.0, 16.0).epoch(0)
+    ]
+    assert sum(map(sum, batches)) > 0.95 * sum(len(batch) * max(batch) for batch in batches)
+
+
 @pytest.mark.parametrize("num_short", [1240, 1280, 1320])
 def test_the_last_step_of_an_epoch_keeps_to_its_seconds(num_short: int) -> None:
     """What is left is a batch of short and one of long utterances, to be dealt out to three ranks."""
