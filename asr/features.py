@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.errors import ConfigError
@@ -110,11 +111,19 @@ class Fbank(nn.Module):
         return energy.clamp(min=FLOOR).log()
 
     def _mirror(self, samples: Tensor, sample_lens: Tensor, num_samples: int) -> Tensor:
-        """Reflect each utterance at both ends: -1 -> 0, -2 -> 1, n -> n - 1, with period 2 n."""
+        """Reflect each utterance at both ends: -1 -> 0, -2 -> 1, n -> n - 1, with period 2 n.
+
+        No frame that counts reaches a whole frame beyond an end, so what is behind that stays as it is.
+        """
+        reach = self.frame_samples
         first = self.shift_samples // 2 - self.frame_samples // 2
         n = sample_lens.clamp(min=1)[:, None]
-        position = torch.arange(first, first + num_samples, device=samples.device) % (2 * n)
-        return samples.gather(1, torch.minimum(position, 2 * n - 1 - position))
+        step = torch.arange(reach, device=samples.device)
+        ends = torch.cat([(step - reach).expand(len(n), -1), n + step], dim=1)
+        position = ends % (2 * n)
+        reflected = samples.gather(1, torch.minimum(position, 2 * n - 1 - position))
+        padded = F.pad(samples, (reach, reach)).scatter(1, ends + reach, reflected)
+        return padded[:, reach + first : reach + first + num_samples]
 
 
 class Cmvn(nn.Module):
