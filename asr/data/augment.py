@@ -1,4 +1,4 @@
-"""Training audio made harder: speed, noise, reverberation on cuts (lhotse), SpecAugment on frames (torch).
+"""Training audio made harder: speed, room, noise, volume of cuts (lhotse), SpecAugment of frames (torch).
 
 What is done to a cut depends on (seed, epoch, cut id) alone: not on workers, ranks or what was read before.
 """
@@ -70,6 +70,9 @@ class AugmentConfig:
     rir_prob: float = 0.3
     """Share of utterances that get reverberation."""
 
+    volume_db: list[float] = field(default_factory=list)
+    """Lowest and highest gain, in decibels, one drawn for each utterance, as [-10, 10]; [] is off."""
+
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,8 @@ class AugmentConfig:
             raise ConfigError(f"speed is {self.speed}; expected factors between 0.5 and 2")
         if len(self.noise_snr_db) != 2 or self.noise_snr_db[0] > self.noise_snr_db[1]:
             raise ConfigError(f"noise_snr_db is {self.noise_snr_db}; expected the lowest and the highest")
+        if self.volume_db and (len(self.volume_db) != 2 or self.volume_db[0] > self.volume_db[1]):
+            raise ConfigError(f"volume_db is {self.volume_db}; expected the lowest and the highest, or none")
         for name in ("noise_prob", "rir_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1")
@@ -99,7 +104,7 @@ class Augmenter:
         return cut if factor == 1 else cut.perturb_speed(factor, affix_id=False)
 
     def surroundings(self, cut: Cut, epoch: int) -> Cut:
-        """The cut in a drawn room and with drawn noise, each with its probability."""
+        """The cut in a drawn room and with drawn noise, each with its probability, at a drawn volume."""
         rng = self._rng("surroundings", cut, epoch)
         in_room, in_noise = rng.random() < self.config.rir_prob, rng.random() < self.config.noise_prob
         if self.rirs and in_room:
@@ -107,6 +112,8 @@ class Augmenter:
         if self.noises and in_noise:
             noise = _stretch_of_noise(self.noises, cut.duration, rng)
             cut = cut.mix(noise, snr=rng.uniform(*self.config.noise_snr_db), preserve_id="left")
+        if self.config.volume_db:
+            cut = cut.perturb_volume(10 ** (rng.uniform(*self.config.volume_db) / 20), affix_id=False)
         return cut
 
     def _rng(self, purpose: str, cut: Cut, epoch: int) -> random.Random:

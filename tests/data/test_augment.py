@@ -101,6 +101,21 @@ def test_reverberation_is_the_room_and_keeps_length_and_power(cuts: list[Cut], t
     np.testing.assert_allclose(wet, expected, atol=2e-3)
 
 
+def test_volumes_are_drawn_from_the_range_and_change_nothing_else(cuts: list[Cut], noise: Path) -> None:
+    plain = AugmentConfig(noise=str(noise), noise_prob=1.0)
+    loud = AugmentConfig(noise=str(noise), noise_prob=1.0, volume_db=[-12, 6])
+    gains_db = []
+    for cut in cuts:
+        before, after = (
+            read_cut(Augmenter(config, 16000, 0).surroundings(cut, 0)) for config in (plain, loud)
+        )
+        gain = np.sqrt(np.mean(after**2) / np.mean(before**2))
+        np.testing.assert_allclose(after, gain * before, atol=1e-4)
+        gains_db.append(20 * np.log10(gain))
+    assert -12 <= min(gains_db) < -8
+    assert 2 < max(gains_db) <= 6
+
+
 def test_sounds_of_any_rate_and_more_channels_and_from_a_manifest(tmp_path: Path, corpus: Corpus) -> None:
     (tmp_path / "n").mkdir()
     soundfile.write(tmp_path / "n" / "stereo.wav", np.full((800, 2), 0.1), 8000)
@@ -113,7 +128,14 @@ def test_sounds_of_any_rate_and_more_channels_and_from_a_manifest(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"speed": [0.1]}, {"noise_snr_db": [20, 5]}, {"noise_prob": 1.5}, {"rir_prob": -1.0}]
+    "wrong",
+    [
+        {"speed": [0.1]},
+        {"noise_snr_db": [20, 5]},
+        {"noise_prob": 1.5},
+        {"rir_prob": -1.0},
+        {"volume_db": [3]},
+    ],
 )
 def test_numbers_without_meaning_are_refused(wrong: dict[str, list[float]]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
