@@ -35,17 +35,29 @@ def info(
 
 
 def _bundle(file: Path) -> dict[str, Any]:
-    """The plain values of model.json, and the names of what is nested in it."""
+    """What model.json says, without hashes of files."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{file}: {error}") from None
-    plain = {
-        key: ", ".join(map(str, value)) if isinstance(value, dict | list) else value
-        for key, value in about.items()
-    }
+    if not isinstance(about, dict):
+        raise BundleError(f"{file}: expected the description of a bundle; export it again")
+    plain = {key: _plain(value) for key, value in about.items()}
     size = sum(part.stat().st_size for part in file.parent.iterdir() if part.is_file())
     return {"bundle": file.parent, **plain, "size": f"{size / 1e6:.1f} MB"}
+
+
+def _plain(value: Any) -> str:
+    """A value of model.json in a line: figures with their names, states with their shapes, files by name."""
+    if isinstance(value, dict):
+        is_nested = any(isinstance(part, dict) for part in value.values())
+        return ", ".join(value) if is_nested else _figures(value)
+    if isinstance(value, list):
+        return ", ".join(
+            f"{part.get('name')} {part.get('shape')}" if isinstance(part, dict) else str(part)
+            for part in value
+        )
+    return str(value)
 
 
 def _experiment(path: Path) -> dict[str, Any]:

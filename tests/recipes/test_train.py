@@ -83,8 +83,14 @@ def test_what_a_user_can_mend_is_one_line(
 
 
 def test_a_bundle_is_told_from_its_model_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "model.json").write_text('{"format": 1, "name": "a", "files": {"encoder.onnx": {}}}')
+    states = '[{"name": "conv", "shape": [2, 6]}]'
+    (tmp_path / "model.json").write_text(
+        f'{{"format": 1, "files": {{"encoder.onnx": {{}}}}, "states": {states}, "figures": {{"wer": 3.456}}}}'
+    )
     assert main(["info", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "format        1" in text
-    assert "encoder.onnx" in text
+    for line in ("format        1", "files         encoder.onnx", "states        conv [2, 6]"):
+        assert line in text
+    assert "figures       wer 3.456" in text
+    (tmp_path / "model.json").write_text("[]")
+    assert main(["info", str(tmp_path)]) == 2
