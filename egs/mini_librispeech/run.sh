@@ -3,12 +3,14 @@
 #   lhotse download librispeech --mini download
 #   ./run.sh                                    everything
 #   ./run.sh --corpus DIR                       with the corpus in another place
+#   ./run.sh --model conformer-s --config conf/gpu.yaml --vocab 500            a larger model, on a GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 
 corpus=download/LibriSpeech
-model=conformer-s
-vocab=500
+model=conformer-tiny
+config=conf/train.yaml
+vocab=200
 chunk_ms=640
 stage=0 stop_stage=99
 . ../../recipes/stage.sh # every variable above is now an option
@@ -23,9 +25,9 @@ if stage 1 "Decode compressed audio once"; then
 fi
 if stage 2 "Tokenizer"; then asr tokenizer data/manifests/train.jsonl.gz --vocab "$vocab" -o "data/unigram$vocab"; fi
 if stage 3 "Train"; then
-  asr train --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp" --set "data.tokens=data/unigram$vocab"
+  asr train --config "../../recipes/conf/$model.yaml" --config "$config" --exp "$exp" --set "data.tokens=data/unigram$vocab"
 fi
-if stage 4 "Average"; then asr average "$exp" --last 10; fi
+if stage 4 "Average"; then asr average "$exp" --last 5; fi
 if stage 5 "Decode"; then
   asr decode "$exp" data/manifests/test.jsonl.gz --mode ctc-prefix --chunk-ms "$chunk_ms"
   asr decode "$exp" data/manifests/test.jsonl.gz --mode rescore --chunk-ms "$chunk_ms"
