@@ -41,10 +41,9 @@ def verify(
     from asr.runtime.bundle import Bundle
     from export.verify import answer, check_float32, check_int8, compare, contexts, read_utterances
 
-    if searches and not (model / "config.yaml").is_file():
-        raise BundleError(f"{model}: no checkpoint to compare searches with; give the experiment")
-
     is_experiment = (model / "config.yaml").is_file()
+    if searches and not is_experiment:
+        raise BundleError(f"{model}: no checkpoint to compare searches with; give the experiment")
     bundle = Bundle.load(model / "bundle" if is_experiment else model)
     heard = read_utterances(manifest, utterances, bundle.info.features.sample_rate)
     if not heard:

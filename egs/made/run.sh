@@ -35,7 +35,6 @@ if stage 6 "Score"; then asr score "$exp"; fi
 if stage 7 "Export"; then
   asr export "$exp" --target cpu-int8
   asr decode "$exp/bundle" data/manifests/made_test.jsonl.gz --mode joint --ctc-weight 0.5 --chunk-ms "$chunk_ms" --left-chunks 4
-  asr verify "$exp" data/manifests/made_test.jsonl.gz --utterances 50
 fi
 if stage 8 "Live transcript"; then
   asr transcribe "$exp/bundle" data/demo.wav --mode joint --realtime
@@ -44,6 +43,7 @@ if stage 8 "Live transcript"; then
 Try next, from $PWD:
   asr transcribe $exp/bundle data/demo.wav --format srt
   asr decode $exp/bundle data/manifests/made_test.jsonl.gz --mode rescore
+  asr verify $exp data/manifests/made_test.jsonl.gz --searches
   asr bench $exp/bundle data/demo.wav
   asr info $exp/bundle
   asr transcribe $exp/bundle --mic        with a microphone and PortAudio: "wake me at half past seven"

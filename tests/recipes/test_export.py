@@ -145,6 +145,9 @@ def test_a_bundle_alone_is_compared_with_itself(asr, tiny_bundles: Path, manifes
     status, out, _ = asr("verify", tiny_bundles / "cpu-fp32", manifest)
     assert status == 0
     assert out.count("bundle cpu-fp32") == 3
+    status, _, err = asr("verify", tiny_bundles / "cpu-fp32", manifest, "--searches")
+    assert status == 2
+    assert "no checkpoint to compare searches with" in err
 
 
 def test_bench_prints_figures(asr, tiny_bundles: Path, tmp_path: Path, manifest: Path):
