@@ -55,9 +55,11 @@ class Sampler:
 
     def epoch(self, epoch: int) -> Iterator[list[Cut]]:
         """This rank's batches of an epoch, from its first."""
-        constraint = self._constraint(epoch)
+        cuts = iter(self.cuts(epoch))
+        first = list(itertools.islice(cuts, BOUNDS_CUTS))
+        constraint = self._constraint(first)
         sampler = _WholeSteps(
-            self.cuts(epoch),
+            itertools.chain(first, cuts),
             constraint=constraint,
             duration_bins=constraint.max_seq_len_buckets[:-1],
             buffer_size=BUFFER_CUTS,
@@ -90,12 +92,11 @@ class Sampler:
                 )
             done = 0
 
-    def _constraint(self, epoch: int) -> FixedBucketBatchSizeConstraint:
+    def _constraint(self, cuts: list[Cut]) -> FixedBucketBatchSizeConstraint:
         """The longest utterance of each bucket, and how many go into a batch.
 
-        Buckets share the seconds of the first cuts evenly; one more is for what is longer than all of these.
+        Buckets share the seconds of these cuts evenly; one more is for what is longer than all of them.
         """
-        cuts = list(itertools.islice(self.cuts(epoch), BOUNDS_CUTS))
         seconds = [cut.duration for cut in cuts]
         step_s = self.max_batch_s * self.world_size
         num_buckets = min(self.num_buckets, len(cuts), int(sum(seconds) / (STEPS_OF_BUCKET * step_s)))

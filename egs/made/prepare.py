@@ -25,7 +25,7 @@ from recipes.tables import TABLE, Row, write_table
 PROCESS_UTTERANCES = 125
 """Spoken by one process, one after the other (see speech.py)."""
 
-DEMO_SENTENCES = 6
+DEMO_SENTENCES = 4
 DEMO_PAUSE_S = 1.0
 
 Splits = dict[str, list[Spoken]]

@@ -55,11 +55,29 @@ class Spoken:
 
 MACHINES = ("robosoft", "klatt", "UniRobot", "anikaRobot", "Demonic", "croak", "whisper", "iven", "ian")
 
+MAX_SPREAD = 1.3
+"""A vocal tract is longer or shorter as a whole: a person's first three formants are shifted about alike."""
+
 
 def timbres() -> list[str]:
     """Names of the timbres that might be a person's."""
     files = (Path(espeakng_loader.get_data_path()) / "voices" / "!v").iterdir()
-    return sorted(file.name for file in files if not file.name.startswith(MACHINES))
+    return sorted(
+        file.name
+        for file in files
+        if not file.name.startswith(MACHINES) and spread(file.read_text(errors="replace")) <= MAX_SPREAD
+    )
+
+
+def spread(timbre: str) -> float:
+    """The largest shift of the first three formants over the smallest: 140 / 90 of
+    "formant 1 90 90 90", "formant 2 140 140 140"; what is not told is at 100."""
+    shifts = {"1": 100.0, "2": 100.0, "3": 100.0}
+    for line in timbre.splitlines():
+        match line.split():
+            case ["formant", number, shift, *_] if number in shifts:
+                shifts[number] = float(shift)
+    return max(shifts.values()) / max(1.0, min(shifts.values()))
 
 
 class Engine:

@@ -269,6 +269,15 @@ def test_made_check_finds_a_shared_voice_or_sentence(made):
         made.check_disjoint({**splits, "test": splits["dev"]})
 
 
+def test_timbres_are_those_a_vocal_tract_might_have(made):
+    speech = sys.modules["speech"]
+    assert speech.spread("name a\nformant 0 50 1 1\nformant 1 90 90 90\nformant 2 135 1 1\n") == 1.5
+    assert speech.spread("formant 4 200 1 1\npitch 80 120") == 1.0
+    names = made.timbres()
+    assert {"f2", "m3", "Gene"} <= set(names)
+    assert not {"shelby", "klatt2", "whisper"} & set(names)
+
+
 def test_the_grammar_says_about_two_hundred_words(made):
     rules = made.read_grammar(EGS / "made" / "grammar.txt")
     assert all(word in rules for ways in rules.values() for way in ways for word in way if word.isupper())
