@@ -25,7 +25,7 @@ from recipes.tables import TABLE, Row, write_table
 PROCESS_UTTERANCES = 125
 """Spoken by one process, one after the other (see speech.py)."""
 
-DEMO_SENTENCES = 4
+DEMO_SENTENCES = 3
 DEMO_PAUSE_S = 1.0
 
 Splits = dict[str, list[Spoken]]
@@ -36,7 +36,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, help="folder to write")
-    parser.add_argument("--train", type=int, default=8000, help="utterances (8000)")
+    parser.add_argument("--train", type=int, default=7000, help="utterances (7000)")
     parser.add_argument("--dev", type=int, default=100, help="utterances (100)")
     parser.add_argument("--test", type=int, default=150, help="utterances (150)")
     parser.add_argument("--seed", type=int, default=1, help="of sentences, voices and noise (1)")

@@ -15,10 +15,8 @@ stage=0 stop_stage=99
 exp=exp/$model
 
 if stage 0 "Speech"; then python prepare.py data; fi
-if stage 1 "Check"; then
-  for split in train dev test; do
-    asr prepare data/transcripts.tsv --split "$split" -o "data/manifests/made_$split"
-  done
+if stage 1 "Check"; then # two at a time
+  printf '%s\n' train dev test | xargs -P 2 -I{} asr prepare data/transcripts.tsv --split {} -o data/manifests/made_{}
 fi
 if stage 2 "Tokenizer"; then
   asr tokenizer data/manifests/made_train.jsonl.gz --kind bpe --vocab "$vocab" -o data/tokens
