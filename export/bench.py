@@ -7,12 +7,15 @@ speaker would notice if the blocks came in real time:
     chunk           computing time of a block that completes a chunk
     first partial   from the start of the first word to its appearance: waiting for sound, then computing
     final           from the last sample to the final text: computing what is left, and the last search
+
+Two bundles are compared by turns, utterance after utterance, as machines are not equally busy all the time.
 """
 
 import resource
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,7 +33,8 @@ class Timings:
 
     audio_s: float = 0.0
     wall_s: float = 0.0
-    cpu_s: float = 0.0
+    cpu_s: list[float] = field(default_factory=list)
+    """Of each utterance."""
     chunk_s: list[float] = field(default_factory=list)
     first_partial_s: list[float] = field(default_factory=list)
     final_s: list[float] = field(default_factory=list)
@@ -58,21 +62,52 @@ class Figures:
         return asdict(self)
 
 
+class Ratio(NamedTuple):
+    """Computing time of another bundle over that of this one, utterance by utterance."""
+
+    median: float
+    quartiles: tuple[float, float]
+    utterances: int
+
+
 def bench(bundle: Bundle, utterances: Iterable[Floats], config: StreamConfig) -> Figures:
     """Stream each utterance once; the first one twice, as the first time also warms up."""
-    timings = Timings()
+    (timings,) = _by_turns([bundle], utterances, config)
+    return _figures(bundle, config, timings)
+
+
+def bench_against(
+    bundle: Bundle, other: Bundle, utterances: Iterable[Floats], config: StreamConfig
+) -> tuple[Figures, Figures, Ratio]:
+    """The figures of both, and how many times as much computing the other one needs."""
+    ours, theirs = _by_turns([bundle, other], utterances, config)
+    ratios = [b / max(a, 1e-9) for a, b in zip(ours.cpu_s, theirs.cpu_s, strict=True)]
+    median, low, high = np.percentile(ratios, [50, 25, 75]) if ratios else (0.0, 0.0, 0.0)
+    ratio = Ratio(round(float(median), 2), (round(float(low), 2), round(float(high), 2)), len(ratios))
+    return _figures(bundle, config, ours), _figures(other, config, theirs), ratio
+
+
+def _by_turns(
+    bundles: Sequence[Bundle], utterances: Iterable[Floats], config: StreamConfig
+) -> tuple[Timings, ...]:
+    found = tuple(Timings() for _ in bundles)
     for number, samples in enumerate(utterances):
         if number == 0:
-            _run(bundle, samples, config, Timings())
-        _run(bundle, samples, config, timings)
-    chunk_ms = config.chunk_ms or bundle.info.streaming.chunk_ms
+            for bundle in bundles:
+                _run(bundle, samples, config, Timings())
+        for bundle, timings in zip(bundles, found, strict=True):
+            _run(bundle, samples, config, timings)
+    return found
+
+
+def _figures(bundle: Bundle, config: StreamConfig, timings: Timings) -> Figures:
     return Figures(
         audio_s=round(timings.audio_s, 1),
         threads=bundle.threads,
-        chunk_ms=chunk_ms,
+        chunk_ms=config.chunk_ms or bundle.info.streaming.chunk_ms,
         mode=config.mode,
         rtf=round(timings.wall_s / max(timings.audio_s, 1e-9), 4),
-        cpu_rtf=round(timings.cpu_s / max(timings.audio_s, 1e-9), 4),
+        cpu_rtf=round(sum(timings.cpu_s) / max(timings.audio_s, 1e-9), 4),
         chunk_ms_p50_p95=_percentiles(timings.chunk_s),
         first_partial_ms_p50_p95=_percentiles(timings.first_partial_s),
         final_ms_p50_p95=_percentiles(timings.final_s),
@@ -99,7 +134,7 @@ def _run(bundle: Bundle, samples: Floats, config: StreamConfig, timings: Timings
     stream.finish()
     timings.final_s.append(time.perf_counter() - before)
     timings.wall_s += time.perf_counter() - started
-    timings.cpu_s += time.process_time() - cpu_started
+    timings.cpu_s.append(time.process_time() - cpu_started)
     timings.audio_s += len(samples) / rate
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -158,6 +159,17 @@ def test_bench_prints_figures(asr, tiny_bundles: Path, tmp_path: Path, manifest:
         for name in ("real-time factor", "first partial", "final", "chunk", "memory"):
             assert name in out
     assert '"rtf":' in asr("bench", tiny_bundles / "cpu-int8", tmp_path / "a.wav", "--json")[1]
+
+
+def test_two_bundles_are_timed_by_turns(asr, tiny_bundles: Path, manifest: Path):
+    pair = (tiny_bundles / "cpu-int8", manifest, "--against", tiny_bundles / "cpu-fp32")
+    status, out, _ = asr("bench", *pair)
+    assert status == 0
+    assert "times as fast as" in out
+    assert out.count("real-time factor") == 2
+    found = json.loads(asr("bench", *pair, "--json")[1])
+    assert found["times"]["median"] > 0
+    assert found["bundle"]["audio_s"] == found["against"]["audio_s"]
 
 
 def test_the_error_of_a_bundle_reaches_the_user(asr, tmp_path: Path):
