@@ -332,7 +332,11 @@ class TrainingCuts:
         if not sets:
             raise ConfigError("data.train is empty; expected at least one manifest")
         weights = [count_cuts(path) for path in config.train]
-        self.source = CutSet.mux(*sets, weights=weights, seed=config.seed) if len(sets) > 1 else sets[0]
+        self.source: Iterable[Cut] = (
+            CutSet.mux(*sets, weights=weights, seed=config.seed) if len(sets) > 1 else sets[0]
+        )
+        if config.text_power < 1 or config.join_words:  # which read all of it each epoch: once is enough
+            self.source = list(self.source)
 
     def __call__(self, epoch: int) -> Iterator[Cut]:
         config = self.config
