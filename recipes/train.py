@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+UNFINISHED = 75
+"""EX_TEMPFAIL of sysexits.h: what schedulers take for "again, please"."""
+
 
 def train(
     config: Annotated[list[Path], typer.Option(help="YAML file; later ones win over earlier ones")],
@@ -16,8 +19,8 @@ def train(
 ) -> None:
     """Train a model, or go on from the last checkpoint in the folder of the experiment.
 
-    Stops after the present step, with a checkpoint, on SIGTERM, SIGINT or SIGUSR1, and exits with 0; a
-    second signal ends it at once.
+    Stops after the present step, with a checkpoint, on SIGTERM, SIGINT or SIGUSR1, and exits with 75: not
+    done, start it again; a second signal ends it at once.
 
     Example: asr train --config recipes/conf/conformer-s.yaml --config conf/train.yaml --exp exp/conformer-s
 
@@ -28,10 +31,14 @@ def train(
     from asr.config import load_config
     from asr.train.distributed import device_of
     from asr.train.loop import train as run
+    from asr.train.loop import why_done
 
-    run(
-        load_config(config, set),
+    loaded = load_config(config, set)
+    progress = run(
+        loaded,
         exp,
         device_of(device),
         lambda line: print(line, file=sys.stderr, flush=True),
     )
+    if not why_done(progress, loaded):
+        raise typer.Exit(UNFINISHED)  # so that a recipe does not go on with half of a model

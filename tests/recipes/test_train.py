@@ -1,5 +1,9 @@
 """asr train, asr average and asr info on an experiment that takes seconds."""
 
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +12,7 @@ import soundfile
 from lhotse import CutSet, Recording, SupervisionSegment
 
 from asr.tokens import train_tokenizer
+from asr.train.signals import StopRequest, listen
 from recipes.cli import main
 
 SIZES = """
@@ -58,6 +63,22 @@ def test_train_average_info(corpus: Path, capsys: pytest.CaptureFixture[str]) ->
         assert main(["info", path]) == 0
         text = capsys.readouterr().out
         assert [word for word in expected if word not in text] == []
+
+
+@contextlib.contextmanager
+def listen_and_be_asked() -> Iterator[StopRequest]:
+    with listen() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield request
+
+
+def test_a_stopped_training_is_told_from_one_that_is_done(corpus: Path) -> None:
+    train = ["train", "--config", "a.yaml", "--config", "b.yaml", "--exp", "exp/a", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asr.train.loop.listen", listen_and_be_asked)
+        assert main(train) == 75
+    assert "asked to by SIGINT" in Path("exp/a/train.log").read_text()
+    assert main(train) == 0
 
 
 @pytest.mark.parametrize(
