@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=7000, help="utterances (7000)")
     parser.add_argument("--dev", type=int, default=100, help="utterances (100)")
     parser.add_argument("--test", type=int, default=150, help="utterances (150)")
-    parser.add_argument("--seed", type=int, default=2, help="of sentences, voices and noise (2)")
+    parser.add_argument("--seed", type=int, default=3, help="of sentences, voices and noise (3)")
     args = parser.parse_args()
     splits = plan({"train": args.train, "dev": args.dev, "test": args.test}, args.seed)
     check_disjoint(splits)

@@ -25,7 +25,7 @@ if stage 3 "Train"; then
   torchrun --standalone --nproc-per-node "$processes" -m recipes.cli train \
     --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp"
 fi
-if stage 4 "Average"; then asr average "$exp" --last 5; fi
+if stage 4 "Average"; then asr average "$exp" --last 3; fi
 if stage 5 "Decode"; then
   asr decode "$exp" data/manifests/made_test.jsonl.gz --mode joint --ctc-weight 0.5 --chunk-ms "$chunk_ms"
 fi

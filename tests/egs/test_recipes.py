@@ -254,8 +254,9 @@ def test_made_speech_is_the_same_again_whatever_the_size_of_train(tmp_path):
     ]
 
 
-def test_made_test_has_other_sentences_and_voices_but_no_other_words(made):
-    splits = made.plan({"train": 5000, "dev": 100, "test": 150}, seed=1)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_made_test_has_other_sentences_and_voices_but_no_other_words(made, seed):
+    splits = made.plan({"train": 5000, "dev": 100, "test": 150}, seed)
     made.check_disjoint(splits)
     texts = {split: {spoken.text for spoken in splits[split]} for split in splits}
     assert len(texts["test"]) == 150
@@ -278,7 +279,7 @@ def test_timbres_are_those_a_vocal_tract_might_have(made):
     assert not {"shelby", "klatt2", "whisper"} & set(names)
 
 
-def test_the_grammar_says_about_two_hundred_words(made):
+def test_the_grammar_says_about_a_hundred_and_fifty_words(made):
     rules = made.read_grammar(EGS / "made" / "grammar.txt")
     assert all(word in rules for ways in rules.values() for way in ways for word in way if word.isupper())
-    assert {made.draw(rules, random.Random(i)) for i in range(200)}
+    assert 140 <= len(sys.modules["grammar"].words(rules)) <= 160
