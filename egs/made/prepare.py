@@ -11,19 +11,22 @@ import argparse
 import multiprocessing
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from grammar import draw, read_grammar
-from speech import ACCENTS, Engine, Spoken, timbres
+from speech import ACCENTS, Engine, Spoken, Timbre, draw_timbre, lay_out_data
 
 from asr.audio import SAMPLE_RATE, read, write
 from recipes.cli import guard
 from recipes.tables import TABLE, Row, write_table
 
 PROCESS_UTTERANCES = 125
-"""Spoken by one process, one after the other (see speech.py)."""
+"""Spoken by one process, one after the other (see speech.py), which knows 349 voices and timbres at most."""
+
+TIMBRES = {"train": 400, "dev": 50, "test": 50}
 
 DEMO_SENTENCES = 3
 DEMO_PAUSE_S = 1.0
@@ -52,9 +55,12 @@ def main() -> None:
 def plan(sizes: dict[str, int], seed: int) -> Splits:
     """What is said in each split, by whom and how; dev and test do not depend on the size of train."""
     texts = draw_texts(sizes, random.Random(seed))
-    dealt = deal_timbres(timbres(), random.Random(f"timbres {seed}"))
-    rngs = {split: random.Random(f"{split} {seed}") for split in sizes}
-    return {split: [draw_manner(text, dealt[split], rngs[split]) for text in texts[split]] for split in sizes}
+    splits = {}
+    for split, count in TIMBRES.items():
+        rng = random.Random(f"{split} {seed}")
+        timbres = [draw_timbre(f"{split}{number}", rng) for number in range(count)]
+        splits[split] = [draw_manner(text, timbres, rng) for text in texts[split]]
+    return splits
 
 
 def draw_texts(sizes: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
@@ -74,19 +80,11 @@ def draw_texts(sizes: dict[str, int], rng: random.Random) -> dict[str, list[str]
     return {"train": train, "dev": rest[: sizes["dev"]], "test": rest[sizes["dev"] :]}
 
 
-def deal_timbres(names: Sequence[str], rng: random.Random) -> dict[str, list[str]]:
-    """One in eight to test, one in eight to dev, the others to train."""
-    dealt: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
-    for i, name in enumerate(rng.sample(names, len(names))):
-        dealt[{0: "test", 4: "dev"}.get(i % 8, "train")].append(name)
-    return dealt
-
-
-def draw_manner(text: str, names: Sequence[str], rng: random.Random) -> Spoken:
+def draw_manner(text: str, timbres: Sequence[Timbre], rng: random.Random) -> Spoken:
     return Spoken(
         text,
         accent=rng.choice(ACCENTS),
-        timbre=rng.choice(names),
+        timbre=rng.choice(timbres),
         words_per_minute=rng.randint(130, 185),
         pitch=rng.randint(20, 80),
         pitch_range=rng.randint(20, 80),
@@ -120,9 +118,11 @@ def record(splits: Splits, data: Path) -> dict[str, list[Path]]:
 
 
 def record_some(jobs: Sequence[tuple[Spoken, Path]]) -> None:
-    engine = Engine()
-    for spoken, file in jobs:
-        write(file, engine.speak(spoken))
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out_data(Path(folder), {spoken.timbre for spoken, _ in jobs})
+        engine = Engine(Path(folder))
+        for spoken, file in jobs:
+            write(file, engine.speak(spoken))
 
 
 def rows(splits: Splits, files: dict[str, list[Path]], data: Path) -> Iterator[Row]:

@@ -1,11 +1,15 @@
 """Speech made by eSpeak NG: the library in the wheel `espeakng-loader`, through ctypes.
 
-A voice is an accent and a timbre ("en-us+f3"). The engine remembers what it said before (the phase of a wave,
-a generator of noise), so samples are the same again if a fresh process says the same in the same order.
+A voice is an accent and a timbre ("en-us+test7"). The engine has few timbres of its own, robots and whispers
+among them, so ours are drawn: vocal tracts of any length. The engine remembers what it said before (the phase
+of a wave, a generator of noise), so samples are the same again if a fresh process says the same in the same
+order.
 """
 
 import ctypes
 import os
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +33,41 @@ Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes
 
 
 @dataclass(frozen=True)
+class Timbre:
+    """A person, as far as eSpeak can be one."""
+
+    name: str
+    variant: str
+    """What a file of `voices/!v` says of it."""
+
+
+def draw_timbre(name: str, rng: random.Random) -> Timbre:
+    """A vocal tract between a child's and a large man's, all formants shifted about alike; a pitch to go with
+    it; a little hoarse, or not."""
+    shift = rng.uniform(0.88, 1.2)
+    pitch = 90 * shift**3 * rng.uniform(0.8, 1.3)
+    lines = [
+        f"language variant\nname {name}",
+        f"pitch {pitch:.0f} {pitch * rng.uniform(1.25, 1.6):.0f}",
+        f"flutter {rng.randint(0, 4)}\nroughness {rng.randint(0, 3)}",
+        f"voicing {rng.randint(80, 120)}\nconsonants {rng.randint(70, 130)} {rng.randint(70, 130)}",
+    ]
+    for number in range(9):
+        formant = [100 * shift * rng.uniform(0.95, 1.05), rng.uniform(80, 115), rng.uniform(90, 130)]
+        lines.append(f"formant {number} " + " ".join(f"{percent:.0f}" for percent in formant))
+    return Timbre(name, "\n".join(lines) + "\n")
+
+
+@dataclass(frozen=True)
 class Spoken:
     """An utterance and how it is spoken."""
 
     text: str
     accent: str
-    timbre: str
+    timbre: Timbre
     words_per_minute: int = 175
     pitch: int = 50
-    """0 to 100."""
+    """0 to 100, about that of the timbre."""
 
     pitch_range: int = 50
     """0 is a monotone, 100 is lively."""
@@ -50,41 +80,27 @@ class Spoken:
 
     @property
     def voice(self) -> str:
-        return f"{self.accent}+{self.timbre}"
+        return f"{self.accent}+{self.timbre.name}"
 
 
-MACHINES = ("robosoft", "klatt", "UniRobot", "anikaRobot", "Demonic", "croak", "whisper", "iven", "ian")
-
-MAX_SPREAD = 1.3
-"""A vocal tract is longer or shorter as a whole: a person's first three formants are shifted about alike."""
-
-
-def timbres() -> list[str]:
-    """Names of the timbres that might be a person's."""
-    files = (Path(espeakng_loader.get_data_path()) / "voices" / "!v").iterdir()
-    return sorted(
-        file.name
-        for file in files
-        if not file.name.startswith(MACHINES) and spread(file.read_text(errors="replace")) <= MAX_SPREAD
-    )
-
-
-def spread(timbre: str) -> float:
-    """The largest shift of the first three formants over the smallest: 140 / 90 of
-    "formant 1 90 90 90", "formant 2 140 140 140"; what is not told is at 100."""
-    shifts = {"1": 100.0, "2": 100.0, "3": 100.0}
-    for line in timbre.splitlines():
-        match line.split():
-            case ["formant", number, shift, *_] if number in shifts:
-                shifts[number] = float(shift)
-    return max(shifts.values()) / max(1.0, min(shifts.values()))
+def lay_out_data(folder: Path, timbres: Iterable[Timbre]) -> None:
+    """The data of eSpeak in `folder`, by links, with our timbres in the place of its own."""
+    source = Path(espeakng_loader.get_data_path())
+    voices, variants = Path("voices"), Path("voices/!v")
+    (folder / source.name / variants).mkdir(parents=True)
+    for place, replaced in ((Path(), voices), (voices, variants)):
+        for entry in (source / place).iterdir():
+            if entry.name != replaced.name:
+                (folder / source.name / place / entry.name).symlink_to(entry)
+    for timbre in timbres:
+        (folder / source.name / variants / timbre.name).write_text(timbre.variant)
 
 
 class Engine:
     """eSpeak NG in this process, of which there can be one; it changes the working directory."""
 
-    def __init__(self) -> None:
-        folder = Path(espeakng_loader.get_data_path()).parent
+    def __init__(self, folder: Path) -> None:
+        """folder: see `lay_out_data`."""
         os.chdir(folder)  # eSpeak keeps no more than 160 bytes of a path
         self.library = ctypes.CDLL(espeakng_loader.get_library_path())
         self.sample_rate = self.library.espeak_Initialize(SYNCHRONOUS, 0, b".", DO_NOT_EXIT)

@@ -270,13 +270,38 @@ def test_made_check_finds_a_shared_voice_or_sentence(made):
         made.check_disjoint({**splits, "test": splits["dev"]})
 
 
-def test_timbres_are_those_a_vocal_tract_might_have(made):
+def test_our_timbres_are_heard(made, tmp_path):
+    """The engine says nothing where it finds no timbre of a name, and goes on with another."""
     speech = sys.modules["speech"]
-    assert speech.spread("name a\nformant 0 50 1 1\nformant 1 90 90 90\nformant 2 135 1 1\n") == 1.5
-    assert speech.spread("formant 4 200 1 1\npitch 80 120") == 1.0
-    names = made.timbres()
-    assert {"f2", "m3", "Gene"} <= set(names)
-    assert not {"shelby", "klatt2", "whisper"} & set(names)
+    said = {
+        name: [speech.Spoken("oh", "en-us", speech.Timbre(name, f"pitch {hz} {hz}\n"), snr_db=60)]
+        for name, hz in (("high", 250), ("low", 80))
+    }
+    files = made.record(said, tmp_path)
+    high, low = (voice_hz(files[name][0]) for name in said)
+    assert 1.5 * low < high
+
+
+def voice_hz(path: Path) -> float:
+    """The pitch of a recording, by the first peak of its autocorrelation."""
+    samples, rate = soundfile.read(path)
+    power = np.abs(np.fft.rfft(samples, 2 * len(samples))) ** 2
+    shortest = rate // 400
+    return rate / (shortest + np.argmax(np.fft.irfft(power)[shortest : rate // 50]))
+
+
+def test_drawn_timbres_differ_in_length_of_the_vocal_tract(made):
+    speech = sys.modules["speech"]
+    rng = random.Random(0)
+    shifts = []
+    for number in range(200):
+        lines = speech.draw_timbre(f"t{number}", rng).variant.splitlines()
+        formants = [float(line.split()[2]) for line in lines if line.startswith("formant")]
+        assert len(formants) == 9
+        assert max(formants) < 1.12 * min(formants)
+        shifts.append(np.mean(formants))
+    assert min(shifts) < 92
+    assert max(shifts) > 115
 
 
 def test_the_grammar_says_about_a_hundred_and_fifty_words(made):
