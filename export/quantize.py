@@ -9,6 +9,8 @@ What stays in float32, and why:
     ctc         the output layer: its errors reach the log-probabilities unsmoothed, its cost is small
     attention   products of activations with activations, softmax, norms: nothing of them is a weight
 
+What of this is large is stored in 16 bits, and unfolded when the bundle is loaded.
+
 The decoder's table of embeddings becomes 8-bit too. Weights are signed because unsigned ones are half as
 fast on processors with VNNI, and use 7 of the 8 bits because processors without add two products in 16 bits
 and saturate: 2 * 255 * 64 fits, 2 * 255 * 127 does not (docs/experiments.md). The graphs need no
@@ -19,6 +21,7 @@ import logging
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -30,6 +33,10 @@ KEPT = {
 """Modules of the encoder that are never quantized."""
 
 OP_TYPES = ["MatMul", "Gemm", "Gather"]
+FLOAT = onnx.TensorProto.FLOAT
+
+LARGE = 1024
+"""Numbers in a constant that is worth storing in 16 bits."""
 
 
 def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -54,10 +61,25 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
         finally:
             root.setLevel(level)
         quantized = onnx.load(path)
+    _store_in_16_bits(quantized.graph)
     quantized.graph.name = model.graph.name
     quantized.ir_version = model.ir_version
     onnx.checker.check_model(quantized)
     return quantized
+
+
+def _store_in_16_bits(graph: onnx.GraphProto) -> None:
+    """Large float32 constants become float16 ones and a Cast, which onnxruntime folds when it loads them."""
+    casts = []
+    for constant in graph.initializer:
+        value = onnx.numpy_helper.to_array(constant)
+        if value.dtype == np.float32 and value.size >= LARGE:
+            name = constant.name
+            constant.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), f"{name}_half"))
+            casts.append(onnx.helper.make_node("Cast", [f"{name}_half"], [name], f"{name}/Cast", to=FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _excluded(model: onnx.ModelProto) -> list[str]:

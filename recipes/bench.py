@@ -49,7 +49,10 @@ def bench(
     sounds = _sounds(sound, loaded.info.features.sample_rate)
     if against is None:
         found = measure(loaded, sounds, config)
-        print(json.dumps(found.as_dict())) if as_json else _print(loaded, found)
+        if as_json:
+            print(json.dumps(found.as_dict()))
+        else:
+            _print(loaded, found)
         return
     other = Bundle.load(against, threads)
     if other.info.features.sample_rate != loaded.info.features.sample_rate:

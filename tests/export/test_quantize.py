@@ -59,15 +59,23 @@ def test_every_matrix_of_a_layer_is_quantized(tiny_bundles: Path):
 @pytest.mark.parametrize(
     "module", ["fbank.cosine", "fbank.mel", "ctc", "encoder.front.convolutions.0", "encoder.front.out"]
 )
-def test_what_is_kept_is_named_so(tiny_bundles: Path, module: str):
+def test_what_is_kept_is_computed_in_float32(tiny_bundles: Path, module: str):
     graph = load(tiny_bundles, "cpu-int8", "encoder")
-    constants = {x.name: x for x in graph.graph.initializer}
     nodes = [
         n for n in graph.graph.node if n.name.startswith(f"{module}/") and n.op_type in ("MatMul", "Conv")
     ]
     assert nodes
+    kinds = {x.name: x.data_type for x in graph.graph.initializer}
+    cast = {n.output[0]: n.attribute[0].i for n in graph.graph.node if n.op_type == "Cast"}
     for node in nodes:
-        assert constants[node.input[1]].data_type == TensorProto.FLOAT
+        weight = node.input[1]
+        assert kinds.get(weight, cast.get(weight)) == TensorProto.FLOAT
+
+
+def test_large_constants_are_stored_in_16_bits(tiny_bundles: Path):
+    graph = load(tiny_bundles, "cpu-int8", "encoder").graph
+    large = [x for x in graph.initializer if np.prod(x.dims) >= 1024]
+    assert {x.data_type for x in large} == {TensorProto.INT8, TensorProto.FLOAT16}
 
 
 def test_the_largest_products_do_not_saturate():
