@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -125,6 +125,11 @@ class Batch:
     position: dict[str, int]
     skipped: tuple[Skip, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a worker sends it: a tensor costs a dozen messages, which only the samples are worth."""
+        small = self.sample_lens.numpy(), self.tokens.numpy(), self.token_lens.numpy()
+        return _unpack, (self.samples, *small, self.ids, self.texts, self.position, self.skipped)
+
     @property
     def is_empty(self) -> bool:
         return not self.ids
@@ -149,6 +154,13 @@ class Batch:
             tokens=change(self.tokens),
             token_lens=change(self.token_lens),
         )
+
+
+def _unpack(
+    samples: Tensor, sample_lens: np.ndarray, tokens: np.ndarray, token_lens: np.ndarray, *rest: Any
+) -> Batch:
+    as_tensor = torch.from_numpy
+    return Batch(samples, as_tensor(sample_lens), as_tensor(tokens), as_tensor(token_lens), *rest)
 
 
 @dataclass

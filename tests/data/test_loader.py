@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,17 @@ def test_going_on_is_as_if_never_stopped(setup: Setup, corpus: Corpus, num_worke
 def test_workers_change_nothing(setup: Setup) -> None:
     noisy = AugmentConfig(noise=str(setup.manifest), noise_prob=1.0)
     assert_same(take(setup.loader(noisy, num_workers=0), 15), take(setup.loader(noisy, num_workers=2), 15))
+
+
+def test_a_batch_is_sent_with_one_tensor_in_shared_memory(setup: Setup) -> None:
+    batch = take(setup.loader(), 1)[0]
+    rebuild, parts = batch.__reduce__()
+    assert [part.shape for part in parts if isinstance(part, torch.Tensor)] == [batch.samples.shape]
+    again = pickle.loads(pickle.dumps(batch))
+    assert_same([again], [batch])
+    assert torch.equal(again.sample_lens, batch.sample_lens)
+    assert torch.equal(again.token_lens, batch.token_lens)
+    assert (again.texts, again.skipped, rebuild.__module__) == (batch.texts, (), "asr.data.loader")
 
 
 def test_two_ranks_share_out_an_epoch(setup: Setup) -> None:
