@@ -4,7 +4,7 @@ What stays in float32, and why:
 
     fbank       windowed Fourier transform and mel triangles: 16 nats do not fit into 8 bits
     front       subsampling convolutions: integer ones are slower than float ones on CPUs; and the layer
-                behind them: a hundredth of the work, a third of the harm (docs/experiments.md)
+                behind them: 1 to 4 % of the weights, more harm than any other kind (docs/experiments.md)
     depthwise   convolutions, for the same reason; they are 1 % of the work
     ctc         the output layer: its errors reach the log-probabilities unsmoothed, its cost is small
     attention   products of activations with activations, softmax, norms: nothing of them is a weight

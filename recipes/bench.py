@@ -56,7 +56,10 @@ def bench(
         return
     other = Bundle.load(against, threads)
     if other.info.features.sample_rate != loaded.info.features.sample_rate:
-        raise BundleError(f"{against}: {other.info.features.sample_rate} Hz, and {bundle} another rate")
+        raise BundleError(
+            f"{against}: for {other.info.features.sample_rate} Hz, and {bundle} is for "
+            f"{loaded.info.features.sample_rate}; compare bundles of one sample rate"
+        )
     ours, theirs, ratio = bench_against(loaded, other, sounds, config)
     if as_json:
         print(json.dumps({"bundle": ours.as_dict(), "against": theirs.as_dict(), "times": ratio._asdict()}))

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +171,16 @@ def test_two_bundles_are_timed_by_turns(asr, tiny_bundles: Path, manifest: Path)
     found = json.loads(asr("bench", *pair, "--json")[1])
     assert found["times"]["median"] > 0
     assert found["bundle"]["audio_s"] == found["against"]["audio_s"]
+
+
+def test_bundles_of_two_sample_rates_are_not_compared(asr, tiny_bundles: Path, tmp_path: Path):
+    other = shutil.copytree(tiny_bundles / "cpu-int8", tmp_path / "other")
+    text = (other / "model.json").read_text(encoding="utf-8")
+    assert '"sample_rate": 16000' in text
+    (other / "model.json").write_text(text.replace('"sample_rate": 16000', '"sample_rate": 8000'))
+    status, _, err = asr("bench", tiny_bundles / "cpu-int8", "--against", other)
+    assert status == 2
+    assert "for 8000 Hz" in err
 
 
 def test_the_error_of_a_bundle_reaches_the_user(asr, tmp_path: Path):
