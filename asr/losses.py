@@ -24,6 +24,9 @@ class LossConfig:
     attention: float = 0.7
     """Weight of the decoder's cross-entropy."""
 
+    reverse: float = 0.3
+    """Share of the right-to-left decoder in the attention loss, where there is one (U2++)."""
+
     label_smoothing: float = 0.1
     """Probability that the decoder's target spreads evenly over all units."""
 

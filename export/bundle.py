@@ -10,7 +10,8 @@ import onnx
 
 from asr import __version__
 from asr.errors import BundleError
-from asr.model.hybrid import SOS_EOS, HybridModel
+from asr.model.decoder import SOS_EOS
+from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import FORMAT, Features, Field, ModelInfo, Streaming, hash_file
 from asr.tokens import tokens_hash
 
@@ -51,6 +52,7 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         sos_eos=SOS_EOS,
         parameters=sum(p.numel() for p in model.parameters()),
         encoder_state=_fields(encoder.init_state(1, 0), "W"),
+        decoder_type=model.decoder.config.type,
         decoder_state=_fields(model.decoder.init_state(1), "U"),
         streaming=_streaming(model),
         files={},

@@ -1,8 +1,9 @@
-"""A model as three ONNX graphs, traced from the very modules that were trained.
+"""A model as ONNX graphs, traced from the very modules that were trained.
 
     encoder   features, normalisation, encoder, CTC head; the state goes in as it came out of the call before
     memory    keys and values of the decoder's cross-attention
     decoder   a whole token sequence at once, or one token with the state of those before it
+    reverse   a whole token sequence from right to left, for models with a second decoder
 
 Batch, samples, cached frames, tokens: all dynamic. Opset 18 and IR version 10, which onnxruntime 1.20 reads.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from asr.model.conformer import ConformerState
-from asr.model.decoder import DecoderState
+from asr.model.decoder import DecoderState, TransformerDecoder
 from asr.model.hybrid import HybridModel
 
 OPSET = 18
@@ -58,8 +59,22 @@ class DecoderGraph(nn.Module):
     def forward(
         self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
-        logits, present = self.decoder(tokens, cross_keys, cross_values, y_lens, DecoderState(*state))
-        return logits.log_softmax(-1), *present.tensors()
+        guide, past = self.decoder.guide, DecoderState(*state)
+        logits, attention, present = self.decoder(tokens, cross_keys, cross_values, y_lens, past, guide=guide)
+        return logits.log_softmax(-1), attention, *present.tensors()
+
+
+class ReverseGraph(nn.Module):
+    """Hypotheses of one utterance, whose memory is computed once for all."""
+
+    def __init__(self, decoder: TransformerDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+        keys, values = (x.expand(tokens.shape[0], -1, -1, -1, -1) for x in self.decoder.memory(y))
+        y_lens = torch.full_like(tokens[:, 0], y.shape[1])
+        return self.decoder(tokens, keys, values, y_lens).logits.log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -76,13 +91,15 @@ class Trace:
 
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
-    """The three graphs of a model in float32, by name."""
+    """The graphs of a model in float32, by name."""
     model = model.eval().cpu()
     traces = {
         "encoder": encoder_trace(model),
         "memory": memory_trace(model),
         "decoder": decoder_trace(model),
     }
+    if model.reverse_decoder is not None:
+        traces["reverse"] = reverse_trace(model, model.reverse_decoder)
     return {name: export(trace, name) for name, trace in traces.items()}
 
 
@@ -122,15 +139,21 @@ def decoder_trace(model: HybridModel) -> Trace:
     tokens = torch.ones(2, 3, dtype=torch.int64)
     with torch.no_grad():
         keys, values = model.decoder.memory(torch.randn(2, 7, model.encoder.dim))
-        _, state = model.decoder(tokens, keys, values, torch.tensor([7, 5]))
+        state = model.decoder(tokens, keys, values, torch.tensor([7, 5])).state
     names = state_names(state)
     inputs = {"tokens": tokens, "cross_keys": keys, "cross_values": values, "y_lens": torch.tensor([7, 5])}
     inputs |= dict(zip(names, state.tensors(), strict=True))
     dynamic: dict[str, dict[int, Any]] = {"tokens": {0: b, 1: u}, "y_lens": {0: b}}
     dynamic |= {"cross_keys": {0: b, 3: t}, "cross_values": {0: b, 3: t}}
     dynamic |= {name: {0: b, 3: past} for name in names}
-    outputs = ["log_probs", *(f"next_{name}" for name in names)]
+    outputs = ["log_probs", "attention", *(f"next_{name}" for name in names)]
     return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(names))
+
+
+def reverse_trace(model: HybridModel, decoder: TransformerDecoder) -> Trace:
+    inputs = {"tokens": torch.ones(2, 3, dtype=torch.int64), "y": torch.randn(1, 7, model.encoder.dim)}
+    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: Dim("B"), 1: Dim("U")}, "y": {1: Dim("T")}}
+    return Trace(ReverseGraph(decoder).eval(), inputs, dynamic, ["log_probs"], 0)
 
 
 def state_names(state: ConformerState | DecoderState) -> list[str]:

@@ -41,6 +41,9 @@ def decode(
     beam: Annotated[int, typer.Option(help="hypotheses kept of an utterance")] = 10,
     nbest: Annotated[int, typer.Option(help="hypotheses written of an utterance, at most")] = 1,
     ctc_weight: Annotated[float, typer.Option(help="share of CTC in the score: joint, rescore")] = 0.3,
+    reverse_weight: Annotated[
+        float, typer.Option(help="share of the right-to-left decoder, if there is one: rescore")
+    ] = 0.3,
     chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: all")] = -1,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
@@ -62,7 +65,7 @@ def decode(
         raise ConfigError(f"--mode {mode}: no such mode; expected one of {', '.join(MODES)}")
     if batch_s <= 0:
         raise ConfigError(f"--batch-s {batch_s}: expected more than 0")
-    search = SearchConfig(beam=beam, nbest=nbest, ctc_weight=ctc_weight)
+    search = SearchConfig(beam=beam, nbest=nbest, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
     folders = _folders(model, manifests, f"{mode}{context}")
     recogniser = _load(model, checkpoint, device, mode, search)

@@ -69,6 +69,7 @@ def _print_files(info: ModelInfo) -> None:
         f"{info.streaming.chunk_ms} ms a step",
         "memory.onnx": "encoder output -> what the decoder attends to",
         "decoder.onnx": "tokens -> log_probs of the next",
+        "reverse.onnx": "tokens from right to left -> log_probs of the next",
     }
     for name, role in roles.items():
         print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<6}{role}")

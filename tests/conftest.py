@@ -73,7 +73,7 @@ def tiny_model() -> "HybridModel":
     with torch.random.fork_rng():
         torch.manual_seed(7)
         encoder = ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8)
-        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64)
+        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64, reverse_layers=1)
         model = build_model(FbankConfig(), encoder, decoder, LossConfig(), len(TINY_SYMBOLS)).eval()
         with torch.no_grad():
             model.cmvn.mean += -6.0

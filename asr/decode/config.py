@@ -23,6 +23,9 @@ class SearchConfig:
     ctc_weight: float = 0.3
     """Share of the CTC log-probability in the score of modes joint and rescore; the decoder has the rest."""
 
+    reverse_weight: float = 0.3
+    """Share of the right-to-left decoder in the decoders' score in mode rescore, where there is one."""
+
     tokens_per_frame: int = 10
     """Likeliest tokens of a frame that the CTC prefix beam considers."""
 
@@ -42,8 +45,9 @@ class SearchConfig:
         for name in ("beam", "nbest", "tokens_per_frame", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.ctc_weight <= 1:
-            raise ConfigError(f"ctc_weight is {self.ctc_weight}, expected 0 to 1")
+        for name in ("ctc_weight", "reverse_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")
 
     def blend(self, attention: Doubles, ctc: Doubles) -> Doubles:
         """(1 - w) attention + w ctc, of log-probabilities; a part without weight may be -inf."""

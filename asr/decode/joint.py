@@ -137,7 +137,7 @@ def _extend(
     done."""
     last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
     pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
-    candidates, values, state = scorer.step(live.state, last, pool)
+    candidates, values, _, state = scorer.step(live.state, last, pool)
     scores = live.log_probs.sum(1, keepdims=True) + values
     if ctc and live.prefix:
         psi = ctc.score(live.prefix, candidates)

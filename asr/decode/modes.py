@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 from asr.decode.joint import search
+from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
+from asr.errors import ConfigError
 
 Mode = Callable[[Scorer, Sequence[Floats], Any, SearchConfig], list[list[Hypothesis]]]
 
@@ -53,13 +57,37 @@ def two_pass(
     return [nbest[: config.nbest] for nbest in rescore(scorer, memory, first, config)]
 
 
-MODES: dict[str, Mode] = {
+AT_END: dict[str, Mode] = {
     "ctc-greedy": ctc_greedy,
     "ctc-prefix": ctc_prefix,
     "attention": attention,
     "joint": search,
     "rescore": two_pass,
 }
+"""Modes that search whole utterances."""
+
+FIRST_PASS = ("ctc-greedy", "ctc-prefix")
+"""Those of them without the decoder, which have an answer at any time."""
+
+ONLINE: dict[str, StartSearch] = {}
+"""Modes whose decoder writes while frames arrive."""
+
+MODES = (*AT_END, *ONLINE)
+
+NEEDS = dict.fromkeys(FIRST_PASS, "")
+"""The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
+
+
+def check_mode(mode: str, decoder: str) -> None:
+    """ConfigError where there is no such mode, or a model with that type of decoder cannot be used in it."""
+    if mode not in MODES:
+        raise ConfigError(f"no such mode: {mode}; there are {', '.join(MODES)}")
+    needed = NEEDS.get(mode, "transformer")
+    if needed not in ("", decoder):
+        fit = ", ".join(x for x in MODES if NEEDS.get(x, "transformer") in ("", decoder))
+        raise ConfigError(
+            f"mode {mode}: this model's decoder is of type {decoder}, expected {needed}; use one of {fit}"
+        )
 
 
 def decode(
@@ -76,13 +104,50 @@ def decode(
     chunk: encoder frames per attention chunk, 0 for the whole utterance. left: chunks of left context, -1
     for all.
     """
+    check_mode(mode, scorer.decoder_type)
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
     if heard:
         log_probs, memory = scorer.encode([samples[n] for n in heard], chunk, left)
-        for n, nbest in zip(heard, MODES[mode](scorer, log_probs, memory, config), strict=True):
+        if mode in ONLINE:
+            found = search_online(ONLINE[mode], scorer, log_probs, memory, config, chunk)
+        else:
+            found = AT_END[mode](scorer, log_probs, memory, config)
+        for n, nbest in zip(heard, found, strict=True):
             answers[n] = nbest
     return answers
+
+
+class AtEnd:
+    """A mode that searches whole utterances, as an OnlineSearch: until the end, CTC writes."""
+
+    def __init__(self, mode: str, scorer: Scorer, config: SearchConfig) -> None:
+        self._mode, self._scorer, self._config = mode, scorer, config
+        greedy = mode == "ctc-greedy"
+        self._ctc = CtcGreedy() if greedy else CtcPrefixBeam(config.beam, config.tokens_per_frame)
+        self._memory: Any = None
+        self._log_probs: list[Floats] = []
+
+    def advance(self, memory: Any, log_probs: Floats) -> None:
+        self._ctc.advance(log_probs)
+        if self._mode not in FIRST_PASS:
+            self._memory = memory
+            self._log_probs.append(log_probs)
+
+    def best(self) -> Hypothesis:
+        return self._ctc.best()
+
+    def finish(self) -> list[Hypothesis]:
+        if not self._log_probs:
+            return self._ctc.nbest(self._config.nbest)
+        whole = np.concatenate(self._log_probs)
+        return AT_END[self._mode](self._scorer, [whole], self._memory, self._config)[0]
+
+
+def start_search(mode: str, scorer: Scorer, config: SearchConfig) -> OnlineSearch:
+    """The search of any mode for one utterance that arrives piece by piece; ConfigError as `check_mode`."""
+    check_mode(mode, scorer.decoder_type)
+    return ONLINE[mode](scorer, config) if mode in ONLINE else AtEnd(mode, scorer, config)
 
 
 class Word(NamedTuple):

@@ -1,7 +1,8 @@
 """Two passes: what the CTC prefix beam found is scored again by the decoder, all hypotheses in one call.
 
 Teacher forcing needs no search, so the cost is one pass of the decoder, whatever the length; and the answer
-is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481.
+is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481. A second
+decoder, from right to left, hears what follows a token as well (U2++, arXiv:2106.05642).
 """
 
 from collections.abc import Sequence
@@ -25,14 +26,18 @@ def rescore(
     hypotheses = [x for nbest in nbests for x in nbest]
     answers: list[list[Hypothesis]] = [[] for _ in nbests]
     if hypotheses:
-        scores = scorer.score(memory, owner, [x.tokens for x in hypotheses])
+        tokens = [x.tokens for x in hypotheses]
+        scores = scorer.score(memory, owner, tokens)
+        if scorer.has_reverse and config.reverse_weight:
+            mirror, share = scorer.score(memory, owner, tokens, reverse=True), config.reverse_weight
+            scores = [(1 - share) * a + share * b for a, b in zip(scores, mirror, strict=True)]
         for n, hypothesis, log_probs in zip(owner, hypotheses, scores, strict=True):
             answers[n].append(_rescored(hypothesis, log_probs, config))
     return [sorted(x, key=lambda hypothesis: -hypothesis.score) for x in answers]
 
 
 def _rescored(hypothesis: Hypothesis, log_probs: Floats, config: SearchConfig) -> Hypothesis:
-    """log_probs (U + 1,): the decoder's, of the tokens and of eos."""
+    """log_probs (U + 1,): the decoders', of the tokens and of eos."""
     parts = {**hypothesis.parts, "attention": float(log_probs.sum(dtype=np.float64))}
     score = config.blend(np.array(parts["attention"]), np.array(parts["ctc"]))
     confidence = np.exp(

@@ -9,7 +9,7 @@ N utterances · T encoder frames · V units, blank is 0 · B hypotheses · k bes
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,28 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 BLANK = 0
+
+
+class Window(NamedTuple):
+    """Which encoder frames each of B hypotheses hears: from start up to, not including, end; (B,) each."""
+
+    start: Ints
+    end: Ints
+
+
+class Step(NamedTuple):
+    """What the decoder says behind the last token of B hypotheses."""
+
+    ids: Ints
+    """The k likeliest next tokens (B, k), best first."""
+
+    log_probs: Floats
+    """Theirs (B, k)."""
+
+    attention: Floats
+    """Where the guiding heads listened (B, T): frames of the window, counted from its start."""
+
+    state: Any
 
 
 class Scorer(Protocol):
@@ -32,6 +54,12 @@ class Scorer(Protocol):
     frame_s: float
     """Seconds of audio per encoder frame."""
 
+    decoder_type: str
+    """Its kind: which modes it was trained for (modes.py)."""
+
+    has_reverse: bool
+    """Whether there is a second decoder, from right to left, to score with."""
+
     def encode(self, samples: Sequence[Floats], chunk: int = 0, left: int = -1) -> tuple[list[Floats], Any]:
         """N waveforms -> CTC log-probabilities (T_n, V) of each, and the decoder's memory of all of them.
 
@@ -40,20 +68,35 @@ class Scorer(Protocol):
         """
         ...
 
+    def grow(self, memory: Any, y: Any) -> Any:
+        """The memory of one utterance whose next encoder frames y (T, C) have arrived; None at its start."""
+        ...
+
+    def view(self, memory: Any, utterance: int, num_frames: int) -> Any:
+        """The memory of one utterance alone, up to frame num_frames: as if no more had arrived."""
+        ...
+
     def start(self, memory: Any, owner: Ints) -> Any:
         """The decoder state of B empty hypotheses; hypothesis b is of utterance owner[b] (B,)."""
         ...
 
-    def step(self, state: Any, tokens: Ints, k: int) -> tuple[Ints, Floats, Any]:
-        """Append tokens (B,), `sos_eos` the first time. Returns the k likeliest next ids (B, k), best first,
-        their log-probabilities (B, k), and the state after `tokens`."""
+    def step(self, state: Any, tokens: Ints, k: int, window: Window | None = None) -> Step:
+        """Append tokens (B,), or several at once (B, U), `sos_eos` first of all; `window`: what they hear,
+        None for everything. The cost grows with the window, not with the utterance."""
         ...
 
     def select(self, state: Any, index: Ints) -> Any:
         """The state of hypotheses index (B',), which may repeat, drop and reorder."""
         ...
 
-    def score(self, memory: Any, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]: ...
+    def score(
+        self, memory: Any, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+    ) -> list[Floats]:
+        """Log-probabilities (U + 1,) of each token and of eos; hypothesis b is of utterance owner[b].
+
+        reverse: by the decoder from right to left, in the order of the tokens all the same.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """x (N, U, C); keys, values (N, H, T, D); mask (N, 1, 1, T). Returns (N, U, C).
+        """x (N, U, C); keys, values (N, H, T, D); mask (N, 1, U or 1, T). Returns (N, U, C).
 
         A row that may attend to nothing hears zeros.
         """
@@ -77,6 +77,14 @@ class CrossAttention(nn.Module):
         empty = ~mask.any(-1, keepdim=True)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask | empty)
         return self.out(join_heads(torch.where(empty, 0.0, y)))
+
+    def weights(self, x: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """What `forward` weights the values with: (N, H, U, T)."""
+        q = split_heads(self.query(x), self.num_heads)
+        scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+        empty = ~mask.any(-1, keepdim=True)
+        weights = scores.masked_fill(~(mask | empty), -torch.inf).softmax(-1)
+        return torch.where(empty, 0.0, weights)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Which encoders and decoders there are: add yours here."""
 
+from dataclasses import replace
+
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.conformer import Conformer, ConformerConfig
@@ -25,4 +27,10 @@ def build_model(
     _, encoder_class = ENCODERS[encoder.type]
     _, decoder_class = DECODERS[decoder.type]
     built = encoder_class(encoder, features.num_bins)
-    return HybridModel(features, built, decoder_class(decoder, num_tokens, built.dim), loss, num_tokens)
+    forwards = decoder_class(decoder, num_tokens, built.dim)
+    backwards = None
+    if decoder.reverse_layers:
+        backwards = decoder_class(
+            replace(decoder, num_layers=decoder.reverse_layers, reverse_layers=0), num_tokens, built.dim
+        )
+    return HybridModel(features, built, forwards, loss, num_tokens, backwards)

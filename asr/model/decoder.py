@@ -5,17 +5,22 @@ channels per head
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from asr.errors import ConfigError
+from asr.losses import label_smoothed_cross_entropy
 from asr.model.attention import CrossAttention, Rotation, SelfAttention
 from asr.model.layers import FeedForward, initialise
-from asr.model.masks import context_mask, valid_mask
+from asr.model.masks import context_mask, window_mask
 from asr.model.state import State
+
+SOS_EOS = 1
+"""The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,6 +44,35 @@ class DecoderConfig:
 
     dropout: float = 0.1
     """Behind the embedding and every module of a layer, and within the feed-forward modules."""
+
+    reverse_layers: int = 0
+    """L of a second decoder, from right to left, that takes part in rescoring (U2++); 0 is none."""
+
+
+class Guide(NamedTuple):
+    """The heads whose attention says where a decoder is listening, for the policies of streaming."""
+
+    layer: int
+    heads: tuple[int, ...]
+
+
+class Window(NamedTuple):
+    """Which encoder frames each token may hear: from start up to, not including, end; (N, U) int64 each."""
+
+    start: Tensor
+    end: Tensor
+
+
+class Decoded(NamedTuple):
+    """What the decoder says behind each of U tokens."""
+
+    logits: Tensor
+    """(N, U, V), of the next token."""
+
+    attention: Tensor
+    """(N, U, T), where the heads of the guide listened; (N, U, 0) without a guide."""
+
+    state: "DecoderState"
 
 
 @dataclass(frozen=True)
@@ -72,12 +106,20 @@ class DecoderLayer(nn.Module):
         causal: Tensor,
         heard: Tensor,
         rotation: Rotation,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, U, C); past, memory: keys, values; causal, heard: masks. Returns x, keys and values anew."""
+        heads: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (N, U, C); past, memory: keys, values; causal, heard: masks.
+
+        Returns x, keys and values anew, and the mean attention of some heads (N, U, T), empty without any.
+        """
         y, keys, values = self.attention(self.attention_norm(x), *past, rotation, causal)
         x = x + self.dropout(y)
-        x = x + self.dropout(self.cross(self.cross_norm(x), *memory, heard))
-        return x + self.feed_forward(x), keys, values
+        query = self.cross_norm(x)
+        listening = x.new_zeros(*x.shape[:2], 0)
+        if heads:
+            listening = self.cross.weights(query, memory[0], heard)[:, list(heads)].mean(1)
+        x = x + self.dropout(self.cross(query, *memory, heard))
+        return x + self.feed_forward(x), keys, values, listening
 
 
 class TransformerDecoder(nn.Module):
@@ -91,6 +133,7 @@ class TransformerDecoder(nn.Module):
             )
         self.config = config
         self.head_dim = config.dim // config.num_heads
+        self.guide = Guide(config.num_layers - 1, tuple(range(config.num_heads)))
         self.embedding = nn.Embedding(num_tokens, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -119,14 +162,15 @@ class TransformerDecoder(nn.Module):
         cross_values: Tensor,
         y_lens: Tensor,
         state: DecoderState | None = None,
-    ) -> tuple[Tensor, DecoderState]:
+        window: Window | None = None,
+        guide: Guide | None = None,
+    ) -> Decoded:
         """Continue N hypotheses by U tokens each.
 
         tokens (N, U), sos/eos first; cross_keys, cross_values from `memory`, one row per hypothesis; y_lens
         (N,): encoder frames that count, and where there are none the decoder is a language model.  state:
-        what the previous call returned, None before the first token.
-
-        Returns logits (N, U, V) of what follows each token, and the state behind the last.
+        what the previous call returned, None before the first token.  window: the frames each token hears,
+        None for all.  guide: the heads whose attention is asked for.
         """
         if state is None:
             state = self.init_state(tokens.shape[0])
@@ -135,17 +179,49 @@ class TransformerDecoder(nn.Module):
         causal = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)[
             :, None
         ]
-        heard = valid_mask(y_lens, cross_keys.shape[3])[:, None, None]
+        window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
+        heard = window_mask(*window, cross_keys.shape[3])[:, None]
         positions = offset[:, None] + torch.arange(length, device=tokens.device)
         rotation = Rotation.at(positions, self.head_dim)
         x = self.dropout(self.embedding(tokens) * math.sqrt(self.config.dim))
+        attention = x.new_zeros(*x.shape[:2], 0)
         kept = []
         pasts, memories = (
             zip(keys.unbind(1), values.unbind(1), strict=True)
             for keys, values in ((state.keys, state.values), (cross_keys, cross_values))
         )
-        for layer, past, memory in zip(self.layers, pasts, memories, strict=True):
-            x, *present = layer(x, past, memory, causal, heard, rotation)
+        for i, (layer, past, memory) in enumerate(zip(self.layers, pasts, memories, strict=True)):
+            heads = guide.heads if guide and guide.layer == i else ()
+            x, *present, listening = layer(x, past, memory, causal, heard, rotation, heads)
+            attention = listening if heads else attention
             kept.append(present)
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
-        return self.out(self.norm(x)), DecoderState(keys, values)
+        return Decoded(self.out(self.norm(x)), attention, DecoderState(keys, values))
+
+    def loss(
+        self,
+        y: Tensor,
+        y_lens: Tensor,
+        tokens: Tensor,
+        token_lens: Tensor,
+        token_ends: Tensor,
+        smoothing: float,
+    ) -> Tensor:
+        """-log p(tokens, eos | y) of each utterance (N,), label-smoothed, in nats.
+
+        y (N, T, C), y_lens (N,), tokens (N, U) padded with 0, token_lens (N,). token_ends (N, U): the encoder
+        frame behind each token, for decoders that learn from an alignment; this one does not.
+        """
+        sos = tokens.new_full((len(tokens), 1), SOS_EOS)  # also where there is not one token
+        targets = torch.cat([tokens, torch.zeros_like(sos)], dim=1).scatter(1, token_lens[:, None], SOS_EOS)
+        logits = self(torch.cat([sos, tokens], dim=1), *self.memory(y), y_lens).logits
+        return label_smoothed_cross_entropy(
+            logits.float().log_softmax(-1), targets, token_lens + 1, smoothing
+        )
+
+
+def reverse(tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """tokens (N, U) -> each row's first token_lens[n] tokens from right to left, padding where it was."""
+    index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    mirrored = token_lens[:, None] - 1 - index
+    return tokens.gather(1, torch.where(mirrored < 0, index, mirrored))

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from asr.features import Cmvn, Fbank, FbankConfig
-from asr.losses import LossConfig, ctc_loss, label_smoothed_cross_entropy
+from asr.losses import LossConfig, ctc_loss
 from asr.model.conformer import Conformer
-from asr.model.decoder import TransformerDecoder
+from asr.model.decoder import TransformerDecoder, reverse
 from asr.model.layers import initialise
-
-SOS_EOS = 1
-"""The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
 
 
 class Loss(NamedTuple):
@@ -29,7 +26,7 @@ class Loss(NamedTuple):
 
 
 class HybridModel(nn.Module):
-    """An encoder with two heads."""
+    """An encoder with two heads, or three: CTC, the decoder, and one from right to left (U2++)."""
 
     def __init__(
         self,
@@ -38,6 +35,7 @@ class HybridModel(nn.Module):
         decoder: TransformerDecoder,
         loss: LossConfig,
         num_tokens: int,
+        reverse_decoder: TransformerDecoder | None = None,
     ) -> None:
         super().__init__()
         self.loss = loss
@@ -46,6 +44,7 @@ class HybridModel(nn.Module):
         self.encoder = encoder
         self.ctc = nn.Linear(encoder.dim, num_tokens)
         self.decoder = decoder
+        self.reverse_decoder = reverse_decoder
         self.ctc.apply(initialise)
 
     @torch.no_grad()
@@ -69,21 +68,35 @@ class HybridModel(nn.Module):
         return self.ctc(y).float().log_softmax(-1)
 
     def forward(
-        self, x: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor, chunk: int = 0, left: int = -1
+        self,
+        x: Tensor,
+        x_lens: Tensor,
+        tokens: Tensor,
+        token_lens: Tensor,
+        chunk: int = 0,
+        left: int = -1,
+        token_ends: Tensor | None = None,
     ) -> Loss:
         """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
 
+        token_ends (N, U): the encoder frame behind each token, where there is an alignment.
         total = w_ctc * ctc + w_attention * attention, all summed over the utterances.
         """
         y, y_lens = self.encode(x, x_lens, chunk, left)
         ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
-        attention = self._attention_loss(y, y_lens, tokens, token_lens).sum()
+        ends = tokens[:, :0] if token_ends is None else token_ends
+        attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()
         total = self.loss.ctc * ctc + self.loss.attention * attention
         return Loss(total, ctc, attention, token_lens.sum() + len(token_lens))
 
-    def _attention_loss(self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
-        sos = tokens.new_full((len(tokens), 1), SOS_EOS)  # also where there is not one token
-        targets = torch.cat([tokens, torch.zeros_like(sos)], dim=1).scatter(1, token_lens[:, None], SOS_EOS)
-        logits, _ = self.decoder(torch.cat([sos, tokens], dim=1), *self.decoder.memory(y), y_lens)
-        log_probs = logits.float().log_softmax(-1)
-        return label_smoothed_cross_entropy(log_probs, targets, token_lens + 1, self.loss.label_smoothing)
+    def _attention_loss(
+        self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, token_ends: Tensor
+    ) -> Tensor:
+        """(1 - r) left to right + r right to left (N,)."""
+        smoothing, share = self.loss.label_smoothing, self.loss.reverse
+        loss = self.decoder.loss(y, y_lens, tokens, token_lens, token_ends, smoothing)
+        if self.reverse_decoder is None:
+            return loss
+        mirrored = reverse(tokens, token_lens)
+        mirror = self.reverse_decoder.loss(y, y_lens, mirrored, token_lens, token_ends, smoothing)
+        return (1 - share) * loss + share * mirror

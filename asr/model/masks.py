@@ -44,6 +44,12 @@ def valid_mask(lens: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=lens.device) < lens[:, None]
 
 
+def window_mask(start: Tensor, end: Tensor, length: int) -> Tensor:
+    """start, end (N, U) -> (N, U, length): True from start up to, not including, end."""
+    frames = torch.arange(length, device=start.device)
+    return (frames >= start[..., None]) & (frames < end[..., None])
+
+
 def context_mask(
     offset: Tensor, lens: Tensor, width: int, length: int, chunk: int | Tensor, left: int | Tensor
 ) -> Tensor:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from asr.model.decoder import DecoderState
-from asr.model.hybrid import SOS_EOS, HybridModel
+from asr.decode.scorer import Step, Window
+from asr.model.decoder import SOS_EOS, DecoderState, TransformerDecoder
+from asr.model.hybrid import HybridModel
 from asr.model.state import select
 
 Floats = NDArray[np.float32]
@@ -32,14 +33,30 @@ class Memory:
     cross_keys: Tensor
     cross_values: Tensor
     """(N, L, H, T, D)"""
+    y: Tensor
+    """(N, T, C)"""
     y_lens: Tensor
     """(N,)"""
 
     def rows(self, owner: Ints) -> "Memory":
         """One row for each hypothesis, which is of utterance owner[b] (B,)."""
         index = torch.from_numpy(owner).to(self.y_lens.device)
-        parts = (self.cross_keys, self.cross_values, self.y_lens)
+        parts = (self.cross_keys, self.cross_values, self.y, self.y_lens)
         return Memory(*(x.index_select(0, index) for x in parts))
+
+    def windows(self, owner: Ints, window: Window) -> "Memory":
+        """As `rows`, of the frames of each hypothesis' window alone."""
+        device = self.y_lens.device
+        lens = torch.from_numpy(window.end - window.start).to(device)
+        frames = torch.from_numpy(window.start).to(device)[:, None] + torch.arange(
+            int(lens.max()), device=device
+        )
+        frames = frames.clamp(max=self.y.shape[1] - 1)
+        rows = torch.from_numpy(owner).to(device)[:, None]
+        keys, values = (
+            x[rows, :, :, frames].permute(0, 2, 3, 1, 4) for x in (self.cross_keys, self.cross_values)
+        )
+        return Memory(keys, values, self.y[rows, frames], lens)
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,8 @@ class Hypotheses:
     """Of all N utterances."""
     owner: Ints
     """(B,)"""
-    heard: Memory
-    """memory.rows(owner)"""
+    heard: Memory | None
+    """memory.rows(owner), once it was asked for"""
     past: DecoderState
 
 
@@ -63,6 +80,8 @@ class TorchScorer:
         self.device = torch.device(device)
         self.num_tokens = model.ctc.out_features
         self.sos_eos = SOS_EOS
+        self.decoder_type: str = model.decoder.config.type
+        self.has_reverse = model.reverse_decoder is not None
         self.frame_s = model.encoder.subsampling * model.fbank.config.shift_ms / 1000
 
     def encode(
@@ -77,46 +96,86 @@ class TorchScorer:
             x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
             y, y_lens = self.model.encode(x, x_lens, chunk, left)
             log_probs = self.model.ctc_log_probs(y).cpu().numpy()
-            memory = Memory(*self.model.decoder.memory(y), y_lens)
+            memory = Memory(*self.model.decoder.memory(y), y, y_lens)
         return [a[:n] for a, n in zip(log_probs, y_lens.tolist(), strict=True)], memory
+
+    def grow(self, memory: Memory | None, y: Floats | Tensor) -> Memory:
+        """As Scorer.grow."""
+        with self._evaluating():
+            new = torch.as_tensor(y, device=self.device)[None]
+            more = Memory(*self.model.decoder.memory(new), new, torch.tensor([len(y)], device=self.device))
+        if memory is None:
+            return more
+        keys, values = (
+            torch.cat(pair, dim=3)
+            for pair in ((memory.cross_keys, more.cross_keys), (memory.cross_values, more.cross_values))
+        )
+        return Memory(keys, values, torch.cat([memory.y, new], dim=1), memory.y_lens + more.y_lens)
+
+    def view(self, memory: Memory, utterance: int, num_frames: int) -> Memory:
+        """As Scorer.view."""
+        row = slice(utterance, utterance + 1)
+        keys, values = (x[row, :, :, :num_frames] for x in (memory.cross_keys, memory.cross_values))
+        return Memory(keys, values, memory.y[row, :num_frames], memory.y_lens[row].clamp(max=num_frames))
 
     def start(self, memory: Memory, owner: Ints) -> Hypotheses:
         """As Scorer.start."""
-        return Hypotheses(memory, owner, memory.rows(owner), self.model.decoder.init_state(len(owner)))
+        return Hypotheses(memory, owner, None, self.model.decoder.init_state(len(owner)))
 
-    def step(self, state: Hypotheses, tokens: Ints, k: int) -> tuple[Ints, Floats, Hypotheses]:
+    def step(self, state: Hypotheses, tokens: Ints, k: int, window: Window | None = None) -> Step:
         """As Scorer.step; only the k best of the V leave the device."""
-        last = torch.from_numpy(tokens).to(self.device)[:, None]
-        heard = state.heard
+        last = torch.from_numpy(tokens.reshape(len(tokens), -1)).to(self.device)
+        if window is None:
+            state = replace(state, heard=state.heard or state.memory.rows(state.owner))
+        heard = state.memory.windows(state.owner, window) if window else state.heard
+        assert heard is not None
+        decoder = self.model.decoder
         with self._evaluating():
-            logits, past = self.model.decoder(
-                last, heard.cross_keys, heard.cross_values, heard.y_lens, state.past
+            logits, attention, past = decoder(
+                last, heard.cross_keys, heard.cross_values, heard.y_lens, state.past, guide=decoder.guide
             )
             values, ids = logits[:, -1].float().log_softmax(-1).topk(k)
-        return ids.cpu().numpy(), values.cpu().numpy(), replace(state, past=past)
+        state = replace(state, past=past)
+        return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
 
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""
         owner = state.owner[index]
         # most steps reorder hypotheses within their utterance, and what they hear stays where it is
         same = np.array_equal(owner, state.owner)
-        heard = state.heard if same else state.memory.rows(owner)
+        heard = state.heard if same else None
         past = select(state.past, torch.from_numpy(index).to(self.device))
         return Hypotheses(state.memory, owner, heard, past)
 
-    def score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+    def score(
+        self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+    ) -> list[Floats]:
         """As Scorer.score."""
+        if reverse:
+            assert self.model.reverse_decoder is not None
+            mirrored = self._score_all(self.model.reverse_decoder, memory, owner, [x[::-1] for x in tokens])
+            return [np.append(x[-2::-1], x[-1]) for x in mirrored]
+        return self._score_all(self.model.decoder, memory, owner, tokens)
+
+    def _score_all(
+        self, decoder: TransformerDecoder, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]
+    ) -> list[Floats]:
+        if decoder is not self.model.decoder:
+            with self._evaluating():
+                memory = Memory(*decoder.memory(memory.y), memory.y, memory.y_lens)
         scores: list[Floats] = []
         for start in range(0, len(tokens), ROWS):
             part = slice(start, start + ROWS)
-            scores += self._score(memory.rows(owner[part]), tokens[part])
+            scores += self._score(decoder, memory.rows(owner[part]), tokens[part])
         return scores
 
-    def _score(self, heard: Memory, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+    def _score(
+        self, decoder: TransformerDecoder, heard: Memory, tokens: Sequence[Sequence[int]]
+    ) -> list[Floats]:
         rows = [torch.tensor([SOS_EOS, *x, SOS_EOS], device=self.device) for x in tokens]
         batch = pad_sequence(rows, batch_first=True)
         with self._evaluating():
-            logits, _ = self.model.decoder(batch[:, :-1], heard.cross_keys, heard.cross_values, heard.y_lens)
+            logits = decoder(batch[:, :-1], heard.cross_keys, heard.cross_values, heard.y_lens).logits
             log_probs = logits.float().log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0].cpu().numpy()
         return [a[: len(x) + 1] for a, x in zip(log_probs, tokens, strict=True)]
 

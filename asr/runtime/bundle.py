@@ -3,7 +3,9 @@
     model.json      what the model is, and size and SHA-256 of every other file
     encoder.onnx    (window of samples, state) -> (y, CTC log-probabilities, state): features are in the graph
     memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
-    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, state)
+    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, where the heads
+                    that guide streaming listened, state)
+    reverse.onnx    (tokens from right to left, y) -> log-probabilities; of models with a second decoder
     tokens.txt      the units; tokens.model or lexicon.txt beside it where text is to be encoded
 
 A flipped byte in the weights would load without complaint and only cost accuracy, hence the hashes. Graphs
@@ -24,7 +26,7 @@ from pydantic.dataclasses import dataclass as checked
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
-FORMAT = 1
+FORMAT = 2
 GRAPHS = ("encoder", "memory", "decoder")
 STRICT = ConfigDict(extra="forbid")
 
@@ -100,6 +102,9 @@ class ModelInfo:
     sos_eos: int
     parameters: int
     encoder_state: tuple[Field, ...]
+    decoder_type: str
+    """Its kind: which modes it was trained for."""
+
     decoder_state: tuple[Field, ...]
     streaming: Streaming
     files: dict[str, FileHash]
@@ -109,6 +114,11 @@ class ModelInfo:
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         (folder / "model.json").write_text(text + "\n", encoding="utf-8")
+
+    @property
+    def has_reverse(self) -> bool:
+        """Whether there is a decoder from right to left."""
+        return "reverse.onnx" in self.files
 
     @property
     def frame_s(self) -> float:
@@ -147,7 +157,8 @@ class Bundle:
         missing = [name for name in GRAPHS if f"{name}.onnx" not in contents]
         if missing:
             raise BundleError(f"{folder}: model.json lists no {missing[0]}.onnx; export again")
-        return cls(folder, info, tokenizer, threads, {name: contents[f"{name}.onnx"] for name in GRAPHS})
+        graphs = {name[:-5]: data for name, data in contents.items() if name.endswith(".onnx")}
+        return cls(folder, info, tokenizer, threads, graphs)
 
     @cached_property
     def encoder(self) -> ort.InferenceSession:
@@ -160,6 +171,10 @@ class Bundle:
     @cached_property
     def decoder(self) -> ort.InferenceSession:
         return self._session("decoder")
+
+    @cached_property
+    def reverse(self) -> ort.InferenceSession:
+        return self._session("reverse")
 
     def _session(self, name: str) -> ort.InferenceSession:
         """Open a graph, and free its bytes."""
@@ -209,7 +224,7 @@ def read_info(folder: Path) -> ModelInfo:
     version = data.get("format") if isinstance(data, dict) else None
     if not isinstance(version, int):
         raise BundleError(f"{path}: has no format number; this is not a bundle of asr export")
-    if version > FORMAT:
+    if version != FORMAT:
         raise BundleError(
             f"{folder}: model.json says format {version}, this version reads {FORMAT}; export again or update"
         )

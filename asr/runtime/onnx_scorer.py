@@ -7,13 +7,13 @@ N streams or utterances · T encoder frames · C channels · V units · B hypoth
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from asr.decode.scorer import BLANK, Floats, Ints
+from asr.decode.scorer import BLANK, Floats, Ints, Step, Window
 from asr.runtime.bundle import Bundle, Field
 from asr.runtime.framing import Framer
 
@@ -43,28 +43,48 @@ class Encoded(NamedTuple):
 class Memory:
     """The encoder output of N utterances. What the decoder attends to is computed once for each, if asked."""
 
-    def __init__(self, bundle: Bundle, ys: Sequence[Floats]) -> None:
+    def __init__(
+        self, bundle: Bundle, ys: Sequence[Floats], crosses: dict[int, list[Floats]] | None = None
+    ) -> None:
+        self.ys = ys
         self._bundle = bundle
-        self._ys = ys
-        self._cross: dict[int, list[Floats]] = {}
+        self._crosses = crosses or {}
 
-    def gather(self, owner: Ints) -> dict[str, NDArray[Any]]:
-        """The decoder's inputs about the audio, for hypotheses of utterances owner (B,)."""
-        crosses = [self._of(n) for n in owner.tolist()]
-        length = max((keys.shape[3] for keys, _ in crosses), default=1)
-        inputs: dict[str, NDArray[Any]] = {"y_lens": np.array([len(self._ys[n]) for n in owner.tolist()])}
+    def gather(self, owner: Ints, window: Window | None = None) -> dict[str, NDArray[Any]]:
+        """The decoder's inputs about the audio, for hypotheses of utterances owner (B,): all of it, or the
+        window of each."""
+        lens = np.array([len(self.ys[n]) for n in owner.tolist()], np.int64)
+        window = window or Window(np.zeros_like(lens), lens)
+        spans = list(zip(owner.tolist(), window.start.tolist(), window.end.tolist(), strict=True))
+        length = max((end - start for _, start, end in spans), default=0)
+        inputs: dict[str, NDArray[Any]] = {"y_lens": window.end - window.start}
         for i, name in enumerate(("cross_keys", "cross_values")):
-            shape = (len(crosses), *crosses[0][i].shape[1:3], length, crosses[0][i].shape[4])
-            inputs[name] = np.zeros(shape, np.float32)
-            for b, cross in enumerate(crosses):
-                inputs[name][b, :, :, : cross[i].shape[3]] = cross[i][0]
+            parts = [self.cross(n)[i][0, :, :, start:end] for n, start, end in spans]
+            heads, _, head_dim = parts[0].shape[1:]
+            inputs[name] = np.zeros((len(parts), len(parts[0]), heads, max(length, 1), head_dim), np.float32)
+            for row, part in zip(inputs[name], parts, strict=True):
+                row[:, :, : part.shape[2]] = part
         return inputs
 
-    def _of(self, n: int) -> list[Floats]:
-        if n not in self._cross:
-            y = self._ys[n] if len(self._ys[n]) else np.zeros((1, self._bundle.info.dim), np.float32)
-            self._cross[n] = self._bundle.memory.run(None, {"y": y[None]})
-        return self._cross[n]
+    def cross(self, n: int) -> list[Floats]:
+        """Keys and values of an utterance, (1, L, H, T, D) each; of one without frames, those of a zero."""
+        if n not in self._crosses:
+            y = self.ys[n] if len(self.ys[n]) else np.zeros((1, self._bundle.info.dim), np.float32)
+            self._crosses[n] = self._bundle.memory.run(None, {"y": y[None]})
+        return self._crosses[n]
+
+    def view(self, n: int, num_frames: int) -> "Memory":
+        """Utterance n alone, up to frame num_frames."""
+        cut = [x[:, :, :, : max(num_frames, 1)] for x in self.cross(n)]
+        return Memory(self._bundle, [self.ys[n][:num_frames]], {0: cut})
+
+    def append(self, y: Floats) -> "Memory":
+        """The next frames y (T, C) of one utterance behind those that are there."""
+        known = {}
+        if 0 in self._crosses and len(self.ys[0]) and len(y):
+            pairs = zip(self.cross(0), Memory(self._bundle, [y]).cross(0), strict=True)
+            known[0] = [np.concatenate(pair, 3) for pair in pairs]
+        return Memory(self._bundle, [np.concatenate((self.ys[0], y))], known)
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,8 @@ class DecoderState:
 
     memory: Memory
     owner: Ints
-    cross: dict[str, NDArray[Any]]
+    cross: dict[str, NDArray[Any]] | None
+    """Of everything, once it was asked for."""
     past: dict[str, NDArray[Any]]
 
 
@@ -85,6 +106,8 @@ class OnnxScorer:
         self.num_tokens = bundle.info.num_tokens
         self.sos_eos = bundle.info.sos_eos
         self.frame_s = bundle.info.frame_s
+        self.decoder_type = bundle.info.decoder_type
+        self.has_reverse = bundle.info.has_reverse
 
     # streams
 
@@ -134,40 +157,78 @@ class OnnxScorer:
 
     def start(self, memory: Memory, owner: Ints) -> DecoderState:
         past = {field.name: _zeros(field, 0, len(owner)) for field in self.bundle.info.decoder_state}
-        return DecoderState(memory, owner, memory.gather(owner), past)
+        return DecoderState(memory, owner, None, past)
 
-    def step(self, state: DecoderState, tokens: Ints, k: int) -> tuple[Ints, Floats, DecoderState]:
-        log_probs, past = self._decode(tokens[:, None], state)
+    def grow(self, memory: Memory | None, y: Floats) -> Memory:
+        return self.memory([y]) if memory is None else memory.append(y)
+
+    def view(self, memory: Memory, utterance: int, num_frames: int) -> Memory:
+        return memory.view(utterance, num_frames)
+
+    def step(self, state: DecoderState, tokens: Ints, k: int, window: Window | None = None) -> Step:
+        if window is None and state.cross is None:
+            state = replace(state, cross=state.memory.gather(state.owner))
+        cross = state.memory.gather(state.owner, window) if window else state.cross
+        log_probs, attention, past = self._decode(tokens.reshape(len(tokens), -1), cross or {}, state.past)
         ids, values = _best(log_probs[:, -1], k)
-        return ids, values, DecoderState(state.memory, state.owner, state.cross, past)
+        return Step(ids, values, attention[:, -1], replace(state, past=past))
 
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]
         is_same = np.array_equal(owner, state.owner)
-        cross = state.cross if is_same else {name: x[index] for name, x in state.cross.items()}
+        cross = state.cross
+        if cross and not is_same:
+            cross = {name: x[index] for name, x in cross.items()}
         return DecoderState(state.memory, owner, cross, {name: x[index] for name, x in state.past.items()})
 
-    def score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+    def score(
+        self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+    ) -> list[Floats]:
         scores: list[Floats] = []
         for start in range(0, len(tokens), ROWS):
             part = slice(start, start + ROWS)
-            scores += self._score(memory, owner[part], tokens[part])
+            if reverse:
+                scores += self._score_reverse(memory, owner[part], tokens[part])
+            else:
+                scores += self._score(memory, owner[part], tokens[part])
         return scores
 
     def _score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+        past = self.start(memory, owner).past
+        log_probs, _, _ = self._decode(self._inputs(tokens), memory.gather(owner), past)
+        return [_of_tokens(x, [*y, self.sos_eos]) for x, y in zip(log_probs, tokens, strict=True)]
+
+    def _score_reverse(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+        """As `_score`; each utterance by itself."""
+        scores: dict[int, Floats] = {}
+        for n in np.unique(owner).tolist():
+            rows = np.flatnonzero(owner == n).tolist()
+            mirrored = [tokens[b][::-1] for b in rows]
+            inputs = {"tokens": self._inputs(mirrored), "y": memory.ys[n][None]}
+            (log_probs,) = self.bundle.reverse.run(None, inputs)
+            for b, x, y in zip(rows, log_probs, mirrored, strict=True):
+                found = _of_tokens(x, [*y, self.sos_eos])
+                scores[b] = np.append(found[-2::-1], found[-1])
+        return [scores[b] for b in range(len(tokens))]
+
+    def _inputs(self, tokens: Sequence[Sequence[int]]) -> Ints:
+        """Token sequences behind sos, padded."""
         padded = np.full((len(tokens), 1 + max(map(len, tokens))), BLANK, np.int64)
         padded[:, 0] = self.sos_eos
         for row, sequence in zip(padded, tokens, strict=True):
             row[1 : 1 + len(sequence)] = sequence
-        log_probs, _ = self._decode(padded, self.start(memory, owner))
-        return [
-            log_probs[b, np.arange(len(sequence) + 1), [*sequence, self.sos_eos]]
-            for b, sequence in enumerate(tokens)
-        ]
+        return padded
 
-    def _decode(self, tokens: Ints, state: DecoderState) -> tuple[Floats, dict[str, NDArray[Any]]]:
-        log_probs, *past = self.bundle.decoder.run(None, {"tokens": tokens, **state.cross, **state.past})
-        return log_probs, dict(zip(state.past, past, strict=True))
+    def _decode(
+        self, tokens: Ints, cross: Mapping[str, NDArray[Any]], past: Mapping[str, NDArray[Any]]
+    ) -> tuple[Floats, Floats, dict[str, NDArray[Any]]]:
+        log_probs, attention, *present = self.bundle.decoder.run(None, {"tokens": tokens, **cross, **past})
+        return log_probs, attention, dict(zip(past, present, strict=True))
+
+
+def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
+    """log_probs (U, V) -> those of tokens (U,)."""
+    return log_probs[np.arange(len(tokens)), list(tokens)]
 
 
 def _zeros(field: Field, size: int, n: int = 1) -> NDArray[Any]:

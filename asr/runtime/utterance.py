@@ -1,26 +1,23 @@
 """The text of one utterance after another, from what the encoder says of a stream.
 
-While an utterance lasts, its best CTC hypothesis so far is told after each chunk in which it changes; when
-`endpoint.py` ends it, the modes with the decoder search once more.
+While an utterance lasts, what its search has written so far is told after each chunk in which it changes;
+when `endpoint.py` ends it, the modes that search whole utterances (decode/modes.py) search once more.
 
 T encoder frames · C channels · V units
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from asr.decode.config import SearchConfig
-from asr.decode.ctc import CtcGreedy, CtcPrefixBeam
-from asr.decode.modes import MODES
+from asr.decode.modes import FIRST_PASS, MODES, start_search
 from asr.decode.scorer import BLANK, Floats, Hypothesis
 from asr.errors import ConfigError
 from asr.runtime.endpoint import Ending, EndpointConfig, Endpointer
 from asr.runtime.events import Event, make_event
 from asr.runtime.onnx_scorer import OnnxScorer
-
-FIRST_PASS = ("ctc-greedy", "ctc-prefix")
-"""Modes that have their answer at any time; the others search at the end of an utterance."""
 
 LEAD_IN_S = 0.6
 """Silence before an utterance that its decoder hears."""
@@ -37,7 +34,7 @@ class StreamConfig:
     """Chunks of the past that attention sees. None: what model.json says."""
 
     mode: str = "ctc-prefix"
-    """A key of MODES, for the final text. Partial texts are by CTC."""
+    """One of MODES, for the final text. Partial texts are by CTC in modes that search whole utterances."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -62,13 +59,11 @@ class Utterance:
         self.first_frame = 0
         self._scorer = scorer
         self._config = config
-        greedy = config.mode == "ctc-greedy"
-        self._search = (
-            CtcGreedy() if greedy else CtcPrefixBeam(config.search.beam, config.search.tokens_per_frame)
-        )
+        self._search = start_search(config.mode, scorer, config.search)
+        self._memory: Any = None
         self._endpointer = Endpointer(config.endpoint, scorer.frame_s)
         self._lead_in = round(LEAD_IN_S / scorer.frame_s)
-        self._heard: list[tuple[Floats, Floats]] = []
+        self._recent: tuple[Floats, Floats] | None = None
         self._num_frames = 0
         self._last_text = ""
 
@@ -86,36 +81,35 @@ class Utterance:
 
     def end(self) -> list[Event]:
         """The final event of the utterance, if it has a text; the next frame is the first of the next one."""
-        hypothesis = self._search.best()
-        if self._endpointer.has_speech and self._config.mode not in FIRST_PASS:
-            y, log_probs = (np.concatenate(parts) for parts in zip(*self._heard, strict=True))
-            memory = self._scorer.memory([y])
-            hypothesis = MODES[self._config.mode](self._scorer, [log_probs], memory, self._config.search)[0][
-                0
-            ]
+        is_speech = self._endpointer.has_speech
+        hypothesis = self._search.finish()[0] if is_speech else self._search.best()
         event = self._event(hypothesis, final=True)
         self._restart()
         return [event] if event.text else []
 
     def _take(self, y: Floats, log_probs: Floats) -> None:
-        self._search.advance(log_probs)
-        self._num_frames += len(y)
         if self._config.mode not in FIRST_PASS:
-            self._heard.append((y, log_probs))
+            self._memory = self._scorer.grow(self._memory, y)
+            ys, rows = self._recent or (y[:0], log_probs[:0])
+            self._recent = (
+                np.concatenate((ys, y))[-self._lead_in :],
+                np.concatenate((rows, log_probs))[-self._lead_in :],
+            )
+        self._search.advance(self._memory, log_probs)
+        self._num_frames += len(y)
 
     def _restart(self) -> list[Event]:
         """Begin anew. After silence, the decoder shall hear the end of it before the next utterance."""
-        lead_in = [] if self._endpointer.has_speech else self._heard
+        lead_in = None if self._endpointer.has_speech else self._recent
         self.first_frame += self._num_frames
         self._num_frames = 0
-        self._heard = []
+        self._memory, self._recent = None, None
         self._last_text = ""
-        self._search.reset()
+        self._search = start_search(self._config.mode, self._scorer, self._config.search)
         self._endpointer.reset()
         if lead_in:
-            y, log_probs = (np.concatenate(parts)[-self._lead_in :] for parts in zip(*lead_in, strict=True))
-            self.first_frame -= len(y)
-            self._take(y, log_probs)
+            self.first_frame -= len(lead_in[0])
+            self._take(*lead_in)
         return []
 
     def _partial(self) -> list[Event]:

@@ -88,8 +88,13 @@ def uses_bf16(config: ExperimentConfig, device: torch.device) -> bool:
 
 def describe_model(model: HybridModel, config: ExperimentConfig, device: torch.device) -> str:
     """`model: conformer, 30.7 M parameters (encoder 22.1 M, decoder 8.4 M, ctc 0.2 M), cpu, fp32`"""
-    parts = {"encoder": model.encoder, "decoder": model.decoder, "ctc": model.ctc}
-    sizes = ", ".join(f"{name} {millions(part)}" for name, part in parts.items())
+    parts = {
+        "encoder": model.encoder,
+        "decoder": model.decoder,
+        "reverse decoder": model.reverse_decoder,
+        "ctc": model.ctc,
+    }
+    sizes = ", ".join(f"{name} {millions(part)}" for name, part in parts.items() if part)
     precision = "bf16" if uses_bf16(config, device) else "fp32"
     ranks = f", {distributed.world_size()} ranks" if distributed.world_size() > 1 else ""
     return (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from asr.decode.scorer import Floats, Ints
+from asr.decode.scorer import Floats, Ints, Step
 
 BLANK, SOS_EOS = 0, 1
 
@@ -20,6 +20,8 @@ class Toy:
 
     sos_eos = SOS_EOS
     frame_s = 0.04
+    decoder_type = "transformer"
+    has_reverse = False
 
     def __init__(
         self, num_tokens: int = 4, decoder: Callable[[tuple[int, ...]], Floats] | None = None
@@ -53,15 +55,13 @@ class Toy:
     def start(self, memory: list[int], owner: Ints) -> list[tuple[int, tuple[int, ...]]]:
         return [(memory[n], ()) for n in owner]
 
-    def step(
-        self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int
-    ) -> tuple[Ints, Floats, list[tuple[int, tuple[int, ...]]]]:
+    def step(self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int) -> Step:
         self.num_steps += 1
         self.largest = max(self.largest, len(state))
         grown = [(seed, (*past, int(token))) for (seed, past), token in zip(state, tokens, strict=True)]
         table = np.stack([self.following(seed, past[1:]) for seed, past in grown])
         ids = np.argsort(-table, 1)[:, :k]
-        return ids, np.take_along_axis(table, ids, 1), grown
+        return Step(ids, np.take_along_axis(table, ids, 1), np.zeros((len(ids), 0), np.float32), grown)
 
     def select(
         self, state: list[tuple[int, tuple[int, ...]]], index: Ints

@@ -119,6 +119,28 @@ def test_rescoring_looks_at_all_that_the_first_pass_found(toy):
     assert seen_empty
 
 
+def test_rescoring_in_both_directions_blends_them(toy):
+    """Their share weights scores and confidences; a model with one decoder does not look at it."""
+
+    class Both(toy):
+        has_reverse = True
+
+        def score(self, memory, owner, tokens, reverse=False):
+            found = super().score(memory, owner, tokens)
+            return [x * 3 - 1 for x in found] if reverse else found
+
+    wave = np.array((3, 6), np.float32)
+    config = SearchConfig(beam=6, nbest=6, ctc_weight=0.2, reverse_weight=0.4)
+    alone = {x.tokens: x for x in decode(toy(5), "rescore", [wave], config)[0]}
+    both = decode(Both(5), "rescore", [wave], config)[0]
+    assert [x.score for x in both] == sorted((x.score for x in both), reverse=True)
+    for x in both:
+        l2r = alone[x.tokens].parts["attention"]
+        expected = 0.6 * l2r + 0.4 * (3 * l2r - (len(x.tokens) + 1))
+        assert x.parts["attention"] == pytest.approx(expected, rel=1e-5)
+        assert x.score == pytest.approx(0.8 * expected + 0.2 * x.parts["ctc"], rel=1e-5)
+
+
 def test_words_have_times_and_confidences(toy):
     hypothesis = decode(toy(6), "ctc-prefix", [np.array((1, 40), np.float32)], SearchConfig())[0][0]
 

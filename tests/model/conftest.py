@@ -49,7 +49,8 @@ def tiny_decoder() -> TransformerDecoder:
 @pytest.fixture
 def tiny_model() -> HybridModel:
     features = FbankConfig(num_bins=NUM_BINS)
-    return build_model(features, _encoder_config(), _decoder_config(), LossConfig(), NUM_TOKENS).eval()
+    decoder = _decoder_config(reverse_layers=1)
+    return build_model(features, _encoder_config(), decoder, LossConfig(), NUM_TOKENS).eval()
 
 
 @pytest.fixture

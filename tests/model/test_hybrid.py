@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import tensor
@@ -30,8 +32,11 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_utterances(tiny_model, x):
 
 def test_the_decoder_is_taught_from_sos_to_eos(tiny_model, x):
     y, y_lens = tiny_model.encode(*x)
-    logits, _ = tiny_model.decoder(tensor([[1, 7, 7, 7]]), *tiny_model.decoder.memory(y[1:2]), y_lens[1:2])
+    logits = tiny_model.decoder(
+        tensor([[1, 7, 7, 7]]), *tiny_model.decoder.memory(y[1:2]), y_lens[1:2]
+    ).logits
     expected = label_smoothed_cross_entropy(logits.log_softmax(-1), tensor([[7, 7, 7, 1]]), tensor([4]), 0.1)
+    tiny_model.loss.reverse = 0.0
     frames, x_lens = x
     loss = tiny_model(frames[1:2], x_lens[1:2], TOKENS[1:2], TOKEN_LENS[1:2])
     torch.testing.assert_close(loss.attention, expected[0])
@@ -95,3 +100,17 @@ def test_a_few_steps_teach_a_batch(tiny_model, x):
         optimizer.step()
         losses.append(loss.total.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_second_decoder_learns_from_right_to_left(tiny_model, x):
+    """With the weights of the first it has its loss for mirrored tokens, padding where it was."""
+    tiny_model.reverse_decoder = copy.deepcopy(tiny_model.decoder)
+    losses = {}
+    for share in (0.0, 0.3, 1.0):
+        tiny_model.loss.reverse = share
+        losses[share] = tiny_model(*x, TOKENS, TOKEN_LENS).attention
+    tiny_model.loss.reverse = 0.0
+    mirrored = tensor([[2, 6, 6, 5, 4], [7, 7, 7, 0, 0], [3, 0, 0, 0, 0]])
+    torch.testing.assert_close(losses[1.0], tiny_model(*x, mirrored, TOKEN_LENS).attention)
+    torch.testing.assert_close(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0])
+    assert abs(losses[1.0] - losses[0.0]) > 1e-3

@@ -1,5 +1,7 @@
 """The model as the searches see it: what a step gives is what scoring gives, alone and in any batch."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_steps_equal_scoring(scorer, waves):
     state, last = scorer.start(memory, np.array([0, 1, 4])), np.array([1, 1, 1])
     texts, values = [[], [], []], [[], [], []]
     for index, tokens in (([0, 0, 2], [3, 4, 5]), ([2, 1, 1], [6, 7, 3]), ([0, 1, 2], [2, 2, 8])):
-        ids, log_probs, state = scorer.step(state, last, scorer.num_tokens)
+        ids, log_probs, _, state = scorer.step(state, last, scorer.num_tokens)
         assert (np.diff(log_probs, axis=1) <= 0).all()
         state, last = scorer.select(state, np.array(index)), np.array(tokens)
         values = [
@@ -59,11 +61,22 @@ def test_steps_equal_scoring(scorer, waves):
         np.testing.assert_allclose(found, expected[:-1], atol=1e-5)
 
 
+def test_from_right_to_left_equals_the_mirror_from_left_to_right(scorer, waves):
+    """With shared weights; the scores come back in the order of the tokens, eos last."""
+    scorer.model.reverse_decoder = copy.deepcopy(scorer.model.decoder)
+    _, memory = scorer.encode(waves)
+    owner, texts = np.array([0, 1, 1, 4]), [[3, 4, 5], [], [7], [2, 8, 8, 3, 9]]
+    mirrored = scorer.score(memory, owner, texts, reverse=True)
+    forwards = scorer.score(memory, owner, [x[::-1] for x in texts])
+    for a, b in zip(mirrored, forwards, strict=True):
+        np.testing.assert_allclose(a, [*b[:-1][::-1], b[-1]], atol=1e-6)
+
+
 def test_only_the_best_k_are_returned(scorer, waves):
     _, memory = scorer.encode(waves)
     start = scorer.start(memory, np.array([0, 4]))
-    all_ids, all_values, _ = scorer.step(start, np.array([1, 1]), scorer.num_tokens)
-    ids, values, _ = scorer.step(start, np.array([1, 1]), 3)
+    all_ids, all_values, _, _ = scorer.step(start, np.array([1, 1]), scorer.num_tokens)
+    ids, values, _, _ = scorer.step(start, np.array([1, 1]), 3)
     np.testing.assert_array_equal(ids, all_ids[:, :3])
     np.testing.assert_array_equal(values, all_values[:, :3])
 

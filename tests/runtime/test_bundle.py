@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from asr.errors import AsrError, BundleError, TokensError
-from asr.runtime.bundle import FORMAT, Bundle, hash_file, read_info
+from asr.runtime.bundle import FORMAT, GRAPHS, Bundle, hash_file, read_info
 from asr.runtime.onnx_scorer import OnnxScorer
 
 
@@ -51,7 +51,7 @@ def test_model_json_says_what_a_runtime_needs(tiny_bundles: Path):
     assert [f.dtype for f in info.encoder_state] == ["float32"] * 4 + ["int64"]
     assert info.streaming.left_chunks > 0
     assert info.streaming.chunk_ms in info.streaming.chunk_choices_ms
-    assert set(info.files) == {"encoder.onnx", "memory.onnx", "decoder.onnx", "tokens.txt"}
+    assert set(info.files) == {f"{x}.onnx" for x in (*GRAPHS, "reverse")} | {"tokens.txt"}
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "memory.onnx", "decoder.onnx"])
@@ -81,14 +81,15 @@ def test_a_folder_that_is_not_there(tmp_path: Path):
     assert "no such folder" in message(tmp_path / "nothing")
 
 
-def test_a_newer_format_is_refused_whatever_else_it_holds(copy: Path):
-    edit(copy, format=2, something_new=[1])
-    assert message(copy) == f"{copy}: model.json says format 2, this version reads 1; export again or update"
+def test_another_format_is_refused_whatever_else_it_holds(copy: Path):
+    edit(copy, format=FORMAT + 1, something_new=[1])
+    expected = f"model.json says format {FORMAT + 1}, this version reads {FORMAT}; export again or update"
+    assert message(copy) == f"{copy}: {expected}"
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("{", "not JSON"), ("[]", "no format number"), ('{"format": 1}', "version"), ("", "not JSON")],
+    [("{", "not JSON"), ("[]", "no format number"), (f'{{"format": {FORMAT}}}', "version"), ("", "not JSON")],
 )
 def test_a_model_json_that_is_none(copy: Path, text: str, expected: str):
     (copy / "model.json").write_text(text)

@@ -4,7 +4,7 @@ import torch
 
 from asr.decode.config import SearchConfig
 from asr.decode.modes import MODES, decode
-from asr.decode.scorer import Floats
+from asr.decode.scorer import Floats, Window
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle
@@ -110,7 +110,7 @@ def test_steps_give_what_a_whole_sequence_gives(scorers: tuple[TorchScorer, Onnx
     state = scorer.select(state, np.array([1, 1, 0]))
     found = []
     for last, following in zip([scorer.sos_eos, *tokens], [*tokens, scorer.sos_eos], strict=True):
-        ids, log_probs, state = scorer.step(state, np.full(3, last), scorer.num_tokens)
+        ids, log_probs, _, state = scorer.step(state, np.full(3, last), scorer.num_tokens)
         assert (np.diff(log_probs) <= 0).all()
         found.append(log_probs[1, ids[1].tolist().index(following)])
         state = scorer.select(state, np.array([1, 0, 2]))
@@ -128,3 +128,56 @@ def test_torch_and_onnx_agree_on_no_frames(scorers: tuple[TorchScorer, OnnxScore
         assert [x.shape for x in log_probs] == [(0, 22), (25, 22)]
         assert len(scorer.score(memory, np.array([1]), [(4, 5)])[0]) == 3
     assert torch.get_num_threads() == 1
+
+
+def test_both_directions_score_the_same_in_torch_and_onnx(
+    scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
+):
+    """Several utterances and lengths; the second decoder is asked in the order of the tokens."""
+    hypotheses, owner = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (3, 9)], np.array([0, 1, 1, 0, 1])
+    answers = []
+    for scorer in scorers:
+        _, memory = scorer.encode([sound, sound[:20000]])
+        answers.append([scorer.score(memory, owner, hypotheses, reverse=r) for r in (False, True)])
+    for torch_scores, onnx_scores in zip(*answers, strict=True):
+        for tokens, a, b in zip(hypotheses, torch_scores, onnx_scores, strict=True):
+            assert len(a) == len(tokens) + 1
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_a_window_is_all_that_a_step_hears(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats):
+    window = Window(np.array([3, 0, 10]), np.array([9, 1, 33]))
+    answers = []
+    for scorer in scorers:
+        _, memory = scorer.encode([sound, sound[:20000]])
+        owner = np.array([0, 1, 0])
+        state = scorer.step(scorer.start(memory, owner), np.full(3, scorer.sos_eos), 3).state
+        found = scorer.step(state, np.array([4, 5, 6]), scorer.num_tokens, window)
+        answers.append(found)
+        assert found.attention.shape == (3, 23)
+        np.testing.assert_allclose(found.attention.sum(1), 1, atol=1e-5)
+        assert (found.attention[0, 6:] == 0).all()
+        everything = scorer.step(state, np.array([4, 5, 6]), scorer.num_tokens)
+        assert np.abs(everything.log_probs - found.log_probs).max() > 1e-3
+    np.testing.assert_array_equal(answers[0].ids, answers[1].ids)
+    np.testing.assert_allclose(answers[0].log_probs, answers[1].log_probs, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(answers[0].attention, answers[1].attention, rtol=0, atol=1e-5)
+
+
+def test_memory_grows_as_frames_arrive_and_can_be_seen_as_it_was(
+    scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
+):
+    for scorer in scorers:
+        _, memory = scorer.encode([sound[:20000], sound])
+        ys = memory.ys[1] if isinstance(scorer, OnnxScorer) else memory.y[1].numpy()
+        grown = None
+        for part in (ys[:0], ys[:7], ys[7:8], ys[8:20]):
+            grown = scorer.grow(grown, part)
+            if grown is not None and len(part) == 1:  # asked for something on the way
+                scorer.step(scorer.start(grown, np.array([0])), np.array([1]), 3)
+        seen, tokens = scorer.view(memory, 1, 20), np.array([[1, 5, 6]])
+        expected, found = (scorer.step(scorer.start(m, np.array([0])), tokens, 5) for m in (seen, grown))
+        np.testing.assert_array_equal(expected.ids, found.ids)
+        np.testing.assert_allclose(expected.log_probs, found.log_probs, rtol=0, atol=1e-5)
+        whole = scorer.step(scorer.start(memory, np.array([1])), tokens, 5)
+        assert np.abs(whole.log_probs - found.log_probs).max() > 1e-4

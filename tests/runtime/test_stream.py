@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asr.decode.modes import MODES, decode
+from asr.decode.modes import MODES, decode, words
 from asr.decode.scorer import Floats
 from asr.errors import AudioError, BundleError, ConfigError
 from asr.runtime import Bundle, EndpointConfig, Event, Stream, StreamConfig
@@ -52,7 +52,8 @@ def test_without_endpoints_a_stream_says_what_decoding_says(
     expected = decode(OnnxScorer(float32), mode, [sound], config.search, chunk, left)[0][0]
     assert found.text == float32.tokenizer.decode(expected.tokens)
     assert len(found.words) == len(float32.tokenizer.words(expected.tokens))
-    assert found.words[0].start_s == pytest.approx(expected.frames[0] * 0.04)
+    spoken = words(expected, float32.tokenizer.words, 0.04)
+    assert found.words[0].start_s == pytest.approx(spoken[0].start_s)
 
 
 def test_the_last_word_is_never_lost(float32: Bundle, sound: Floats):
@@ -109,7 +110,7 @@ def test_the_decoder_hears_the_silence_before_an_utterance_but_not_all_of_it(flo
     blank = np.full((100, float32.info.num_tokens), -10, np.float32)
     blank[:, 0] = -0.01
     assert utterance.advance(np.zeros((100, float32.info.dim), np.float32), blank) == []
-    heard = sum(len(y) for y, _ in utterance._heard)
+    heard = len(utterance._memory.ys[0])
     assert 15 <= heard <= 25
     assert utterance.first_frame + heard == 100
     spoken = np.full((1, float32.info.num_tokens), -10, np.float32)
