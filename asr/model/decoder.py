@@ -27,8 +27,8 @@ SOS_EOS = 1
 class DecoderConfig:
     """Size of the attention decoder."""
 
-    type: Literal["transformer"] = "transformer"
-    """The key in DECODERS."""
+    type: Literal["transformer", "segmental", "chunked"] = "transformer"
+    """The key in DECODERS: what the decoder hears is everything, or segments, or chunks."""
 
     dim: int = 256
     """C; the encoder may have another."""
