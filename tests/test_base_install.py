@@ -40,7 +40,14 @@ def test_the_interpreter_of_these_tests_has_no_torch():
 
 
 def test_the_runtime_imports_without_extras():
-    names = ["asr.audio", "asr.tokens", "asr.wer", "asr.errors", *modules("asr/runtime", "asr/decode")]
+    names = [
+        "asr.audio",
+        "asr.tokens",
+        "asr.wer",
+        "asr.latency",
+        "asr.errors",
+        *modules("asr/runtime", "asr/decode"),
+    ]
     done = run("".join(f"import {name.removesuffix('.__init__')}\n" for name in names))
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,158 @@
+"""How late a bundle writes what it hears: every utterance is played to it as a live stream.
+
+Sound comes in blocks, each there at its end. A block is computed when it is there and the one before it is
+done; how long that takes is measured, the waiting is not waited for. When the words were spoken, a forced CTC
+alignment of the reference says, made by a bundle that hears the whole utterance at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from asr import wer
+from asr.decode.align import align
+from asr.decode.scorer import Floats
+from asr.errors import ManifestError
+from asr.latency import Latency, Told, Trace, make_trace, summarise
+from asr.runtime.bundle import Bundle
+from asr.runtime.events import Event
+from asr.runtime.onnx_scorer import OnnxScorer
+from asr.runtime.stream import Stream
+from asr.runtime.utterance import StreamConfig
+from asr.tokens import UNK, normalise
+from export.bench import BLOCK_S
+from export.verify import read_utterances
+
+
+class Spoken(NamedTuple):
+    """An utterance, its words, and where each ends in the sound; None where the alignment failed."""
+
+    samples: Floats
+    words: tuple[str, ...]
+    ends_ms: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What was measured with one configuration."""
+
+    config: StreamConfig
+    chunk_ms: int
+    left_chunks: int
+    rtf: float
+    """Computing time per second of sound; above 1, a stream falls ever more behind."""
+    latency: Latency
+
+    def as_dict(self) -> dict[str, Any]:
+        latency = asdict(self.latency) | {"wer": 100 * self.latency.errors.rate}
+        context = {"chunk_ms": self.chunk_ms, "left_chunks": self.left_chunks}
+        return {"config": asdict(self.config) | context, "rtf": self.rtf, **latency}
+
+
+def read_spoken(manifest: Path, limit: int, aligner: Bundle) -> list[Spoken]:
+    """The first `limit` utterances of a manifest, aligned. ManifestError where none of them has words."""
+    scorer = OnnxScorer(aligner)
+    found = []
+    for utterance in read_utterances(manifest, limit, aligner.info.features.sample_rate):
+        text = normalise(utterance.text)
+        ends_ms = word_ends(scorer, utterance.samples, text)
+        found.append(Spoken(utterance.samples, tuple(wer.words(text)), tuple(ends_ms)))
+    if not any(x.words for x in found):
+        what = f"none of its first {len(found)} utterances has a text" if found else "no utterances in it"
+        raise ManifestError(f"{manifest}: {what}; latency is that of words, give a manifest with text")
+    return found
+
+
+def word_ends(aligner: OnnxScorer, samples: Floats, text: str) -> list[float | None]:
+    """Where each word of `text`, which spaces separate, ends in samples (S,), in ms.
+
+    None for a word that the aligner's units cannot spell; for all if there are too few frames for them, or if
+    its words are not those between spaces, as of ideographs.
+    """
+    tokenizer, info = aligner.bundle.tokenizer, aligner.bundle.info
+    tokens = tokenizer.encode(text)
+    words = wer.words(text)
+    spelt = tokenizer.words(tokens)
+    (log_probs,), _ = aligner.encode([samples])
+    alignment = align(log_probs, tokens)
+    if alignment is None or len(spelt) != len(words):
+        return [None] * len(words)
+    source_ms = 1000 * len(samples) / info.features.sample_rate
+    frame_ms = 1000 * info.frame_s
+    return [
+        None if UNK in tokens[first:end] else min(float(alignment.end[end - 1]) * frame_ms, source_ms)
+        for _, first, end in spelt
+    ]
+
+
+def measure(bundle: Bundle, utterances: Sequence[Spoken], config: StreamConfig) -> Setting:
+    """Play every utterance once; the first one twice, as the first time also warms up."""
+    for utterance in utterances[:1]:
+        play(bundle, utterance.samples, config)
+    rate = bundle.info.features.sample_rate
+    traces: list[Trace] = []
+    computing_ms = 0.0
+    for samples, words, ends_ms in utterances:
+        told, spent_ms = play(bundle, samples, config)
+        traces.append(make_trace(told, 1000 * len(samples) / rate, words, ends_ms))
+        computing_ms += spent_ms
+    streaming = bundle.info.streaming
+    return Setting(
+        config,
+        chunk_ms=streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms,
+        left_chunks=streaming.left_chunks if config.left_chunks is None else config.left_chunks,
+        rtf=computing_ms / max(sum(trace.source_ms for trace in traces), 1e-9),
+        latency=summarise(traces),
+    )
+
+
+def play(bundle: Bundle, samples: Floats, config: StreamConfig) -> tuple[list[Told], float]:
+    """What a stream tells of samples (S,) that come in real time, and the computing time in ms."""
+    rate = bundle.info.features.sample_rate
+    size = max(int(BLOCK_S * rate), 1)
+    stream, listener = Stream(bundle, config), Listener()
+    for start in range(0, len(samples), size):
+        block = samples[start : start + size]
+        listener.hear(1000 * (start + len(block)) / rate, partial(stream.accept, block))
+    listener.hear(1000 * len(samples) / rate, stream.finish)
+    return listener.told, listener.computing_ms
+
+
+class Listener:
+    """A clock that starts with the sound: no block is computed before its end, nor before the last."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+        self.computing_ms = 0.0
+        self._done_ms = 0.0
+
+    def hear(self, available_ms: float, compute: Callable[[], list[Event]]) -> None:
+        before_s = perf_counter()
+        events = compute()
+        spent_ms = 1000 * (perf_counter() - before_s)
+        self.computing_ms += spent_ms
+        self._done_ms = max(self._done_ms, available_ms) + spent_ms
+        self.told += [Told(available_ms, self._done_ms, event.text, event.final) for event in events]
+
+
+def draw(settings: Sequence[Setting], file: Path) -> None:
+    """Word error rate against latency, a line for each mode, its points labelled by their chunks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for mode in dict.fromkeys(setting.config.mode for setting in settings):
+        points = sorted(
+            (laal, 100 * setting.latency.errors.rate, setting.chunk_ms)
+            for setting in settings
+            if setting.config.mode == mode and (laal := setting.latency.unaware.laal) is not None
+        )
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=mode)
+        for x, y, chunk_ms in points:
+            axes.annotate(f"{chunk_ms} ms", (x, y), xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="LAAL, computation-unaware (ms)", ylabel="word error rate (%)")
+    axes.legend(title="mode")
+    figure.savefig(file, dpi=100)
