@@ -73,8 +73,10 @@ def word_ends(aligner: OnnxScorer, samples: Floats, text: str) -> list[float | N
     its words are not those between spaces, as of ideographs.
     """
     tokenizer, info = aligner.bundle.tokenizer, aligner.bundle.info
-    tokens = tokenizer.encode(text)
     words = wer.words(text)
+    if not words:
+        return []
+    tokens = tokenizer.encode(text)
     spelt = tokenizer.words(tokens)
     (log_probs,), _ = aligner.encode([samples])
     alignment = align(log_probs, tokens)
@@ -153,6 +155,7 @@ def draw(settings: Sequence[Setting], file: Path) -> None:
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=mode)
         for x, y, chunk_ms in points:
             axes.annotate(f"{chunk_ms} ms", (x, y), xytext=(4, 4), textcoords="offset points")
+    axes.margins(0.12)  # for the labels
     axes.set(xlabel="LAAL, computation-unaware (ms)", ylabel="word error rate (%)")
     axes.legend(title="mode")
     figure.savefig(file, dpi=100)
