@@ -93,7 +93,6 @@ def test_every_mode_with_every_chunk_is_a_line(asr, bundle: Path, tmp_path: Path
         assert setting["errors"]["ref"] == report["words"] == sum(len(text.split()) for text in texts(bundle))
         assert setting["aware"]["laal"] > setting["unaware"]["laal"] > 0
     assert report["settings"][0]["unaware"]["word"]["count"] > 0
-    assert report["settings"][1]["unaware"]["laal"] < report["settings"][0]["unaware"]["laal"]
     assert out_file.with_suffix(".png").exists()
 
 
