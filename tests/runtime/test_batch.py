@@ -42,6 +42,7 @@ def test_streams_that_join_and_leave_are_what_they_are_alone(float32: Bundle, so
             events[names[stream]] += told
             del streams[names[stream]]
     assert not streams
+    assert all(any(event.final and event.text for event in events[n]) for n in range(3))
     for n, samples in enumerate(sounds):
         expected = alone(float32, samples)
         assert [(e.text, e.final, e.start_s, e.end_s) for e in events[n]] == [
