@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asr.errors import AudioError, CheckpointError, ConfigError
+from asr.errors import CheckpointError, ConfigError
+from recipes.sets import (
+    FINISHED_WITH_FAILURES,
+    Progress,
+    check_batch_s,
+    chunk_frames,
+    in_order,
+    list_failures,
+    read_batch,
+    replacing,
+    set_name,
+)
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -25,11 +33,6 @@ if TYPE_CHECKING:
     from asr.decode.scorer import Floats, Hypothesis, Scorer
     from asr.tokens import Tokenizer
     from asr.wer import ErrorCount
-
-WINDOW = 512
-"""Utterances that are sorted by length at a time, so that those of a batch are about as long."""
-
-FINISHED_WITH_FAILURES = 3
 
 
 def decode(
@@ -63,8 +66,7 @@ def decode(
 
     if mode not in MODES:
         raise ConfigError(f"--mode {mode}: no such mode; expected one of {', '.join(MODES)}")
-    if batch_s <= 0:
-        raise ConfigError(f"--batch-s {batch_s}: expected more than 0")
+    check_batch_s(batch_s)
     search = SearchConfig(beam=beam, nbest=nbest, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
     folders = _folders(model, manifests, f"{mode}{context}")
@@ -91,11 +93,8 @@ class Recogniser:
     left: int = -1
 
     def set_context(self, chunk_ms: int, left_chunks: int) -> None:
-        """Chunks in milliseconds -> encoder frames. ConfigError unless it is a whole number of them."""
-        frame_ms = round(self.scorer.frame_s * 1000)
-        if chunk_ms < 0 or chunk_ms % frame_ms:
-            raise ConfigError(f"--chunk-ms {chunk_ms}: not a multiple of {frame_ms} ms, the encoder frame")
-        self.chunk, self.left = chunk_ms // frame_ms, left_chunks
+        """Attend in chunks of milliseconds; ConfigError unless they are whole encoder frames."""
+        self.chunk, self.left = chunk_frames(chunk_ms, self.scorer.frame_s), left_chunks
 
     def run(self, samples: Sequence[Floats]) -> list[list[Hypothesis]]:
         from asr.decode.modes import decode
@@ -161,7 +160,7 @@ class Report:
 
 def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
     """Where the hypotheses go, made at once, so that a full disk is met before a model is loaded."""
-    names = Counter(_set_name(path) for path in manifests)
+    names = Counter(set_name(path) for path in manifests)
     for name, count in names.items():
         if count > 1:
             raise ConfigError(f"{count} manifests are named {name}: their hypotheses would share a folder")
@@ -174,10 +173,6 @@ def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
         except OSError as error:
             raise ConfigError(f"{folder}: {(error.strerror or str(error)).lower()}") from None
     return folders
-
-
-def _set_name(manifest: Path) -> str:
-    return manifest.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
 def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchConfig) -> Recogniser:
@@ -201,103 +196,24 @@ def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchCo
 
 def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: float) -> int:
     """Decode one manifest; returns how many utterances could not be."""
-    from asr.data.cuts import count_cuts, open_cuts
+    from asr.data.cuts import count_cuts
 
-    name, total, report = _set_name(manifest), count_cuts(manifest), Report()
-    progress = _Progress(name, total)
-    cuts = iter(open_cuts(manifest))
-    with _replacing(folder / "hyp.jsonl") as file:
-        while window := list(islice(cuts, WINDOW)):
-            rows = {}
-            for batch in _batches(window, batch_s):
-                for number, row in _decode_batch(recogniser, batch, report):
-                    rows[number] = row
-                    report.add(row)
-                progress.show(report.num_done + len(report.failures))
-            for _, row in sorted(rows.items()):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    _list_failures(folder / "failures.jsonl", report, total)
+    name, total, report = set_name(manifest), count_cuts(manifest), Report()
+    progress = Progress("decode", name, total)
+    work = partial(_decode_batch, recogniser, failures=report.failures)
+    with replacing(folder / "hyp.jsonl") as file:
+        for row in in_order(manifest, batch_s, work, progress):
+            report.add(row)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    list_failures(folder / "failures.jsonl", report.failures, total, "decoded")
     print(report.line(name, folder.name.removeprefix(f"{name}_"), progress.wall_s()), flush=True)
     return len(report.failures)
 
 
-def _batches(window: Sequence[Cut], batch_s: float) -> Iterator[list[tuple[int, Cut]]]:
-    """Cuts of about one length with their places in the window; padded, batch_s seconds, or one cut if
-    longer."""
-    batch: list[tuple[int, Cut]] = []
-    for item in sorted(enumerate(window), key=lambda item: -item[1].duration):
-        if batch and batch[0][1].duration * (len(batch) + 1) > batch_s:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
 def _decode_batch(
-    recogniser: Recogniser, batch: Iterable[tuple[int, Cut]], report: Report
+    recogniser: Recogniser, batch: Iterable[tuple[int, Cut]], failures: list[dict[str, str]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a batch; audio that cannot be read is noted in the report, and the rest goes on."""
-    from asr.data.cuts import cut_path, cut_speaker, cut_text, read_cut
-
-    heard: list[tuple[int, Cut]] = []
-    samples: list[Floats] = []
-    for number, cut in batch:
-        try:
-            samples.append(read_cut(cut.resample(recogniser.sample_rate)))
-            heard.append((number, cut))
-        except AudioError as error:
-            about = {"id": cut.id, "path": cut_path(cut), "error": str(error)}
-            report.failures.append({**about, "ref": cut_text(cut), "speaker": cut_speaker(cut)})
+    """The rows of a batch; audio that cannot be read is noted, and the rest goes on."""
+    heard, samples = read_batch(batch, recogniser.sample_rate, failures)
     for (number, cut), nbest in zip(heard, recogniser.run(samples), strict=True):
         yield number, recogniser.row(cut, nbest)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that has its name when it is complete; until then an earlier one keeps it."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _list_failures(path: Path, report: Report, total: int) -> None:
-    """Write the failures, and say the first; those of an earlier run are gone either way."""
-    path.unlink(missing_ok=True)
-    if report.failures:
-        with _replacing(path) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in report.failures)
-        first = report.failures[0]
-        print(
-            f"{len(report.failures):,} of {total:,} utterances could not be decoded, listed in {path}; "
-            f"first {first['id']}: {first['error']}",
-            file=sys.stderr,
-        )
-
-
-class _Progress:
-    """How far a set is: a line that changes on a terminal, one for every 10 % elsewhere."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
-        self.started = time.monotonic()
-        self.tenths = 0
-
-    def wall_s(self) -> float:
-        return time.monotonic() - self.started
-
-    def show(self, done: int) -> None:
-        if not self.total:
-            return
-        left_s = self.wall_s() / done * (self.total - done)
-        text = f"decode {self.name}  {done:,}/{self.total:,}  {100 * done // self.total} %"
-        text += f"  {left_s // 60:.0f}:{left_s % 60:02.0f} left"
-        if sys.stderr.isatty():
-            print(f"\r{text}\x1b[K", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
-        elif 10 * done // self.total > self.tenths:
-            self.tenths = 10 * done // self.total
-            print(text, file=sys.stderr, flush=True)

@@ -20,7 +20,8 @@ from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
 from asr.tokens import train_tokenizer
 from recipes.cli import main
-from recipes.decode import Recogniser, _batches
+from recipes.decode import Recogniser
+from recipes.sets import batches as batches_of
 
 TEXTS = ["ab ba", "a", "bab b a", "b"]
 SECONDS = [0.9, 0.3, 1.2, 0.3]
@@ -171,7 +172,7 @@ def test_batches_hold_so_many_padded_seconds():
             self.duration = duration
 
     cuts = [Cut(d) for d in (3.0, 1.0, 20.0, 2.0, 3.0, 1.0)]
-    batches = list(_batches(cuts, 6.0))
+    batches = list(batches_of(cuts, 6.0))
     assert [[c.duration for _, c in batch] for batch in batches] == [[20.0], [3.0, 3.0], [2.0, 1.0, 1.0]]
     assert sorted(n for batch in batches for n, _ in batch) == list(range(6))
 
