@@ -27,6 +27,7 @@ VERBS = {
     "tokenizer": "make the units: SentencePiece, characters or phones, from the text of manifests",
     "train": "train a model, or go on where it stopped",
     "average": "average the last checkpoints of an experiment",
+    "align": "write when each unit of a text is spoken into a manifest",
     "decode": "write hypotheses for manifests",
     "score": "word or character error rate, with the commonest errors",
     "export": "write an ONNX bundle",

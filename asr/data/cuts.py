@@ -22,6 +22,7 @@ from lhotse import CutSet
 from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from lhotse.cut import Cut, MixedCut, MixTrack
 from lhotse.serialization import decode_json_line, deserialize_item
+from lhotse.supervision import SupervisionSegment
 
 from asr.errors import AudioError, ManifestError
 
@@ -115,8 +116,12 @@ def save_cuts(cuts: Iterable[Cut], path: str | Path) -> int:
 
 def cut_text(cut: Cut) -> str:
     """The words of a cut, those of joined cuts in the order they are spoken."""
-    spoken = sorted(cut.supervisions, key=lambda supervision: supervision.start)
-    return " ".join(s.text for s in spoken if s.text)
+    return " ".join(segment.text for segment in spoken(cut.supervisions))
+
+
+def spoken(segments: Iterable[SupervisionSegment]) -> list[SupervisionSegment]:
+    """Supervisions with text, in the order they are spoken."""
+    return sorted((segment for segment in segments if segment.text), key=lambda segment: segment.start)
 
 
 def cut_speaker(cut: Cut) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from lhotse.dataset.sampling.dynamic import DynamicCutSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from asr.data.alignment import token_ends
 from asr.data.augment import AugmentConfig, Augmenter
 from asr.data.cuts import balance_texts, count_cuts, cut_path, cut_text, join_cuts, open_cuts, read_cut
 from asr.data.sampler import Sampler
@@ -112,6 +113,8 @@ class Batch:
     """Utterances side by side, and where the data stands after them.
 
     samples (N, S) float32 in [-1, 1], sample_lens (N,), tokens (N, U) padded with 0, token_lens (N,).
+    token_ends_s (N, U) float32 padded with 0: when each token ends, in seconds from the start of what is
+    heard, never decreasing; (N, 0) where the manifests have no alignments (asr/data/alignment.py).
     A batch that lost every utterance `is_empty`: it has no ids, and a second of silence without tokens, so
     that a rank can still run its model and join the others in their gradients, with a loss of zero.
     """
@@ -120,6 +123,7 @@ class Batch:
     sample_lens: Tensor
     tokens: Tensor
     token_lens: Tensor
+    token_ends_s: Tensor
     ids: list[str]
     texts: list[str]
     position: dict[str, int]
@@ -127,8 +131,9 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a worker sends it: a tensor costs a dozen messages, which only the samples are worth."""
-        small = self.sample_lens.numpy(), self.tokens.numpy(), self.token_lens.numpy()
-        return _unpack, (self.samples, *small, self.ids, self.texts, self.position, self.skipped)
+        small = self.sample_lens, self.tokens, self.token_lens, self.token_ends_s
+        arrays = [tensor.numpy() for tensor in small]
+        return _unpack, (self.samples, arrays, self.ids, self.texts, self.position, self.skipped)
 
     @property
     def is_empty(self) -> bool:
@@ -153,14 +158,13 @@ class Batch:
             sample_lens=change(self.sample_lens),
             tokens=change(self.tokens),
             token_lens=change(self.token_lens),
+            token_ends_s=change(self.token_ends_s),
         )
 
 
-def _unpack(
-    samples: Tensor, sample_lens: np.ndarray, tokens: np.ndarray, token_lens: np.ndarray, *rest: Any
-) -> Batch:
-    as_tensor = torch.from_numpy
-    return Batch(samples, as_tensor(sample_lens), as_tensor(tokens), as_tensor(token_lens), *rest)
+def _unpack(samples: Tensor, arrays: Sequence[np.ndarray], *rest: Any) -> Batch:
+    sample_lens, tokens, token_lens, token_ends_s = map(torch.from_numpy, arrays)
+    return Batch(samples, sample_lens, tokens, token_lens, token_ends_s, *rest)
 
 
 @dataclass
@@ -180,9 +184,14 @@ class Reader:
                 skipped.append(Skip(cut.id, cut_path(cut), str(error)))
         texts = [cut_text(cut) for cut, _ in read]
         samples, sample_lens = _pad([torch.from_numpy(s) for _, s in read] or [torch.zeros(self.sample_rate)])
-        tokens, token_lens = _pad([torch.tensor(self.tokenizer.encode(t)).long() for t in texts or [""]])
+        rows = [self.tokenizer.encode(text) for text in texts]
+        tokens, token_lens = _pad([torch.tensor(row).long() for row in rows or [[]]])
+        units = [[self.tokenizer.symbols[token] for token in row] for row in rows]
+        ends = token_ends([cut for cut, _ in read], units)
+        token_ends_s, _ = _pad([torch.tensor(row, dtype=torch.float32) for row in ends or [[]]])
         ids = [cut.id for cut, _ in read]
-        return Batch(samples, sample_lens, tokens, token_lens, ids, texts, position, tuple(skipped))
+        tensors = samples, sample_lens, tokens, token_lens, token_ends_s
+        return Batch(*tensors, ids, texts, position, tuple(skipped))
 
     def _samples(self, cut: Cut, epoch: int) -> np.ndarray:
         changed = self.augmenter.surroundings(cut, epoch) if self.augmenter else cut

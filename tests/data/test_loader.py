@@ -273,7 +273,8 @@ def test_validation_on_ranks_and_with_a_limit(setup: Setup) -> None:
 
 def test_padding_of_a_batch_is_its_share_of_the_samples() -> None:
     lens = torch.tensor([10, 5])
-    batch = Batch(torch.zeros(2, 10), lens, torch.zeros(2, 1), torch.tensor([1, 1]), ["a", "b"], ["", ""], {})
+    tensors = torch.zeros(2, 10), lens, torch.zeros(2, 1), torch.tensor([1, 1]), torch.zeros(2, 0)
+    batch = Batch(*tensors, ["a", "b"], ["", ""], {})
     assert batch.padding == pytest.approx(0.25)
     assert batch.to("cpu").ids == ["a", "b"]
 

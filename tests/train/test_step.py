@@ -33,7 +33,8 @@ def batch_of(rows: list[int]) -> Batch:
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(TOKENS[row]) for row in rows], batch_first=True)
     token_lens = torch.tensor([len(TOKENS[row]) for row in rows])
     ids = [f"u{row}" for row in rows]
-    return Batch(samples, lens, tokens, token_lens, ids, ids, {"epoch": 0, "batch": 1})
+    no_ends = torch.zeros(len(rows), 0)
+    return Batch(samples, lens, tokens, token_lens, no_ends, ids, ids, {"epoch": 0, "batch": 1})
 
 
 def empty() -> Batch:

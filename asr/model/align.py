@@ -1,0 +1,115 @@
+"""When each token of a known text is emitted: the likeliest CTC path (Graves et al., ICML 2006).
+
+It is where the decoders that hear a segment or a chunk at a time get their fixed alignments
+(arXiv:2210.14742, arXiv:2309.08436). asr/decode/align.py is the same for one utterance, without torch.
+
+N utterances · S samples · T encoder frames · U tokens · V units, blank is 0
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from asr.losses import BLANK, ctc_feasible
+from asr.model.hybrid import HybridModel
+
+
+class Frames(NamedTuple):
+    """Where the tokens of N utterances are, (N, U) each, padded with 0."""
+
+    start: Tensor
+    """First frame."""
+
+    end: Tensor
+    """The frame behind the last; between two tokens may be blank."""
+
+    score: Tensor
+    """Mean log-probability of the token in its frames."""
+
+
+class Span(NamedTuple):
+    """Where a token is, in seconds from the start of its utterance."""
+
+    start_s: float
+    end_s: float
+    score: float
+
+
+def forced_alignment(log_probs: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Frames:
+    """The frames of each token on the likeliest path.
+
+    log_probs (N, T, V), y_lens (N,), tokens (N, U) without blank, token_lens (N,). Utterances with too few
+    frames for their tokens (`ctc_feasible`) have no path, and 0 everywhere.
+    """
+    start, end = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    score = log_probs.new_zeros(tokens.shape)
+    possible = ctc_feasible(y_lens, tokens, token_lens) & (token_lens > 0)
+    for n in possible.nonzero()[:, 0].tolist():
+        num_tokens = int(token_lens[n])
+        found = _align_one(log_probs[n, : y_lens[n]], tokens[n, :num_tokens])
+        for rows, values in zip((start, end, score), found, strict=True):
+            rows[n, :num_tokens] = values
+    return Frames(start, end, score)
+
+
+def _align_one(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log_probs (T, V), tokens (U,), both at least 1 -> start, end, score (U,)."""
+    from torchaudio.functional import forced_align  # several at once is not implemented there
+
+    paths, path_scores = forced_align(log_probs[None].contiguous(), tokens[None], blank=BLANK)
+    path, scores = paths[0], path_scores[0]
+    spoken, changes = path != BLANK, path[1:] != path[:-1]
+    start = (spoken & F.pad(changes, (1, 0), value=True)).nonzero()[:, 0]
+    end = (spoken & F.pad(changes, (0, 1), value=True)).nonzero()[:, 0] + 1
+    total = F.pad(scores.double().cumsum(0), (1, 0))
+    return start, end, ((total[end] - total[start]) / (end - start)).to(scores.dtype)
+
+
+class CtcAligner:
+    """A trained model that aligns by its CTC head."""
+
+    def __init__(self, model: HybridModel, device: torch.device | str) -> None:
+        self.model = model.to(device).eval()
+        self.device = torch.device(device)
+        self.frame_s = model.encoder.subsampling * model.fbank.config.shift_ms / 1000
+        self.chunk = 0
+        """Encoder frames that attention takes at once, as in a stream; 0 is the whole utterance."""
+
+    @torch.inference_mode()
+    def __call__(
+        self, samples: Sequence[NDArray[np.float32]], tokens: Sequence[Sequence[int]]
+    ) -> list[list[Span] | None]:
+        """Waveforms (S,) of any lengths and their tokens -> a span for each token.
+
+        None where there are too few frames for the tokens. No utterance changes another.
+        """
+        lens = torch.tensor([len(x) for x in samples], device=self.device)
+        # zeros behind the end change nothing, and spare the encoder a batch without a frame
+        shortest = torch.zeros(self.model.fbank.frame_samples)
+        batch = pad_sequence([*map(torch.as_tensor, samples), shortest], batch_first=True)[:-1]
+        rows = [torch.tensor(row, dtype=torch.long) for row in tokens]
+        targets = pad_sequence(rows, batch_first=True).to(self.device)
+        target_lens = torch.tensor([len(row) for row in rows], device=self.device)
+        x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
+        y, y_lens = self.model.encode(x, x_lens, self.chunk)
+        frames = forced_alignment(self.model.ctc_log_probs(y), y_lens, targets, target_lens)
+        possible = ctc_feasible(y_lens, targets, target_lens).tolist()
+        columns = [values.tolist() for values in frames]
+        return [
+            self._spans(len(x), [column[n][: len(row)] for column in columns]) if possible[n] else None
+            for n, (x, row) in enumerate(zip(samples, tokens, strict=True))
+        ]
+
+    def _spans(self, num_samples: int, columns: Sequence[Sequence[float]]) -> list[Span]:
+        """Frames -> seconds. The last frame may go on behind the end of the audio, a token does not."""
+        duration_s = num_samples / self.model.fbank.config.sample_rate
+        return [
+            Span(start * self.frame_s, min(end * self.frame_s, duration_s), score)
+            for start, end, score in zip(*columns, strict=True)
+        ]
