@@ -31,6 +31,11 @@ from asr.optim import OptimConfig
 class TrainConfig:
     """How to run and what to keep; nothing here is a part of the model."""
 
+    init: str = ""
+    """Begin with the parameters of another model: an experiment (its average) or a .safetensors file. Tensors
+    of the same name are taken, with them the normalisation of the features, the rest is fresh; "" is off. A
+    training that goes on does not read it."""
+
     seed: int = 1
     """Of initial parameters, dropout, SpecAugment and the contexts that are drawn; data.seed is another."""
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -156,19 +156,54 @@ def load_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: Ex
     """
     weights = read_weights(file)
     own = model.state_dict()
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    reason = ""
-    if shapes:
-        there, here = (tuple(tensors[shapes[0]].shape) for tensors in (weights, own))
-        reason = f"{_tensors(len(shapes))} of another shape, first {shapes[0]}: {there} in the file, "
-        reason += f"{here} in the model"
-    elif missing := [name for name in own if name not in weights]:
+    missing = [name for name in own if name not in weights]
+    unknown = [name for name in weights if name not in own]
+    reason = _other_shapes(weights, own)
+    if missing and not reason:
         reason = f"{_tensors(len(missing))} missing, first {missing[0]}"
-    elif unknown := [name for name in weights if name not in own]:
+    elif unknown and not reason:
         reason = f"{_tensors(len(unknown))} not in the model, first {unknown[0]}"
     if reason:
         raise CheckpointError(f"{file}: {reason}{explain_differences(saved, asdict(config))}")
     model.load_state_dict(weights)
+
+
+class Taken(NamedTuple):
+    """Names of tensors after `take_weights`."""
+
+    taken: list[str]
+    fresh: list[str]
+    """Those of the model that the file has not."""
+
+    unused: list[str]
+    """Those of the file that the model has not."""
+
+
+def take_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: ExperimentConfig) -> Taken:
+    """Copy the tensors that a file and a model both have; the others stay as they are.
+
+    Arguments as of `load_weights`. Raises CheckpointError where there is none, or one is of another shape.
+    """
+    weights, own = read_weights(file), model.state_dict()
+    taken = {name: tensor for name, tensor in weights.items() if name in own}
+    reason = _other_shapes(weights, own)
+    if not taken:
+        reason = f"nothing to begin with: none of {_tensors(len(weights))} is in the model"
+    if reason:
+        raise CheckpointError(f"{file}: {reason}{explain_differences(saved, asdict(config))}")
+    model.load_state_dict(taken, strict=False)
+    return Taken(list(taken), [n for n in own if n not in taken], [n for n in weights if n not in taken])
+
+
+def _other_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What to say of tensors that have another shape in a file than in a model, or nothing."""
+    names = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if not names:
+        return ""
+    there, here = (tuple(tensors[names[0]].shape) for tensors in (weights, own))
+    return (
+        f"{_tensors(len(names))} of another shape, first {names[0]}: {there} in the file, {here} in the model"
+    )
 
 
 def explain_differences(saved: dict[str, Any], now: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What happens before the first step: parameters, normalisation, and what they are computed with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from asr.data.augment import SpecAugment
 from asr.data.loader import Loader, build_loader
 from asr.features import Cmvn
 from asr.model.hybrid import HybridModel
+from asr.tokens import tokens_hash
 from asr.train import distributed
+from asr.train.checkpoint import AVERAGE, about_weights, check_tokens_hash, take_weights
 from asr.train.learner import Learner
 from asr.train.run import Run
 from asr.train.step import Backward, parallel
@@ -40,13 +43,34 @@ def start(run: Run, loader: Loader) -> Learner:
     """A learner as the last checkpoint left it, or a fresh one with its features normalised."""
     config, device = run.config, run.device
     learner = Learner.fresh(config, len(run.tokenizer.symbols), device)
-    if not run.resume(learner) and config.train.cmvn:
-        normalise(learner.model, loader, config.train.cmvn_utterances)
+    if not run.resume(learner):
+        taken = begin_from_another(run, learner.model) if config.train.init else []
+        if config.train.cmvn and "cmvn.mean" not in taken:
+            normalise(learner.model, loader, config.train.cmvn_utterances)
     if config.train.ema and learner.ema is None:
         learner.start_average()
     learner.model.train()
     run.say(describe_model(learner.model, config, device))
     return learner
+
+
+def begin_from_another(run: Run, model: HybridModel) -> list[str]:
+    """Take the parameters of train.init, and say which. Returns their names; raises CheckpointError."""
+    source = Path(run.config.train.init)
+    file = source / AVERAGE if source.is_dir() else source
+    about = about_weights(file)
+    if source.is_dir():
+        about.setdefault("tokens_sha256", tokens_hash(source / "tokens"))
+    check_tokens_hash(file, about, run.exp_dir / "tokens")
+    found = take_weights(model, file, about.get("config", {}), run.config)
+    counts = [f"{len(names):,} {what}{_first(names)}" for what, names in found._asdict().items()]
+    run.say(f"tensors from {file}: {', '.join(counts)}")
+    return found.taken
+
+
+def _first(names: Sequence[str]) -> str:
+    """` (a, b, ...)`"""
+    return f" ({', '.join([*names[:2], '...'][: len(names)])})" if names else ""
 
 
 def normalise(model: HybridModel, loader: Loader, num_utterances: int) -> None:
