@@ -13,18 +13,28 @@ def join(
     pause_s: Annotated[tuple[float, float], typer.Option(help="shortest and longest pause")] = (0.1, 0.4),
     max_s: Annotated[float, typer.Option(help="longest joined utterance, in seconds")] = 30.0,
     seed: Annotated[int, typer.Option(help="which go together, in which order")] = 0,
+    neighbours: Annotated[
+        int, typer.Option(help="join so many at a time in their order, whoever speaks; 0: as above")
+    ] = 0,
 ) -> None:
     """Join short utterances of one speaker, each used once, in random order, with pauses.
 
-    For test sets; in training data.join_words does it anew each epoch.
+    For test sets; in training data.join_words does it anew each epoch. With --neighbours, the same speech as
+    ever longer recordings: what a model makes of minutes without a break.
 
     Example: asr join data/words_test.jsonl.gz -o data/manifests/test.jsonl.gz --words 1 8
+
+    Example: asr join data/manifests/test.jsonl.gz -o data/manifests/test-x10.jsonl.gz --neighbours 10
     """
     import random
 
-    from asr.data.cuts import join_cuts, open_cuts, save_cuts
+    from asr.data.cuts import join_cuts, join_neighbours, open_cuts, save_cuts
 
-    joined = join_cuts(open_cuts(manifest), random.Random(seed), words, pause_s, max_s)
+    rng, cuts = random.Random(seed), open_cuts(manifest)
+    if neighbours:
+        joined = list(join_neighbours(cuts, rng, neighbours, pause_s))
+    else:
+        joined = list(join_cuts(cuts, rng, words, pause_s, max_s))
     seconds = sum(cut.duration for cut in joined)
     count = save_cuts(joined, out)
     print(f"{out}: {count:,} utterances, {seconds / 60:.1f} min")

@@ -19,6 +19,7 @@ from asr.data.cuts import (
     cut_speaker,
     cut_text,
     join_cuts,
+    join_neighbours,
     open_cuts,
     read_cut,
     save_cuts,
@@ -151,6 +152,20 @@ def test_joined_audio_is_its_parts_with_pauses_in_the_order_of_the_text(corpus: 
         pause = samples[4800:-4800]
         assert 0.1 * 16000 - 1 <= len(pause) <= 0.2 * 16000 + 1
         assert not pause.any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 100])
+def test_neighbours_are_joined_in_their_order(corpus: Corpus, count: int) -> None:
+    path = corpus([0.3] * 12)
+    cuts = joined(path, words=(1, 3))
+    whole = list(join_neighbours(cuts, random.Random(0), count))
+    assert len(whole) == -(-len(cuts) // count)
+    assert " ".join(map(cut_text, whole)) == " ".join(map(cut_text, cuts))
+    assert len({cut.id for cut in whole}) == len(whole)
+    speech = np.concatenate([read_cut(cut) for cut in whole])
+    loud = np.concatenate([read_cut(cut) for cut in cuts])
+    assert len(speech) >= len(loud) + (len(cuts) - len(whole)) * 1600 - len(cuts)
+    np.testing.assert_allclose(speech[speech != 0], loud[loud != 0], atol=1e-6)
 
 
 def test_joining_keeps_to_the_longest_and_depends_on_its_generator_alone(corpus: Corpus) -> None:
