@@ -77,7 +77,7 @@ class CtcAligner:
     def __init__(self, model: HybridModel, device: torch.device | str) -> None:
         self.model = model.to(device).eval()
         self.device = torch.device(device)
-        self.frame_s = model.encoder.subsampling * model.fbank.config.shift_ms / 1000
+        self.frame_s = model.frame_s
         self.chunk = 0
         """Encoder frames that attention takes at once, as in a stream; 0 is the whole utterance."""
 

@@ -54,6 +54,15 @@ class HybridModel(nn.Module):
             x, x_lens = self.fbank(samples, sample_lens)
             return self.cmvn(x), x_lens
 
+    @property
+    def frame_s(self) -> float:
+        """Seconds of audio per encoder frame."""
+        return self.encoder.subsampling * self.fbank.config.shift_ms / 1000
+
+    def frames_behind(self, times_s: Tensor) -> Tensor:
+        """Times in seconds -> the first encoder frame that begins at or behind each, int64."""
+        return (times_s / self.frame_s - 1e-3).ceil().long()
+
     def encode(self, x: Tensor, x_lens: Tensor, chunk: int = 0, left: int = -1) -> tuple[Tensor, Tensor]:
         """x (N, T, F), x_lens (N,) -> y (N, T / subsampling, C), y_lens (N,), for whole utterances.
 

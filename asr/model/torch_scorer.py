@@ -82,7 +82,7 @@ class TorchScorer:
         self.sos_eos = SOS_EOS
         self.decoder_type: str = model.decoder.config.type
         self.has_reverse = model.reverse_decoder is not None
-        self.frame_s = model.encoder.subsampling * model.fbank.config.shift_ms / 1000
+        self.frame_s = model.frame_s
 
     def encode(
         self, samples: Sequence[Floats], chunk: int = 0, left: int = -1

@@ -96,7 +96,8 @@ class Backward:
         x, x_lens = self.plain.features(batch.samples, batch.sample_lens)
         x = self.spec_augment(x, x_lens)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(x, x_lens, batch.tokens, batch.token_lens, *context)
+            ends = self.plain.frames_behind(batch.token_ends_s)
+            loss = self.model(x, x_lens, batch.tokens, batch.token_lens, *context, ends)
         # a batch that lost every utterance takes part, as other ranks wait for it, and counts for nothing
         return torch.stack([loss.total, loss.ctc, loss.attention]) * (not batch.is_empty)
 

@@ -38,7 +38,8 @@ def validate(
 def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor:
     """Sums over a batch: total, ctc and attention loss, tokens, word errors, words."""
     x, x_lens = model.features(batch.samples, batch.sample_lens)
-    loss = model(x, x_lens, batch.tokens, batch.token_lens)
+    ends = model.frames_behind(batch.token_ends_s)
+    loss = model(x, x_lens, batch.tokens, batch.token_lens, token_ends=ends)
     y, y_lens = model.encode(x, x_lens)
     log_probs = model.ctc_log_probs(y).cpu().numpy()
     errors = ErrorCount()

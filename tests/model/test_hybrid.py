@@ -114,3 +114,9 @@ def test_the_second_decoder_learns_from_right_to_left(tiny_model, x):
     torch.testing.assert_close(losses[1.0], tiny_model(*x, mirrored, TOKEN_LENS).attention)
     torch.testing.assert_close(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0])
     assert abs(losses[1.0] - losses[0.0]) > 1e-3
+
+
+def test_times_become_the_frames_behind_them(tiny_model):
+    """A token that ends with frame 2, at 0.12 s, ends before frame 3, whatever float32 makes of the time."""
+    times = tensor([0.0, 0.001, 0.04, 0.0401, 0.12, 0.36, 3.0, 12.0])
+    assert tiny_model.frames_behind(times).tolist() == [0, 1, 1, 2, 3, 9, 75, 300]
