@@ -21,7 +21,7 @@ from asr.data.loader import DataConfig
 from asr.errors import ConfigError
 from asr.features import FbankConfig
 from asr.losses import LossConfig
-from asr.model.build import DECODERS, ENCODERS
+from asr.model.build import DECODERS, ENCODERS, EncoderConfig
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
 from asr.optim import OptimConfig
@@ -93,7 +93,7 @@ class ExperimentConfig:
     """Everything that makes an experiment; each part is documented where it is read."""
 
     features: FbankConfig = field(default_factory=FbankConfig)
-    encoder: ConformerConfig = field(default_factory=ConformerConfig)
+    encoder: EncoderConfig = field(default_factory=ConformerConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -106,7 +106,7 @@ REGISTERS: dict[str, dict[str, Any]] = {
     "encoder": {name: config for name, (config, _) in ENCODERS.items()},
     "decoder": {name: config for name, (config, _) in DECODERS.items()},
 }
-"""Parts that come in several kinds: the key `type` says which."""
+"""Parts that come in several kinds: the key `type` says which, and without it the first is meant."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -233,8 +233,10 @@ def _section(name: str, data: Any, origin: dict[str, str]) -> Any:
 
 
 def _section_class(name: str, data: Any, origin: dict[str, str]) -> Any:
-    if name not in REGISTERS or not isinstance(data, dict) or "type" not in data:
+    if name not in REGISTERS:
         return get_type_hints(ExperimentConfig)[name]
+    if not isinstance(data, dict) or "type" not in data:
+        return next(iter(REGISTERS[name].values()))
     if data["type"] not in list(REGISTERS[name]):
         path = f"{name}.type"
         known = ", ".join(REGISTERS[name])

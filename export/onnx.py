@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from asr.errors import ConfigError
 from asr.model.conformer import ConformerState
 from asr.model.decoder import DecoderState, TransformerDecoder
 from asr.model.hybrid import HybridModel
@@ -91,7 +92,12 @@ class Trace:
 
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
-    """The graphs of a model in float32, by name."""
+    """The graphs of a model in float32, by name.
+
+    Raises ConfigError for an encoder whose calls overlap, since no runtime gives frames again.
+    """
+    if model.encoder.overlap_frames:
+        raise ConfigError(f"encoder.type: {model.encoder.config.type} cannot be exported, its calls overlap")
     model = model.eval().cpu()
     traces = {
         "encoder": encoder_trace(model),

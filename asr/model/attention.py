@@ -1,7 +1,8 @@
 """Self-attention with left context, and cross-attention. Both are one scaled_dot_product_attention.
 
 Positions are rotary (Su et al., "RoFormer", arXiv:2104.09864): queries and keys are rotated by their absolute
-position, so that their product depends on the distance alone, and cached keys stay as they are.
+position, so that their product depends on the distance alone, and cached keys stay as they are. Models of
+other families add sinusoids to their input instead (arXiv:1706.03762).
 
 N streams · T query frames · W cached frames · C channels · H heads · D channels per head
 """
@@ -25,15 +26,25 @@ class Rotation(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, head_dim: int) -> "Rotation":
         """positions (N or 1, T) int64; in double precision and modulo a turn: a stream may run for days."""
-        pair = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
-        angle = positions[:, None, :, None] * BASE ** (-pair * 2 / head_dim)
-        angle = (angle % (2 * math.pi)).float()
+        angle = _angles(positions, head_dim)[:, None]
         return cls(angle.cos(), angle.sin())
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (N, H, T, D) -> rotated, in the type of x."""
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], dim=-1).to(x.dtype)
+
+
+def sinusoids(positions: Tensor, dim: int) -> Tensor:
+    """positions (N or 1, T) int64 -> (N or 1, T, C): sine and cosine in turn, slower and slower."""
+    angle = _angles(positions, dim)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(2)
+
+
+def _angles(positions: Tensor, dim: int) -> Tensor:
+    """(N or 1, T) -> (N or 1, T, dim / 2), modulo a turn."""
+    pair = torch.arange(dim // 2, device=positions.device, dtype=torch.float64)
+    return (positions[..., None] * BASE ** (-pair * 2 / dim) % (2 * math.pi)).float()
 
 
 class SelfAttention(nn.Module):
@@ -46,16 +57,19 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation, mask: Tensor
+        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T).
+        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T); no rotation where x
+        knows its positions.
 
         Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
         """
         q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
-        keys = torch.cat([keys, rotation(k)], dim=2)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        keys = torch.cat([keys, k], dim=2)
         values = torch.cat([values, v], dim=2)
-        y = F.scaled_dot_product_attention(rotation(q), keys, values, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.out(join_heads(y)), keys, values
 
 

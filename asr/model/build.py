@@ -1,16 +1,23 @@
 """Which encoders and decoders there are: add yours here."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.hybrid import HybridModel
+from asr.model.wenet import WenetConformer, WenetConformerConfig
 
-ENCODERS: dict[str, tuple[type[ConformerConfig], type[Conformer]]] = {
+EncoderConfig = ConformerConfig | WenetConformerConfig
+
+ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
     "conformer": (ConformerConfig, Conformer),
+    "wenet-conformer": (WenetConformerConfig, WenetConformer),
 }
+"""The first is the default."""
 
 DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
     "transformer": (DecoderConfig, TransformerDecoder),
@@ -18,7 +25,7 @@ DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
 
 
 def build_model(
-    features: FbankConfig, encoder: ConformerConfig, decoder: DecoderConfig, loss: LossConfig, num_tokens: int
+    features: FbankConfig, encoder: EncoderConfig, decoder: DecoderConfig, loss: LossConfig, num_tokens: int
 ) -> HybridModel:
     """A model with fresh parameters for num_tokens units, blank and sos/eos included.
 

@@ -132,6 +132,9 @@ class ConformerLayer(nn.Module):
 class Conformer(nn.Module):
     """The encoder: one forward for training, decoding and streaming."""
 
+    overlap_frames = 0
+    """Feature frames of a call that the next call of a stream must be given again."""
+
     def __init__(self, config: ConformerConfig, num_bins: int) -> None:
         super().__init__()
         if config.dim % (2 * config.num_heads):

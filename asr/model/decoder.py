@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from asr.errors import ConfigError
 from asr.losses import label_smoothed_cross_entropy
-from asr.model.attention import CrossAttention, Rotation, SelfAttention
+from asr.model.attention import CrossAttention, Rotation, SelfAttention, sinusoids
 from asr.model.layers import FeedForward, initialise
 from asr.model.masks import context_mask, window_mask
 from asr.model.state import State
 
 SOS_EOS = 1
 """The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,10 +39,16 @@ class DecoderConfig:
     """L."""
 
     num_heads: int = 4
-    """H, which divides dim into even parts."""
+    """H, which divides dim, for rotary positions into even parts."""
 
     ff_dim: int = 1024
     """Hidden channels of the feed-forward module of a layer."""
+
+    activation: Literal["silu", "relu"] = "silu"
+    """Of the feed-forward module."""
+
+    positions: Literal["rotary", "sinusoid"] = "rotary"
+    """Rotated queries and keys, or sinusoids added to the embedding as in arXiv:1706.03762."""
 
     dropout: float = 0.1
     """Behind the embedding and every module of a layer, and within the feed-forward modules."""
@@ -80,7 +88,7 @@ class DecoderState(State):
     """Keys and values of the tokens so far, U of them in every hypothesis of a batch."""
 
     keys: Tensor
-    """(N, L, H, U, D), rotated."""
+    """(N, L, H, U, D), rotated where positions are rotary."""
 
     values: Tensor
     """(N, L, H, U, D)."""
@@ -95,7 +103,8 @@ class DecoderLayer(nn.Module):
         self.attention = SelfAttention(config.dim, config.num_heads)
         self.cross_norm = nn.LayerNorm(config.dim)
         self.cross = CrossAttention(config.dim, config.num_heads)
-        self.feed_forward = FeedForward(config.dim, config.ff_dim, config.dropout)
+        activation = ACTIVATIONS[config.activation]
+        self.feed_forward = FeedForward(config.dim, config.ff_dim, config.dropout, activation)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -105,7 +114,7 @@ class DecoderLayer(nn.Module):
         memory: tuple[Tensor, Tensor],
         causal: Tensor,
         heard: Tensor,
-        rotation: Rotation,
+        rotation: Rotation | None,
         heads: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, U, C); past, memory: keys, values; causal, heard: masks.
@@ -127,9 +136,11 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, num_tokens: int, memory_dim: int) -> None:
         super().__init__()
-        if config.dim % (2 * config.num_heads):
+        rotary = config.positions == "rotary"
+        if config.dim % 2 or config.dim % (config.num_heads * (1 + rotary)):
             raise ConfigError(
-                f"decoder.dim: {config.dim} channels do not divide into {config.num_heads} heads of even size"
+                f"decoder.dim: {config.dim} channels do not divide into {config.num_heads} heads"
+                f"{' of even size' if rotary else ', or are odd'}"
             )
         self.config = config
         self.head_dim = config.dim // config.num_heads
@@ -182,8 +193,13 @@ class TransformerDecoder(nn.Module):
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
         heard = window_mask(*window, cross_keys.shape[3])[:, None]
         positions = offset[:, None] + torch.arange(length, device=tokens.device)
-        rotation = Rotation.at(positions, self.head_dim)
-        x = self.dropout(self.embedding(tokens) * math.sqrt(self.config.dim))
+        x = self.embedding(tokens) * math.sqrt(self.config.dim)
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = Rotation.at(positions, self.head_dim)
+        else:
+            x = x + sinusoids(positions, self.config.dim).to(x.dtype)
+        x = self.dropout(x)
         attention = x.new_zeros(*x.shape[:2], 0)
         kept = []
         pasts, memories = (

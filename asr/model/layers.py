@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 
 class FeedForward(nn.Sequential):
-    """Norm, expand, SiLU, contract; (N, T, C) -> (N, T, C)."""
+    """Norm, expand, activate, contract; (N, T, C) -> (N, T, C)."""
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, dropout: float, activation: type[nn.Module] = nn.SiLU
+    ) -> None:
         super().__init__(
             nn.LayerNorm(dim),
             nn.Linear(dim, hidden_dim),
-            nn.SiLU(),
+            activation(),
             nn.Dropout(dropout),
             nn.Linear(hidden_dim, dim),
             nn.Dropout(dropout),
@@ -73,10 +75,10 @@ def initialise(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
-        nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def start_small(*ends: nn.Module) -> None:
