@@ -2,7 +2,7 @@
 
 Both run over the S = 2 U + 1 states blank, token, blank, token, ..., blank, all states of a frame at once.
 A state is entered from itself, from the one before, and past a blank from the token before that, if it is
-another token.
+another token. A decoder without bounds (unbounded.py) may write blank: then that is a token, too.
 
 T frames · U tokens · V units, blank is 0. Graves et al., "Connectionist Temporal Classification", ICML 2006.
 """
@@ -108,7 +108,7 @@ def _states(tokens: Sequence[int]) -> tuple[Ints, Doubles]:
     states = np.full(2 * len(tokens) + 1, BLANK, np.int64)
     states[1::2] = tokens
     skip = np.full(len(states), -np.inf)
-    skip[2:][(states[2:] != BLANK) & (states[2:] != states[:-2])] = 0.0
+    skip[3::2][states[3::2] != states[1:-2:2]] = 0.0
     skip[1:2] = 0.0  # the first token, from before the first frame
     return states, skip
 

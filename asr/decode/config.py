@@ -26,6 +26,9 @@ class SearchConfig:
     reverse_weight: float = 0.3
     """Share of the right-to-left decoder in the decoders' score in mode rescore, where there is one."""
 
+    length_penalty: float = 0.0
+    """Mode unbounded divides a score by the number of tokens to this power, at the end."""
+
     tokens_per_frame: int = 10
     """Likeliest tokens of a frame that the CTC prefix beam considers."""
 

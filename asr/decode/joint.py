@@ -112,18 +112,23 @@ class _Answers:
         """What finished, or the CTC hypotheses if a guard stopped the search."""
         finished = sorted(self.finished, key=lambda x: -x[0])[: config.nbest]
         if finished and not self.guard:
-            return [self._hypothesis(*x, config) for x in finished]
+            return [hypothesis(self.log_probs, *x, config) for x in finished]
         beam = CtcPrefixBeam(config.beam, config.tokens_per_frame)
         beam.advance(self.log_probs)
         return [replace(x, guard=self.guard) for x in beam.nbest(config.nbest)]
 
-    def _hypothesis(
-        self, score: float, tokens: tuple[int, ...], log_probs: Doubles, config: SearchConfig
-    ) -> Hypothesis:
-        frames, peaks = locate(self.log_probs, tokens)
-        parts = {"ctc": ctc_log_prob(self.log_probs, tokens), "attention": float(log_probs.sum())}
-        confidence = np.exp(config.blend(log_probs[:-1], peaks))
-        return Hypothesis(tokens, score, parts, frames, tuple(confidence.tolist()))
+
+def hypothesis(
+    frames: Floats, score: float, tokens: tuple[int, ...], log_probs: Doubles, config: SearchConfig
+) -> Hypothesis:
+    """An answer, aligned to the CTC log-probabilities `frames` (T, V).
+
+    log_probs (U + 1,), or (U,) without an end: the decoder's, of the tokens and of eos.
+    """
+    starts, peaks = locate(frames, tokens)
+    parts = {"ctc": ctc_log_prob(frames, tokens), "attention": float(log_probs.sum())}
+    confidence = np.exp(config.blend(log_probs[: len(tokens)], peaks))
+    return Hypothesis(tokens, score, parts, starts, tuple(confidence.tolist()))
 
 
 def _extend(

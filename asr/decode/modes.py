@@ -19,6 +19,7 @@ from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.errors import ConfigError
+from asr.decode.unbounded import unbounded
 
 Mode = Callable[[Scorer, Sequence[Floats], Any, SearchConfig], list[list[Hypothesis]]]
 
@@ -61,6 +62,7 @@ AT_END: dict[str, Mode] = {
     "ctc-greedy": ctc_greedy,
     "ctc-prefix": ctc_prefix,
     "attention": attention,
+    "unbounded": unbounded,
     "joint": search,
     "rescore": two_pass,
 }

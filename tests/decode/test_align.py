@@ -36,6 +36,12 @@ def test_total_equals_enumeration(random_log_probs, enumerate_ctc, seed):
         assert ctc_log_prob(log_probs, tokens) == pytest.approx(score, abs=1e-9)
 
 
+def test_a_blank_among_the_tokens_is_a_token(random_log_probs):
+    log_probs = random_log_probs(0, 6, 4)
+    assert align(log_probs, [0, 2, 0, 3, 0, 2]).path.tolist() == [0, 2, 0, 3, 0, 2]
+    assert align(log_probs, [2, 0, 0, 3, 2, 3]) is None
+
+
 def test_no_frames(random_log_probs):
     nothing = random_log_probs(0, 0, 4)
     assert ctc_log_prob(nothing, []) == 0

@@ -1,0 +1,67 @@
+"""Beam search by the attention decoder with nothing that bounds it, as published results of it are made.
+
+A hypothesis that has ended stays in the beam at its score, where it competes with those that grow; blank is
+a unit like the others. The search goes on until all of the beam have ended, or for as many tokens as there
+are encoder frames: an answer need not have an end. A length penalty counts at the very end only. For
+comparison (arXiv:2012.05481, section 3.3); what to use is mode attention, in joint.py.
+
+T frames · B hypotheses of one utterance · k candidates of each · U tokens so far
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from asr.decode.config import SearchConfig
+from asr.decode.joint import hypothesis
+from asr.decode.scorer import Floats, Hypothesis, Scorer
+
+
+def unbounded(
+    scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
+) -> list[list[Hypothesis]]:
+    """The decoder's answers; the CTC log_probs (T_n, V) only say when each token is emitted."""
+    config = replace(config, ctc_weight=0.0)
+    return [_search(scorer, x, memory, n, config) for n, x in enumerate(log_probs)]
+
+
+def _search(
+    scorer: Scorer, frames: Floats, memory: Any, owner: int, config: SearchConfig
+) -> list[Hypothesis]:
+    if not len(frames):
+        return [Hypothesis((), 0.0)]
+    width = min(config.beam, scorer.num_tokens)
+    at_no_cost = np.where(np.arange(width), -np.inf, 0.0)
+    state = scorer.start(memory, np.array([owner]))
+    tokens = np.full((1, 1), scorer.sos_eos)
+    log_probs = np.zeros((1, 0))
+    ended = np.zeros(1, bool)
+    for _ in frames:
+        candidates, values, state = scorer.step(state, tokens[:, -1], width)
+        candidates = np.where(ended[:, None], scorer.sos_eos, candidates)
+        values = np.where(ended[:, None], at_no_cost, values)
+        scores = log_probs.sum(1, keepdims=True) + values
+        best = np.argsort(-scores, axis=None, kind="stable")[: config.beam]
+        row, column = np.unravel_index(best[scores.ravel()[best] > -np.inf], scores.shape)
+        tokens = np.concatenate((tokens[row], candidates[row, column, None]), 1)
+        log_probs = np.concatenate((log_probs[row], values[row, column, None]), 1)
+        ended = tokens[:, -1] == scorer.sos_eos
+        if ended.all():
+            break
+        state = scorer.select(state, row)
+    lens = (tokens != scorer.sos_eos).sum(1)
+    totals = log_probs.sum(1) / np.maximum(lens, 1) ** config.length_penalty
+    if config.length_penalty:
+        totals[lens == 0] = -np.inf  # divided by nothing
+    return [
+        hypothesis(
+            frames,
+            float(totals[b]),
+            tuple(tokens[b, 1 : lens[b] + 1].tolist()),
+            log_probs[b, : lens[b] + 1],
+            config,
+        )
+        for b in np.argsort(-totals, kind="stable")[: config.nbest]
+    ]
