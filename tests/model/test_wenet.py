@@ -1,0 +1,237 @@
+"""WeNet's encoder streams as ours does, its checkpoints load strictly; its numbers: test_golden_wenet.py."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn, tensor
+
+from asr.errors import CheckpointError, ConfigError
+from asr.model.decoder import DecoderConfig, TransformerDecoder
+from asr.model.state import join, select, split
+from asr.model.wenet import WenetConformer, WenetConformerConfig, WenetConformerState
+from asr.model.wenet_weights import load_wenet, wenet_names
+from export.onnx import export_graphs
+
+NUM_BINS = 20
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def tiny(**changes) -> WenetConformer:
+    sizes = {"dim": 24, "num_layers": 2, "num_heads": 3, "ff_dim": 32, "kernel_size": 4}
+    encoder = WenetConformer(WenetConformerConfig(**sizes | changes), NUM_BINS).eval()
+    for (
+        name,
+        tensor_,
+    ) in encoder.state_dict().items():  # or biases of positions and convolutions would be zero
+        if tensor_.is_floating_point():
+            tensor_ += 0.2 * torch.rand_like(tensor_) if "var" in name else 0.2 * torch.randn_like(tensor_)
+    return encoder
+
+
+def close(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
+
+
+def stream(encoder, x, x_lens, chunk, left, chunks_per_call=1):
+    """Overlapping calls of `chunks_per_call` chunks, the last as long as what is left."""
+    frames = chunk * chunks_per_call
+    step = frames * encoder.subsampling
+    state, parts = encoder.init_state(len(x), max(left, 0) * chunk), []
+    for start in range(0, x.shape[1] - encoder.front.window + 1, step):
+        part = x[:, start : start + step + encoder.overlap_frames]
+        state = state.widen(frames) if left < 0 else state
+        y, _, state = encoder(part, (x_lens - start).clamp(0, part.shape[1]), state, chunk, left)
+        parts.append(y)
+    return torch.cat(parts, dim=1), state
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "batch_norm"])
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8, 16, 49])
+@pytest.mark.parametrize("left", [0, 1, 4, -1])
+def test_streaming_equals_masked_full_context(norm, chunk, left):
+    encoder = tiny(norm=norm)
+    x, x_lens = torch.randn(3, 201, NUM_BINS), tensor([201, 150, 7])
+    whole, y_lens, _ = encoder(x, x_lens, None, chunk, left)
+    assert y_lens.tolist() == [49, 36, 1]
+    parts, state = stream(encoder, x, x_lens, chunk, left)
+    close(parts, whole)
+    assert state.offset.tolist() == y_lens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("input_layer", "rate", "overlap"), [("conv2d", 4, 3), ("conv2d6", 6, 5), ("conv2d8", 8, 7)]
+)
+def test_every_front_streams(input_layer, rate, overlap):
+    encoder = tiny(input_layer=input_layer)
+    assert (encoder.subsampling, encoder.overlap_frames) == (rate, overlap)
+    x, x_lens = torch.randn(2, 150, NUM_BINS), tensor([150, 99])
+    whole, y_lens, _ = encoder(x, x_lens, None, 2, 2)
+    assert y_lens.tolist() == [(n - overlap) // rate for n in (150, 99)]
+    close(stream(encoder, x, x_lens, 2, 2)[0], whole)
+    close(stream(encoder, x, x_lens, 2, 2, chunks_per_call=3)[0], whole)
+
+
+def test_a_front_that_needs_more_bins_says_so():
+    with pytest.raises(ConfigError, match=r"encoder\.input_layer: conv2d8 needs more mel bins"):
+        WenetConformer(WenetConformerConfig(input_layer="conv2d8", dim=8), 12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("chunk", "left"), [(0, -1), (3, 1)])
+def test_an_utterance_is_the_same_alone_and_in_a_batch(causal, chunk, left):
+    encoder = tiny(causal=causal, kernel_size=5)
+    x, x_lens = torch.randn(4, 90, NUM_BINS) * 3, tensor([90, 33, 7, 6])  # the last is too short for a frame
+    y, y_lens, _ = encoder(x, x_lens, None, chunk, left)
+    assert y_lens.tolist() == [21, 7, 1, 0]
+    for i, (n, t) in enumerate(zip(x_lens, y_lens, strict=True)):
+        alone, alone_lens, _ = encoder(x[i : i + 1, :n], x_lens[i : i + 1], None, chunk, left)
+        assert alone_lens.tolist() == [t]
+        close(y[i : i + 1, :t], alone[:, :t])
+        assert (y[i, t:] == 0).all()
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(WenetConformerState)])
+def test_every_field_of_the_state_matters(field):
+    encoder = tiny()
+    x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
+    _, state = stream(encoder, x, x_lens, 2, 2)
+    without = replace(state, **{field: torch.zeros_like(getattr(state, field))})
+    y, without_y = (encoder(x, x_lens, s, 2, 2)[0] for s in (state, without))
+    assert (y - without_y).abs().max() > 1e-3
+
+
+def test_joined_and_selected_streams_are_the_streams():
+    encoder = tiny()
+    x = torch.randn(3, 51, NUM_BINS)
+    states = [stream(encoder, x[i : i + 1, :n], tensor([n]), 2, 3)[1] for i, n in enumerate((19, 51, 11))]
+    alone = [encoder(x[i : i + 1], tensor([51]), s, 2, 3) for i, s in enumerate(states)]
+    y, _, state = encoder(x, tensor([51] * 3), join(states), 2, 3)
+    close(y, torch.cat([a[0] for a in alone]))
+    for part, (_, _, expected) in zip(split(state), alone, strict=True):
+        for a, b in zip(part.tensors(), expected.tensors(), strict=True):
+            close(a, b)
+    index = tensor([2, 0, 2])
+    close(encoder(x[index], tensor([51] * 3), select(join(states), index), 2, 3)[0], y[index])
+
+
+def test_a_call_with_nothing_for_a_stream_leaves_it_as_it_is():
+    encoder = tiny()
+    x = torch.randn(2, 43, NUM_BINS)
+    _, state = stream(encoder, x, tensor([43, 43]), 2, 3)
+    _, _, after = encoder(x, tensor([43, 0]), state, 2, 3)
+    for a, b in zip(split(after)[1].tensors(), split(state)[1].tensors(), strict=True):
+        close(a, b, atol=0)
+
+
+def test_the_future_beyond_a_chunk_is_not_heard():
+    encoder = tiny()
+    x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
+    changed = x.clone()
+    changed[:, 35:] += 1  # what encoder frame 8 is the first to see
+    y, changed_y = (encoder(frames, x_lens, None, 4)[0] for frames in (x, changed))
+    close(changed_y[:, :8], y[:, :8], atol=0)
+    assert (changed_y[:, 8] - y[:, 8]).abs().max() > 1e-3
+
+
+def test_a_symmetric_convolution_does_not_stream():
+    encoder = tiny(causal=False, kernel_size=5)
+    x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
+    _, _, state = encoder(x, x_lens)
+    for call in (lambda: encoder.init_state(1, 4), lambda: encoder(x, x_lens, state, 4)):
+        with pytest.raises(ConfigError, match=r"encoder\.causal: false, .* cannot stream"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"num_heads": 5}, r"encoder\.dim: 24 channels do not divide into 5 heads"),
+        ({"causal": False}, r"encoder\.kernel_size: 4 is even, expected odd"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(**wrong)
+
+
+def test_an_encoder_whose_calls_overlap_is_not_exported(tiny_model):
+    tiny_model.encoder = tiny()
+    with pytest.raises(ConfigError, match="wenet-conformer cannot be exported"):
+        export_graphs(tiny_model)
+
+
+@pytest.mark.parametrize("steps", [[1] * 5, [2, 3]])
+def test_a_decoder_with_sinusoids_steps_as_it_is_taught(steps):
+    config = DecoderConfig(
+        dim=20, num_layers=2, num_heads=4, ff_dim=16, activation="relu", positions="sinusoid"
+    )
+    decoder = TransformerDecoder(config, 11, memory_dim=24).eval()
+    memory, y_lens = decoder.memory(torch.randn(2, 6, 24)), tensor([6, 4])
+    tokens = tensor([[1, 4, 5, 6, 7], [1, 9, 9, 2, 3]])
+    whole, _ = decoder(tokens, *memory, y_lens)
+    parts, state = [], None
+    for part in tokens.split(steps, dim=1):
+        logits, state = decoder(part, *memory, y_lens, state)
+        parts.append(logits)
+    close(torch.cat(parts, dim=1), whole)
+    repeated, _ = decoder(tensor([[9, 9, 9]]), *(x[:1] for x in memory), y_lens[:1])
+    assert (repeated[:, 1] - repeated[:, 2]).abs().max() > 1e-3  # by its position alone
+
+
+def test_a_decoder_of_odd_size_is_refused():
+    config = DecoderConfig(dim=15, num_heads=5, positions="sinusoid")
+    with pytest.raises(ConfigError, match=r"decoder\.dim: 15 channels .* are odd"):
+        TransformerDecoder(config, 11, memory_dim=24)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A checkpoint of theirs that is the model."""
+    weights = {}
+    for name, names in wenet_names(list(model.state_dict()), []).items():
+        weights.update(zip(names, model.state_dict()[name].clone().chunk(len(names)), strict=True))
+    return weights
+
+
+@pytest.fixture
+def model():
+    """What a checkpoint with one decoder becomes."""
+    config = DecoderConfig(
+        dim=24, num_layers=2, num_heads=3, ff_dim=16, activation="relu", positions="sinusoid"
+    )
+    decoder = TransformerDecoder(config, 11, memory_dim=24)
+    return nn.ModuleDict({"encoder": tiny(), "ctc": nn.Linear(24, 11), "decoder": decoder})
+
+
+def test_a_checkpoint_loads_in_the_order_of_units_that_is_asked_for(model):
+    weights = weights_of(model) | {"encoder.embed.pos_enc.pe": torch.zeros(1, 9, 24)}
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    order = [0, 10, *range(1, 10)]
+    for x in model.state_dict().values():
+        x.zero_()
+    load_wenet(model, weights, "final.pt", order)
+    per_unit = ("ctc.", "decoder.embedding.", "decoder.out.")
+    for name, x in model.state_dict().items():
+        close(x, before[name][order] if name.startswith(per_unit) else before[name], atol=0)
+
+
+def test_all_that_does_not_fit_is_named_with_its_shape(model):
+    weights = weights_of(model)
+    weights["encoder.encoders.0.self_attn.linear_k.lost"] = torch.zeros(3, 4)
+    del weights["encoder.encoders.1.norm_mha.weight"]
+    weights["ctc.ctc_lo.bias"] = torch.zeros(12)
+    with pytest.raises(CheckpointError) as error:
+        load_wenet(model, weights, "final.pt")
+    message = str(error.value)
+    assert message.startswith("final.pt: 3 tensors do not fit: ")
+    for part in (
+        "encoder.encoders.0.self_attn.linear_k.lost (3, 4) is unused",
+        "encoder.encoders.1.norm_mha.weight is missing for encoder.layers.1.attention_norm.weight (24,)",
+        "ctc.ctc_lo.bias (12,) does not fit ctc.bias (11,)",
+    ):
+        assert part in message
