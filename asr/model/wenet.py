@@ -196,8 +196,7 @@ class InputConvModule(nn.Module):
 
         Returns (N, T', C), and what the convolution saw, (N, C, K - 1 + T'), of which a stream keeps the end.
         """
-        x = torch.where(valid, self.norm(x), 0.0)
-        seen = torch.cat([past.transpose(1, 2), x], dim=1)
+        seen = torch.cat([past.transpose(1, 2), self.norm(x)], dim=1)
         x = F.glu(self.gated(seen), dim=-1)
         if self.sides:  # else padding, which is not silent behind a gate with a bias, would be heard
             x = torch.where(valid, x, 0.0)
@@ -298,6 +297,7 @@ class WenetConformer(nn.Module):
             state = self._empty_state(x.shape[0], 0)
         else:
             self._require_causal()
+        x = torch.where(valid_mask(x_lens, x.shape[1])[..., None], x, 0.0)
         y = self.front(x) * math.sqrt(self.dim)
         context = self._context(y, self.front.num_frames(x_lens), state, chunk, left)
         y = self.dropout(y)
