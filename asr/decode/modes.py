@@ -18,8 +18,8 @@ from asr.decode.joint import search
 from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
-from asr.errors import ConfigError
 from asr.decode.unbounded import unbounded
+from asr.errors import ConfigError
 
 Mode = Callable[[Scorer, Sequence[Floats], Any, SearchConfig], list[list[Hypothesis]]]
 

@@ -39,7 +39,7 @@ def _search(
     log_probs = np.zeros((1, 0))
     ended = np.zeros(1, bool)
     for _ in frames:
-        candidates, values, state = scorer.step(state, tokens[:, -1], width)
+        candidates, values, _, state = scorer.step(state, tokens[:, -1], width)
         candidates = np.where(ended[:, None], scorer.sos_eos, candidates)
         values = np.where(ended[:, None], at_no_cost, values)
         scores = log_probs.sum(1, keepdims=True) + values

@@ -260,7 +260,7 @@ def test_decoders_with_forced_tokens(wenet):
     for name, prefix, decoder in directions(wenet):
         tokens = wenet.ours(wenet[f"{prefix}ys_in"])
         y_lens = wenet["full.encoder_out_lens"]
-        logits, _ = decoder(tokens, *decoder.memory(wenet["full.encoder_out"]), y_lens)
+        logits = decoder(tokens, *decoder.memory(wenet["full.encoder_out"]), y_lens).logits
         counts = valid_mask(wenet["target_lens"] + 1, tokens.shape[1])
         expected = wenet[f"att.log_probs_{name}"][..., wenet.order]
         close(logits.log_softmax(-1)[counts], expected[counts])
@@ -272,7 +272,7 @@ def test_losses(wenet):
     ctc = ctc_loss(wenet.model.ctc_log_probs(y), y_lens, wenet.ours(wenet["targets"]), token_lens)
     found = {"ctc": ctc.mean()}
     for name, prefix, decoder in directions(wenet):
-        logits, _ = decoder(wenet.ours(wenet[f"{prefix}ys_in"]), *decoder.memory(y), y_lens)
+        logits = decoder(wenet.ours(wenet[f"{prefix}ys_in"]), *decoder.memory(y), y_lens).logits
         targets = wenet.ours(wenet[f"{prefix}ys_out"])
         loss = divergence(logits.log_softmax(-1), targets, token_lens + 1, options["lsm_weight"])
         found[f"att_{name}"] = loss.mean()

@@ -175,13 +175,13 @@ def test_a_decoder_with_sinusoids_steps_as_it_is_taught(steps):
     decoder = TransformerDecoder(config, 11, memory_dim=24).eval()
     memory, y_lens = decoder.memory(torch.randn(2, 6, 24)), tensor([6, 4])
     tokens = tensor([[1, 4, 5, 6, 7], [1, 9, 9, 2, 3]])
-    whole, _ = decoder(tokens, *memory, y_lens)
+    whole = decoder(tokens, *memory, y_lens).logits
     parts, state = [], None
     for part in tokens.split(steps, dim=1):
-        logits, state = decoder(part, *memory, y_lens, state)
+        logits, _, state = decoder(part, *memory, y_lens, state)
         parts.append(logits)
     close(torch.cat(parts, dim=1), whole)
-    repeated, _ = decoder(tensor([[9, 9, 9]]), *(x[:1] for x in memory), y_lens[:1])
+    repeated = decoder(tensor([[9, 9, 9]]), *(x[:1] for x in memory), y_lens[:1]).logits
     assert (repeated[:, 1] - repeated[:, 2]).abs().max() > 1e-3  # by its position alone
 
 
