@@ -4,6 +4,7 @@
     memory    keys and values of the decoder's cross-attention
     decoder   a whole token sequence at once, or one token with the state of those before it
     reverse   a whole token sequence from right to left, for models with a second decoder
+    length    where segments end, and how long they were in training, for models with a segmental decoder
 
 Batch, samples, cached frames, tokens: all dynamic. Opset 18 and IR version 10, which onnxruntime 1.20 reads.
 """
@@ -25,6 +26,7 @@ from asr.errors import ConfigError
 from asr.model.conformer import ConformerState
 from asr.model.decoder import DecoderState, TransformerDecoder
 from asr.model.hybrid import HybridModel
+from asr.model.segmental import LengthModel, SegmentalDecoder
 
 OPSET = 18
 IR_VERSION = 10
@@ -62,7 +64,7 @@ class DecoderGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         guide, past = self.decoder.guide, DecoderState(*state)
         logits, attention, present = self.decoder(tokens, cross_keys, cross_values, y_lens, past, guide=guide)
-        return logits.log_softmax(-1), attention, *present.tensors()
+        return self.decoder.log_probs(logits), attention, *present.tensors()
 
 
 class ReverseGraph(nn.Module):
@@ -76,6 +78,15 @@ class ReverseGraph(nn.Module):
         keys, values = (x.expand(tokens.shape[0], -1, -1, -1, -1) for x in self.decoder.memory(y))
         y_lens = torch.full_like(tokens[:, 0], y.shape[1])
         return self.decoder(tokens, keys, values, y_lens).logits.log_softmax(-1)
+
+
+class LengthGraph(nn.Module):
+    def __init__(self, length: LengthModel) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, y: Tensor, labels: Tensor, durations: Tensor) -> tuple[Tensor, Tensor]:
+        return self.length(y, labels, durations), self.length.log_lengths()
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,8 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
     }
     if model.reverse_decoder is not None:
         traces["reverse"] = reverse_trace(model, model.reverse_decoder)
+    if isinstance(model.decoder, SegmentalDecoder):
+        traces["length"] = length_trace(model, model.decoder.length)
     return {name: export(trace, name) for name, trace in traces.items()}
 
 
@@ -160,6 +173,22 @@ def reverse_trace(model: HybridModel, decoder: TransformerDecoder) -> Trace:
     inputs = {"tokens": torch.ones(2, 3, dtype=torch.int64), "y": torch.randn(1, 7, model.encoder.dim)}
     dynamic: dict[str, dict[int, Any]] = {"tokens": {0: Dim("B"), 1: Dim("U")}, "y": {1: Dim("T")}}
     return Trace(ReverseGraph(decoder).eval(), inputs, dynamic, ["log_probs"], 0)
+
+
+def length_trace(model: HybridModel, length: LengthModel) -> Trace:
+    rows = Dim("R")
+    inputs = {
+        "y": torch.randn(3, model.encoder.dim),
+        "labels": torch.tensor([1, 2, 2]),
+        "durations": torch.tensor([1, 2, 3]),
+    }
+    return Trace(
+        LengthGraph(length).eval(),
+        inputs,
+        {name: {0: rows} for name in inputs},
+        ["log_odds", "log_lengths"],
+        0,
+    )
 
 
 def state_names(state: ConformerState | DecoderState) -> list[str]:

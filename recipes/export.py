@@ -70,6 +70,7 @@ def _print_files(info: ModelInfo) -> None:
         "memory.onnx": "encoder output -> what the decoder attends to",
         "decoder.onnx": "tokens -> log_probs of the next",
         "reverse.onnx": "tokens from right to left -> log_probs of the next",
+        "length.onnx": "encoder output, last token, duration -> where its segment ends",
     }
     for name, role in ((name, role) for name, role in roles.items() if name in info.files):
         print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<6}{role}")

@@ -101,11 +101,11 @@ def _bundle_model(bundle: Bundle) -> Model:
 
 def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -> None:
     """BundleError where a search of the float32 graphs finds other units than that of the checkpoint."""
-    from asr.decode.modes import MODES
+    from asr.decode.modes import modes_for
     from export.verify import check_searches, count_same_searches
 
     print(f"searches at once, {len(heard)} utterances, torch and onnx float32")
-    for mode in MODES:
+    for mode in modes_for(torch.decoder_type):
         same = count_same_searches(mode, torch, onnx, heard)
         print(f"  {mode:<18}same units {same}/{len(heard)}", flush=True)
         check_searches(mode, same, len(heard))

@@ -1,6 +1,7 @@
 """How far and by what weights to search."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from asr.errors import ConfigError
 
 Doubles = NDArray[np.float64]
+
+LengthKind = Literal["neural", "static", "none"]
+Recombine = Literal["max", "sum"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,13 +48,32 @@ class SearchConfig:
 
     max_phrase: int = 8
 
+    length_model: LengthKind = "neural"
+    """What says how long segments are, in the segmental modes: the network, counts of each token's lengths in
+    training, or nothing."""
+
+    length_scale: float = 1.0
+    """Weight of its log-probability."""
+
+    recombine: Recombine = "max"
+    """A text that is segmented in several ways is as probable as the best of them, or as all together."""
+
+    min_emit: float = 0.01
+    """Segments of a length less probable than this are not tried, except the last one of an utterance; 0
+    tries all, at many times the cost."""
+
     def __post_init__(self) -> None:
         for name in ("beam", "nbest", "tokens_per_frame", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("ctc_weight", "reverse_weight"):
+        for name in ("ctc_weight", "reverse_weight", "min_emit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")
+        if self.length_scale < 0:
+            raise ConfigError(f"length_scale is {self.length_scale}, expected at least 0")
+        for name, kind in (("length_model", LengthKind), ("recombine", Recombine)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected {' or '.join(get_args(kind))}")
 
     def blend(self, attention: Doubles, ctc: Doubles) -> Doubles:
         """(1 - w) attention + w ctc, of log-probabilities; a part without weight may be -inf."""

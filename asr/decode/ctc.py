@@ -288,14 +288,19 @@ def _viterbi(floats: Doubles, ints: Ints, kept: _Kept, frame: _Frame) -> tuple[I
 def _rehash(ints: Ints, kept: _Kept, alive: NDArray[np.bool_]) -> None:
     """The last tokens and the hashes of the survivors; a slot that nothing could fill matches no other."""
     own, parent = ints[HASH].ravel()[kept.slot], ints[PARENT_HASH].ravel()[kept.slot]
-    mixed = (own ^ (kept.token * MIX[0])) * MIX[1]  # wraps around
-    mixed = (mixed ^ (mixed >> 29)) * MIX[2]
     ints[LAST] = kept.token
-    ints[HASH] = np.where(kept.is_new, mixed ^ (mixed >> 32), own)
+    ints[HASH] = np.where(kept.is_new, extend_hash(own, kept.token), own)
     ints[PARENT_HASH] = np.where(kept.is_new, own, parent)
     if not alive.all():
         ints[HASH] = np.where(alive, ints[HASH], NO_HASH)
         ints[PARENT_HASH] = np.where(alive, ints[PARENT_HASH], NO_PARENT)
+
+
+def extend_hash(prefix: Ints, token: Ints) -> Ints:
+    """Hashes of token sequences -> those of the sequences that are one token longer."""
+    mixed = (prefix ^ (token * MIX[0])) * MIX[1]  # wraps around
+    mixed = (mixed ^ (mixed >> 29)) * MIX[2]
+    return mixed ^ (mixed >> 32)
 
 
 class _Tree:

@@ -18,6 +18,7 @@ from asr.decode.joint import search
 from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
+from asr.decode.segmental import label_synchronous, segmental, segmental_simple
 from asr.decode.unbounded import unbounded
 from asr.errors import ConfigError
 
@@ -65,30 +66,41 @@ AT_END: dict[str, Mode] = {
     "unbounded": unbounded,
     "joint": search,
     "rescore": two_pass,
+    "segmental-label": label_synchronous,
 }
 """Modes that search whole utterances."""
 
 FIRST_PASS = ("ctc-greedy", "ctc-prefix")
 """Those of them without the decoder, which have an answer at any time."""
 
-ONLINE: dict[str, StartSearch] = {}
+ONLINE: dict[str, StartSearch] = {
+    "segmental": segmental,
+    "segmental-simple": segmental_simple,
+}
 """Modes whose decoder writes while frames arrive."""
 
 MODES = (*AT_END, *ONLINE)
 
-NEEDS = dict.fromkeys(FIRST_PASS, "")
+NEEDS = {
+    **dict.fromkeys(FIRST_PASS, ""),
+    **dict.fromkeys(("segmental", "segmental-simple", "segmental-label"), "segmental"),
+}
 """The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
+
+
+def modes_for(decoder: str) -> list[str]:
+    """The modes of a model with that type of decoder."""
+    return [mode for mode in MODES if NEEDS.get(mode, "transformer") in ("", decoder)]
 
 
 def check_mode(mode: str, decoder: str) -> None:
     """ConfigError where there is no such mode, or a model with that type of decoder cannot be used in it."""
     if mode not in MODES:
         raise ConfigError(f"no such mode: {mode}; there are {', '.join(MODES)}")
-    needed = NEEDS.get(mode, "transformer")
-    if needed not in ("", decoder):
-        fit = ", ".join(x for x in MODES if NEEDS.get(x, "transformer") in ("", decoder))
+    if mode not in modes_for(decoder):
         raise ConfigError(
-            f"mode {mode}: this model's decoder is of type {decoder}, expected {needed}; use one of {fit}"
+            f"mode {mode}: this model's decoder is of type {decoder}, expected "
+            f"{NEEDS.get(mode, 'transformer')}; use one of {', '.join(modes_for(decoder))}"
         )
 
 

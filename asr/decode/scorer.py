@@ -89,6 +89,21 @@ class Scorer(Protocol):
         """The state of hypotheses index (B',), which may repeat, drop and reorder."""
         ...
 
+    def join(self, states: Sequence[Any], memory: Any) -> Any:
+        """The hypotheses of several states, all of equally many tokens, in one; from now on they hear
+        `memory`, in which more frames may have arrived."""
+        ...
+
+    def emit(self, memory: Any, frames: Ints, labels: Ints, durations: Ints) -> Floats:
+        """The log-odds (R,) that segments of one utterance end at frames (R,), by the length model of a
+        segmental decoder; labels (R,): the tokens before them; durations (R,): their frames so far."""
+        ...
+
+    def log_lengths(self) -> Floats:
+        """log p(length | token) (V, M) of segments of 1 to M frames, as counted in the training of a
+        segmental decoder. Of longer ones it hears the last M."""
+        ...
+
     def score(
         self, memory: Any, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
     ) -> list[Floats]:

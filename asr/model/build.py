@@ -9,6 +9,7 @@ from asr.losses import LossConfig
 from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.hybrid import HybridModel
+from asr.model.segmental import SegmentalConfig, SegmentalDecoder
 from asr.model.wenet import WenetConformer, WenetConformerConfig
 
 EncoderConfig = ConformerConfig | WenetConformerConfig
@@ -21,6 +22,7 @@ ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
 
 DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
     "transformer": (DecoderConfig, TransformerDecoder),
+    "segmental": (SegmentalConfig, SegmentalDecoder),
 }
 
 

@@ -214,6 +214,10 @@ class TransformerDecoder(nn.Module):
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
         return Decoded(self.out(self.norm(x)), attention, DecoderState(keys, values))
 
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """logits (..., V) -> log-probabilities of what is next."""
+        return logits.log_softmax(-1)
+
     def loss(
         self,
         y: Tensor,
@@ -232,7 +236,7 @@ class TransformerDecoder(nn.Module):
         targets = torch.cat([tokens, torch.zeros_like(sos)], dim=1).scatter(1, token_lens[:, None], SOS_EOS)
         logits = self(torch.cat([sos, tokens], dim=1), *self.memory(y), y_lens).logits
         return label_smoothed_cross_entropy(
-            logits.float().log_softmax(-1), targets, token_lens + 1, smoothing
+            self.log_probs(logits.float()), targets, token_lens + 1, smoothing
         )
 
 

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from asr.decode.scorer import Step, Window
 from asr.model.decoder import SOS_EOS, DecoderState, TransformerDecoder
 from asr.model.hybrid import HybridModel
-from asr.model.state import select
+from asr.model.segmental import SegmentalDecoder
+from asr.model.state import join, select
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -134,7 +135,7 @@ class TorchScorer:
             logits, attention, past = decoder(
                 last, heard.cross_keys, heard.cross_values, heard.y_lens, state.past, guide=decoder.guide
             )
-            values, ids = logits[:, -1].float().log_softmax(-1).topk(k)
+            values, ids = decoder.log_probs(logits[:, -1].float()).topk(k)
         state = replace(state, past=past)
         return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
 
@@ -146,6 +147,23 @@ class TorchScorer:
         heard = state.heard if same else None
         past = select(state.past, torch.from_numpy(index).to(self.device))
         return Hypotheses(state.memory, owner, heard, past)
+
+    def join(self, states: Sequence[Hypotheses], memory: Memory) -> Hypotheses:
+        """As Scorer.join."""
+        owner = np.concatenate([x.owner for x in states])
+        return Hypotheses(memory, owner, None, join([x.past for x in states]))
+
+    def emit(self, memory: Memory, frames: Ints, labels: Ints, durations: Ints) -> Floats:
+        """As Scorer.emit."""
+        assert isinstance(self.model.decoder, SegmentalDecoder)
+        at, after, lasting = (torch.from_numpy(x).to(self.device) for x in (frames, labels, durations))
+        with self._evaluating():
+            return self.model.decoder.length(memory.y[0, at], after, lasting).cpu().numpy()
+
+    def log_lengths(self) -> Floats:
+        """As Scorer.log_lengths."""
+        assert isinstance(self.model.decoder, SegmentalDecoder)
+        return self.model.decoder.length.log_lengths().cpu().numpy()
 
     def score(
         self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
@@ -176,7 +194,7 @@ class TorchScorer:
         batch = pad_sequence(rows, batch_first=True)
         with self._evaluating():
             logits = decoder(batch[:, :-1], heard.cross_keys, heard.cross_values, heard.y_lens).logits
-            log_probs = logits.float().log_softmax(-1).gather(2, batch[:, 1:, None])[:, :, 0].cpu().numpy()
+            log_probs = decoder.log_probs(logits.float()).gather(2, batch[:, 1:, None])[:, :, 0].cpu().numpy()
         return [a[: len(x) + 1] for a, x in zip(log_probs, tokens, strict=True)]
 
     @contextmanager

@@ -6,6 +6,8 @@
     decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, where the heads
                     that guide streaming listened, state)
     reverse.onnx    (tokens from right to left, y) -> log-probabilities; of models with a second decoder
+    length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and counted
+                    lengths; of segmental decoders
     tokens.txt      the units; tokens.model or lexicon.txt beside it where text is to be encoded
 
 A flipped byte in the weights would load without complaint and only cost accuracy, hence the hashes. Graphs
@@ -175,6 +177,10 @@ class Bundle:
     @cached_property
     def reverse(self) -> ort.InferenceSession:
         return self._session("reverse")
+
+    @cached_property
+    def length(self) -> ort.InferenceSession:
+        return self._session("length")
 
     def _session(self, name: str) -> ort.InferenceSession:
         """Open a graph, and free its bytes."""

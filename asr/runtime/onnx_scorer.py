@@ -181,6 +181,19 @@ class OnnxScorer:
             cross = {name: x[index] for name, x in cross.items()}
         return DecoderState(state.memory, owner, cross, {name: x[index] for name, x in state.past.items()})
 
+    def join(self, states: Sequence[DecoderState], memory: Memory) -> DecoderState:
+        past = {name: np.concatenate([x.past[name] for x in states]) for name in states[0].past}
+        return DecoderState(memory, np.concatenate([x.owner for x in states]), None, past)
+
+    def emit(self, memory: Memory, frames: Ints, labels: Ints, durations: Ints) -> Floats:
+        inputs = {"y": memory.ys[0][frames], "labels": labels, "durations": durations}
+        return self.bundle.length.run(["log_odds"], inputs)[0]
+
+    def log_lengths(self) -> Floats:
+        none = np.zeros(0, np.int64)
+        inputs = {"y": np.zeros((0, self.bundle.info.dim), np.float32), "labels": none, "durations": none}
+        return self.bundle.length.run(["log_lengths"], inputs)[0]
+
     def score(
         self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
     ) -> list[Floats]:

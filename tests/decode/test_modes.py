@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import MODES, Word, decode, words
+from asr.decode.modes import Word, decode, modes_for, words
 from asr.errors import ConfigError
 
 WIDE = SearchConfig(beam=400, nbest=8, tokens_per_frame=4, length_margin=100, max_repeats=100)
@@ -38,7 +38,7 @@ def test_wide_search_finds_the_exact_nbest_list(toy, enumerate_ctc, mode, wave):
     assert not any(x.guard for x in found)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_a_batch_equals_one_by_one(toy, mode):
     config = SearchConfig(beam=4, nbest=3)
     waves = [*WAVES, np.zeros(0, np.float32), np.array((6, 0), np.float32), np.array((7, 30), np.float32)]
@@ -51,7 +51,7 @@ def test_a_batch_equals_one_by_one(toy, mode):
         np.testing.assert_allclose([x.score for x in alone], [x.score for x in nbest], rtol=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_every_answer_is_complete(toy, mode):
     config = SearchConfig(beam=5, nbest=5, ctc_weight=0.4)
     weight = {**WEIGHTS, "joint": 0.4, "rescore": 0.4}[mode]
@@ -69,7 +69,7 @@ def test_every_answer_is_complete(toy, mode):
                 assert x.score == pytest.approx(parts, abs=1e-9)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_nothing_heard_is_nothing_said(toy, mode):
     scorer = toy(5)
     silences = [np.zeros(0, np.float32), np.array((1, 0), np.float32)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import MODES, decode
+from asr.decode.modes import decode, modes_for
 from asr.model import torch_scorer
 from asr.model.torch_scorer import TorchScorer
 
@@ -90,7 +90,7 @@ def test_scoring_in_parts_equals_at_once(scorer, waves, monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_every_mode_runs_and_does_not_depend_on_the_batch(scorer, waves, mode):
     config = SearchConfig(beam=4, nbest=2)
     together = decode(scorer, mode, waves, config)

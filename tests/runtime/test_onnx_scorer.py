@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import MODES, decode
+from asr.decode.modes import decode, modes_for
 from asr.decode.scorer import Floats, Window
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
@@ -76,7 +76,7 @@ def test_streams_in_a_batch_are_what_they_are_alone(float32: Bundle, sound: Floa
             np.testing.assert_allclose(together.state[name][n], x[0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_every_mode_gives_the_same_from_torch_and_from_onnx(
     scorers: tuple[TorchScorer, OnnxScorer], speech: list[Floats], mode: str
 ):
