@@ -42,8 +42,9 @@ def search_online(
     answers = []
     for n, frames in enumerate(log_probs):
         search = start(scorer, config)
-        for first in range(0, len(frames), chunk or len(frames)):
-            end = min(first + (chunk or len(frames)), len(frames))
+        step = chunk or max(len(frames), 1)
+        for first in range(0, len(frames), step):
+            end = min(first + step, len(frames))
             search.advance(scorer.view(memory, n, end), frames[first:end])
         answers.append(search.finish() if len(frames) else [Hypothesis((), 0.0)])
     return answers

@@ -24,6 +24,9 @@ from asr.decode.config import SearchConfig
 from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segments import Candidates, Closed, Ending, Segments
 
+ROUNDING = 12.0
+"""Nats by which a score must be worse to change another by nothing that matters."""
+
 
 class SegmentalSearch:
     """The time-synchronous ones. shelter: frames for which a hypothesis need not compete once it is closed;
@@ -127,9 +130,16 @@ def _by_label(scorer: Scorer, memory: Any, num_frames: int, config: SearchConfig
         endings += segments.conclude(memory, growing, num_frames)
         growing = segments.close(memory, found) if found.parents else []
         ended = sorted((x.score for x in endings), reverse=True)[: config.nbest]
-        if growing and len(ended) == config.nbest and ended[-1] >= growing[0].score:
+        if growing and len(ended) == config.nbest and ended[-1] >= _rest(growing, config):
             break
     return answers(segments, endings)
+
+
+def _rest(growing: Sequence[Closed], config: SearchConfig) -> float:
+    """What may still be added to a score, or be better than it, up to rounding."""
+    if config.recombine == "max":
+        return growing[0].score
+    return float(np.logaddexp.reduce([h.score for h in growing])) + ROUNDING
 
 
 def answers(segments: Segments, endings: Sequence[Ending]) -> list[Hypothesis]:

@@ -148,8 +148,8 @@ def test_gradients_reach_everything():
     decoder = tiny()
     loss_of(decoder, torch.randn(2, 8, 6), [(3, 2), (4, 3)], [(2, 4), (3, 8)], 0.1).sum().backward()
     for name, p in decoder.named_parameters():
-        assert p.grad is not None and p.grad.isfinite().all(), name
-        assert p.grad.abs().sum() > 0, name
+        assert p.grad is not None, name
+        assert 0 < p.grad.abs().sum() < torch.inf, name
 
 
 def test_padding_changes_nothing():
