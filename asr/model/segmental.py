@@ -195,9 +195,3 @@ def fit_ends(token_ends: Tensor, token_lens: Tensor, y_lens: Tensor) -> Tensor:
     ends = torch.minimum(earliest, latest).clamp(min=0)
     inside = valid_mask(token_lens, token_ends.shape[1])
     return torch.cat([torch.where(inside, ends, y_lens[:, None]), y_lens[:, None]], 1)
-
-
-def frames_of(ends_s: Tensor, frame_s: float) -> Tensor:
-    """Seconds -> the encoder frame behind them, where a frame lasts frame_s; what is a boundary up to
-    rounding stays one."""
-    return torch.ceil(ends_s / frame_s - 1e-3).long()

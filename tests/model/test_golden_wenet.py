@@ -5,7 +5,6 @@ sos/eos is 1 here. The searches hear what the reference heard, each utterance al
 into the reference's batches (symmetric convolutions), ours are compared with what it says of one utterance.
 """
 
-import copy
 import json
 import math
 from collections.abc import Iterator
@@ -83,7 +82,7 @@ class Golden:
 
 
 def memory(decoder: TransformerDecoder, y: Tensor) -> Memory:
-    return Memory(*decoder.memory(y), tensor([y.shape[1]]))
+    return Memory(*decoder.memory(y), y, tensor([y.shape[1]]))
 
 
 def build(options: dict) -> HybridModel:
@@ -347,48 +346,25 @@ def check_times(frames: np.ndarray, found: Hypothesis, when: list[int]) -> None:
     assert align(through, found.tokens).score < align(frames, found.tokens).score
 
 
-class Both:
-    """Rescoring by two decoders: each token's log-probability is a mixture of both directions'."""
-
-    def __init__(self, wenet: Golden, reverse_weight: float) -> None:
-        self.left, self.reverse_weight = TorchScorer(wenet.model, "cpu"), reverse_weight
-        reverse = copy.deepcopy(wenet.model)
-        if reverse_weight:
-            reverse.decoder = reverse.reverse_decoder
-        self.right = TorchScorer(reverse, "cpu")
-
-    def each(self, y: Tensor, texts: list[tuple[int, ...]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Both directions' log-probabilities of tokens and eos (U + 1,), in the order of the tokens."""
-        owner = np.zeros(len(texts), np.int64)
-        left = self.left.score(memory(self.left.model.decoder, y), owner, texts)
-        backwards = [x[::-1] for x in texts]
-        right = self.right.score(memory(self.right.model.decoder, y), owner, backwards)
-        for a, b in zip(left, right, strict=True):
-            yield a, np.concatenate((b[-2::-1], b[-1:]))
-
-    def score(self, y: Tensor, owner: np.ndarray, texts: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """As Scorer.score, of one utterance whose encoder output is the memory."""
-        weight = self.reverse_weight
-        return [(1 - weight) * a + weight * b for a, b in self.each(y, texts)]
-
-
 def test_rescoring(wenet):
+    scorer = TorchScorer(wenet.model, "cpu")
     for ctc_weight, reverse_weight in wenet.config["rescoring"]:
-        both = Both(wenet, reverse_weight)
         # they add a multiple w of the CTC score, we take shares of 1: w / (1 + w)
-        config = SearchConfig(ctc_weight=ctc_weight / (1 + ctc_weight))
+        config = SearchConfig(ctc_weight=ctc_weight / (1 + ctc_weight), reverse_weight=reverse_weight)
         for beam, i, name in beams(wenet):
             expected = f"{name}.rescoring.ctc{ctc_weight}_rev{reverse_weight}"
-            y = wenet[f"full.alone{i}.encoder_out"]
-            _, nbest = first_pass(wenet.heard(i)[0], beam)
-            best = rescore(both, y, [nbest], config)[0][0]
+            frames, heard = wenet.heard(i)
+            best = rescore(scorer, heard, [first_pass(frames, beam)[1]], config)[0][0]
             assert wenet.theirs(best) == wenet[f"{expected}.tokens"].tolist()
             score = best.score * (1 + ctc_weight)
             assert score == pytest.approx(wenet[f"{expected}.score"].item(), abs=1e-3)
-            ((left, right),) = both.each(y, [best.tokens])
             confidence = math.exp(best.parts["attention"] / (len(best.tokens) + 1))
             assert confidence == pytest.approx(wenet[f"{expected}.confidence"].item(), rel=1e-3)
-            each = (np.exp(left) + np.exp(right)) / 2 if reverse_weight else np.exp(left)
+            (left,) = scorer.score(heard, np.array([0]), [best.tokens])
+            each = np.exp(left)
+            if reverse_weight:
+                (right,) = scorer.score(heard, np.array([0]), [best.tokens], reverse=True)
+                each = (each + np.exp(right)) / 2
             of_tokens = wenet[f"{expected}.tokens_confidence"].numpy()
             np.testing.assert_allclose(each[:-1], of_tokens, rtol=1e-3)
 

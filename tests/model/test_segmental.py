@@ -12,7 +12,7 @@ from asr.losses import LossConfig
 from asr.model.build import build_model
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import SOS_EOS, TransformerDecoder, Window
-from asr.model.segmental import SegmentalConfig, SegmentalDecoder, end_odds, fit_ends, frames_of
+from asr.model.segmental import SegmentalConfig, SegmentalDecoder, end_odds, fit_ends
 
 CONFIG = SegmentalConfig(dim=16, num_layers=2, num_heads=2, ff_dim=32, length_dim=8, max_segment_frames=4)
 
@@ -211,13 +211,6 @@ def test_an_utterance_without_an_alignment_is_an_error():
 def test_a_config_that_cannot_be_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SegmentalConfig(**wrong)
-
-
-def test_seconds_become_the_frame_behind_them():
-    seconds = torch.tensor([[0.0, 0.01, 0.04, 0.12, 0.121, 0.2], [2.0, 40.0, 4000.04, 0.28, 0.081, 1.16]])
-    expected = [[0, 1, 1, 3, 4, 5], [50, 1000, 100001, 7, 3, 29]]
-    assert frames_of(seconds.double(), 0.04).tolist() == expected
-    assert frames_of(seconds[:, :2], 0.04).tolist() == [row[:2] for row in expected]
 
 
 def test_lengths_are_counted_in_training_only():
