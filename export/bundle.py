@@ -56,6 +56,7 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         decoder_state=_fields(model.decoder.init_state(1), "U"),
         streaming=_streaming(model),
         files={},
+        chunking=model.decoder.chunking,
     )
 
 

@@ -56,16 +56,23 @@ class SearchConfig:
     """Weight of its log-probability."""
 
     recombine: Recombine = "max"
-    """A text that is segmented in several ways is as probable as the best of them, or as all together."""
+    """A text that is cut in several ways, into segments or chunks, is as probable as the best of them, or as
+    all together."""
 
     min_emit: float = 0.01
     """Segments of a length less probable than this are not tried, except the last one of an utterance; 0
     tries all, at many times the cost."""
 
+    max_labels_per_chunk: int = 0
+    """A chunked decoder may write so many tokens while it hears a chunk; 0: as many as its step has
+    frames."""
+
     def __post_init__(self) -> None:
         for name in ("beam", "nbest", "tokens_per_frame", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_labels_per_chunk < 0:
+            raise ConfigError(f"max_labels_per_chunk is {self.max_labels_per_chunk}, expected at least 0")
         for name in ("ctc_weight", "reverse_weight", "min_emit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")

@@ -3,7 +3,7 @@
 Every mode says for each token at which encoder frame it is emitted, by the best CTC alignment, and how sure
 it is: the highest CTC posterior of the token in the frames aligned to it, and in modes with the decoder the
 geometric mean of that and of the decoder's probability of the token, weighted as the score is (the decoder
-alone in mode attention).
+alone in modes attention and chunked).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from asr.decode.chunked import ChunkedSearch
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 from asr.decode.joint import search
@@ -76,6 +77,7 @@ FIRST_PASS = ("ctc-greedy", "ctc-prefix")
 ONLINE: dict[str, StartSearch] = {
     "segmental": segmental,
     "segmental-simple": segmental_simple,
+    "chunked": ChunkedSearch,
 }
 """Modes whose decoder writes while frames arrive."""
 
@@ -84,6 +86,7 @@ MODES = (*AT_END, *ONLINE)
 NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
     **dict.fromkeys(("segmental", "segmental-simple", "segmental-label"), "segmental"),
+    "chunked": "chunked",
 }
 """The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
 

@@ -27,6 +27,27 @@ class Window(NamedTuple):
     end: Ints
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """The chunks of encoder frames that a decoder hears one by one, each until it has written end of chunk,
+    which is `sos_eos`.
+
+    Chunk k of K = ceil(T / step), from 0, is frames k * step - left up to, not including, k * step + window,
+    as far as there are such frames.
+    """
+
+    step: int
+    window: int
+    left: int
+    hears_eoc: bool
+    """Whether it sees the ends of chunks among what it has written. If not, it is asked again about the next
+    chunk with its last label for input, from the state before that label."""
+
+    def span(self, k: int, num_frames: int) -> tuple[int, int]:
+        """The first frame of chunk k, and the one behind its last, of num_frames."""
+        return max(k * self.step - self.left, 0), min(k * self.step + self.window, num_frames)
+
+
 class Step(NamedTuple):
     """What the decoder says behind the last token of B hypotheses."""
 
@@ -56,6 +77,9 @@ class Scorer(Protocol):
 
     decoder_type: str
     """Its kind: which modes it was trained for (modes.py)."""
+
+    chunking: Chunking | None
+    """What a decoder of type "chunked" hears."""
 
     has_reverse: bool
     """Whether there is a second decoder, from right to left, to score with."""

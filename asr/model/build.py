@@ -6,6 +6,7 @@ from typing import Any
 
 from asr.features import FbankConfig
 from asr.losses import LossConfig
+from asr.model.chunked import ChunkedConfig, ChunkedDecoder
 from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.hybrid import HybridModel
@@ -23,6 +24,7 @@ ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
 DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
     "transformer": (DecoderConfig, TransformerDecoder),
     "segmental": (SegmentalConfig, SegmentalDecoder),
+    "chunked": (ChunkedConfig, ChunkedDecoder),
 }
 
 

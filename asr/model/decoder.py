@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asr.decode.scorer import Chunking
 from asr.errors import ConfigError
 from asr.losses import label_smoothed_cross_entropy
 from asr.model.attention import CrossAttention, Rotation, SelfAttention, sinusoids
@@ -71,6 +72,16 @@ class Window(NamedTuple):
     end: Tensor
 
 
+class Order(NamedTuple):
+    """Where each of U tokens stands and which tokens it sees, where that is not all up to itself."""
+
+    positions: Tensor
+    """(N, U) int64."""
+
+    visible: Tensor
+    """(N, U, W + U), behind the W tokens of the state; each sees itself."""
+
+
 class Decoded(NamedTuple):
     """What the decoder says behind each of U tokens."""
 
@@ -112,16 +123,16 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         past: tuple[Tensor, Tensor],
         memory: tuple[Tensor, Tensor],
-        causal: Tensor,
+        visible: Tensor,
         heard: Tensor,
         rotation: Rotation | None,
         heads: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, U, C); past, memory: keys, values; causal, heard: masks.
+        """x (N, U, C); past, memory: keys, values; visible, heard: masks.
 
         Returns x, keys and values anew, and the mean attention of some heads (N, U, T), empty without any.
         """
-        y, keys, values = self.attention(self.attention_norm(x), *past, rotation, causal)
+        y, keys, values = self.attention(self.attention_norm(x), *past, rotation, visible)
         x = x + self.dropout(y)
         query = self.cross_norm(x)
         listening = x.new_zeros(*x.shape[:2], 0)
@@ -133,6 +144,9 @@ class DecoderLayer(nn.Module):
 
 class TransformerDecoder(nn.Module):
     """p(next token | tokens so far, encoder output): the same call teaches, rescores and steps."""
+
+    chunking: Chunking | None = None
+    """The chunks it hears one by one, where it does."""
 
     def __init__(self, config: DecoderConfig, num_tokens: int, memory_dim: int) -> None:
         super().__init__()
@@ -175,24 +189,21 @@ class TransformerDecoder(nn.Module):
         state: DecoderState | None = None,
         window: Window | None = None,
         guide: Guide | None = None,
+        order: Order | None = None,
     ) -> Decoded:
         """Continue N hypotheses by U tokens each.
 
         tokens (N, U), sos/eos first; cross_keys, cross_values from `memory`, one row per hypothesis; y_lens
         (N,): encoder frames that count, and where there are none the decoder is a language model.  state:
         what the previous call returned, None before the first token.  window: the frames each token hears,
-        None for all.  guide: the heads whose attention is asked for.
+        None for all.  guide: the heads whose attention is asked for.  order: None where each token stands
+        behind the one before it and sees all of them.
         """
         if state is None:
             state = self.init_state(tokens.shape[0])
-        length, width = tokens.shape[1], state.keys.shape[3]
-        offset = torch.full_like(tokens[:1, 0], width)
-        causal = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)[
-            :, None
-        ]
+        positions, visible = order or in_order(tokens, state.keys.shape[3])
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
         heard = window_mask(*window, cross_keys.shape[3])[:, None]
-        positions = offset[:, None] + torch.arange(length, device=tokens.device)
         x = self.embedding(tokens) * math.sqrt(self.config.dim)
         rotation = None
         if self.config.positions == "rotary":
@@ -208,7 +219,7 @@ class TransformerDecoder(nn.Module):
         )
         for i, (layer, past, memory) in enumerate(zip(self.layers, pasts, memories, strict=True)):
             heads = guide.heads if guide and guide.layer == i else ()
-            x, *present, listening = layer(x, past, memory, causal, heard, rotation, heads)
+            x, *present, listening = layer(x, past, memory, visible[:, None], heard, rotation, heads)
             attention = listening if heads else attention
             kept.append(present)
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
@@ -238,6 +249,14 @@ class TransformerDecoder(nn.Module):
         return label_smoothed_cross_entropy(
             self.log_probs(logits.float()), targets, token_lens + 1, smoothing
         )
+
+
+def in_order(tokens: Tensor, width: int) -> Order:
+    """Of tokens (N, U) behind `width` others, each of which sees all up to itself; one row for all."""
+    offset = torch.full_like(tokens[:1, 0], width)
+    length = tokens.shape[1]
+    visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)
+    return Order(offset[:, None] + torch.arange(length, device=tokens.device), visible)
 
 
 def reverse(tokens: Tensor, token_lens: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class TorchScorer:
         self.num_tokens = model.ctc.out_features
         self.sos_eos = SOS_EOS
         self.decoder_type: str = model.decoder.config.type
+        self.chunking = model.decoder.chunking
         self.has_reverse = model.reverse_decoder is not None
         self.frame_s = model.frame_s
 

@@ -25,6 +25,7 @@ import onnxruntime as ort
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from asr.decode.scorer import Chunking
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
@@ -110,6 +111,9 @@ class ModelInfo:
     decoder_state: tuple[Field, ...]
     streaming: Streaming
     files: dict[str, FileHash]
+    chunking: Chunking | None = None
+    """What a decoder of type "chunked" hears."""
+
     figures: dict[str, Any] = field(default_factory=dict)
     """What was measured when it was exported."""
 

@@ -107,6 +107,7 @@ class OnnxScorer:
         self.sos_eos = bundle.info.sos_eos
         self.frame_s = bundle.info.frame_s
         self.decoder_type = bundle.info.decoder_type
+        self.chunking = bundle.info.chunking
         self.has_reverse = bundle.info.has_reverse
 
     # streams

@@ -1,0 +1,198 @@
+"""Search with a decoder that hears one chunk after another (arXiv:2309.08436; asr/model/chunked.py).
+
+In each step a hypothesis gets one symbol: a label, or EOC, with which it closes the chunk. All hypotheses
+close chunk k before one of them enters chunk k + 1. Within the chunk those compete that have the same number
+of symbols since its beginning, and at its end all that closed it. (Published searches let hypotheses of the
+same number of symbols compete wherever they are. Then the one that is farthest would have to wait for its
+chunk, and all others, which must be compared with it, with it: a word would be late by as many chunks as the
+hypotheses are apart.) So chunk k is searched once, as soon as its window is there or the utterance has ended,
+and how the frames arrived changes nothing.
+
+The score is the log-probability of labels and EOCs, without any regard for the length. Hypotheses with the
+same labels at the end of a chunk become one (`SearchConfig.recombine`), which goes on from where the most
+probable of them is. The number of labels in a chunk is limited, as a decoder may loop where it hears
+silence; then only EOC may follow.
+
+EOC is no label: it is not in `Hypothesis.tokens`. A language model is for labels: it would score and read
+those alone, stay as it is at an EOC, and add its end of sentence at the last one.
+
+Tokens get their frames from the best CTC alignment of the labels of a chunk to the frames of its step.
+
+B hypotheses · k likeliest symbols · V units · T frames
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asr.decode.align import locate
+from asr.decode.config import SearchConfig
+from asr.decode.scorer import BLANK, Floats, Hypothesis, Scorer, Step, Window
+
+Doubles = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What one hypothesis has written, and where the decoder is."""
+
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    """Of each token."""
+    frames: tuple[int, ...]
+    """Of the tokens of all closed chunks."""
+    score: float
+    last: int
+    """The decoder's next input."""
+    state: Any
+    """Of several hypotheses, before that input; None where there was no input yet."""
+    row: int
+
+    def hypothesis(self) -> Hypothesis:
+        frames, confidence = self.frames, tuple(np.exp(self.log_probs).tolist())
+        return Hypothesis(self.tokens, self.score, {"attention": self.score}, frames, confidence)
+
+
+_Closed = dict[tuple[int, ...], list[_Path]]
+"""Hypotheses that have closed a chunk, by their tokens."""
+
+
+class ChunkedSearch:
+    """As OnlineSearch: the search for one utterance. What it has written is that of the chunks which it has
+    heard to the end of their windows."""
+
+    def __init__(self, scorer: Scorer, config: SearchConfig) -> None:
+        assert scorer.chunking
+        self._scorer = scorer
+        self._config = config
+        self._chunking = scorer.chunking
+        self._max_labels = config.max_labels_per_chunk or self._chunking.step
+        self._paths = [_Path((), (), (), 0.0, scorer.sos_eos, None, 0)]
+        self._num_chunks = 0
+        self._num_frames = 0
+        self._memory: Any = None
+        self._ctc: list[Floats] = []
+        """From the first frame of the next chunk's step on."""
+
+    def advance(self, memory: Any, log_probs: Floats) -> None:
+        self._memory = memory
+        self._num_frames += len(log_probs)
+        self._ctc.append(log_probs)
+        while self._num_chunks * self._chunking.step + self._chunking.window <= self._num_frames:
+            self._next_chunk()
+
+    def best(self) -> Hypothesis:
+        return self._paths[0].hypothesis()
+
+    def finish(self) -> list[Hypothesis]:
+        while self._num_chunks * self._chunking.step < self._num_frames:
+            self._next_chunk()
+        return [path.hypothesis() for path in self._paths[: self._config.nbest]]
+
+    def _next_chunk(self) -> None:
+        """All hypotheses from the beginning of a chunk to its EOC."""
+        span = self._chunking.span(self._num_chunks, self._num_frames)
+        paths, closed = self._paths, _Closed()
+        for num_labels in range(self._max_labels + 1):
+            paths = self._extend(paths, closed, span, num_labels == self._max_labels)
+            if not paths:
+                break
+        merged = [self._merge(same) for same in closed.values()]
+        best = sorted(merged, key=lambda path: -path.score)[: self._config.beam]
+        self._paths = self._locate(best)
+        self._num_chunks += 1
+
+    def _extend(
+        self, paths: Sequence[_Path], closed: _Closed, span: tuple[int, int], is_full: bool
+    ) -> list[_Path]:
+        """One symbol for each hypothesis; those that it closes go to `closed`, the best others come back.
+
+        is_full: no more labels.
+        """
+        num, beam, eoc = self._scorer.num_tokens, self._config.beam, self._scorer.sos_eos
+        grown: list[tuple[float, _Path, Step, int, int]] = []
+        for group, step in self._ask(paths, span, num if is_full else beam + beam // 2 + 2):
+            scores = np.array([x.score for x in group])[:, None] + step.log_probs.astype(np.float64)
+            for row, column in np.argwhere(step.ids == eoc).tolist():
+                path = self._close(group[row], step, row, float(scores[row, column]))
+                closed.setdefault(path.tokens, []).append(path)
+            if not is_full:
+                scores[(step.ids == eoc) | (step.ids == BLANK)] = -np.inf
+                best = np.argsort(-scores, axis=None, kind="stable")[:beam].tolist()
+                places = [divmod(place, scores.shape[1]) for place in best]
+                grown += [(float(scores[b, c]), group[b], step, b, c) for b, c in places]
+        grown.sort(key=lambda x: -x[0])
+        threshold = self._threshold(closed)
+        return [_write(*x) for x in grown[:beam] if x[0] > threshold]
+
+    def _threshold(self, closed: _Closed) -> float:
+        """Scores only fall: what is not better than this cannot be among the best at the end of the chunk."""
+        scores = sorted((max(path.score for path in same) for same in closed.values()), reverse=True)
+        return scores[self._config.beam - 1] if len(scores) >= self._config.beam else -np.inf
+
+    def _ask(
+        self, paths: Sequence[_Path], span: tuple[int, int], k: int
+    ) -> Iterable[tuple[list[_Path], Step]]:
+        """What follows each hypothesis: one call for those with as many labels, whose states are as long."""
+        groups: dict[int, dict[int, list[_Path]]] = {}
+        for path in paths:
+            groups.setdefault(len(path.tokens), {}).setdefault(id(path.state), []).append(path)
+        for of_states in groups.values():
+            group = [path for part in of_states.values() for path in part]
+            states = [self._select(part) for part in of_states.values()]
+            window = Window(*(np.full(len(group), frame, np.int64) for frame in span))
+            last = np.array([path.last for path in group], np.int64)
+            state = self._scorer.join(states, self._memory)
+            yield group, self._scorer.step(state, last, min(k, self._scorer.num_tokens), window)
+
+    def _select(self, paths: Sequence[_Path]) -> Any:
+        rows = np.array([path.row for path in paths], np.int64)
+        if paths[0].state is None:
+            return self._scorer.start(self._memory, rows)
+        return self._scorer.select(paths[0].state, rows)
+
+    def _close(self, path: _Path, step: Step, row: int, score: float) -> _Path:
+        """Behind EOC, which the decoder either reads, or does not know of: then its last input is put in
+        again, where it was, to hear the next chunk."""
+        if self._chunking.hears_eoc:
+            return replace(path, score=score, last=self._scorer.sos_eos, state=step.state, row=row)
+        return replace(path, score=score)
+
+    def _merge(self, paths: Sequence[_Path]) -> _Path:
+        """Several with the same tokens -> the most probable one, with the score of all."""
+        best = max(paths, key=lambda path: path.score)
+        if self._config.recombine == "max":
+            return best
+        return replace(best, score=float(np.logaddexp.reduce([path.score for path in paths])))
+
+    def _locate(self, paths: Sequence[_Path]) -> list[_Path]:
+        """Give the labels of the chunk that was closed their frames, and forget what CTC said of it."""
+        first, step = self._num_chunks * self._chunking.step, self._chunking.step
+        ctc = np.concatenate(self._ctc)
+        self._ctc = [ctc[step:]]
+        known: dict[tuple[int, ...], tuple[int, ...]] = {(): ()}
+        located = []
+        for path in paths:
+            labels = path.tokens[len(path.frames) :]
+            if labels not in known:
+                frames, _ = locate(ctc[:step], labels)
+                known[labels] = tuple(first + frame for frame in frames)
+            located.append(replace(path, frames=path.frames + known[labels]))
+        return located
+
+
+def _write(score: float, path: _Path, step: Step, row: int, column: int) -> _Path:
+    """A hypothesis and one more label."""
+    token = int(step.ids[row, column])
+    return replace(
+        path,
+        tokens=(*path.tokens, token),
+        log_probs=(*path.log_probs, float(step.log_probs[row, column])),
+        score=score,
+        last=token,
+        state=step.state,
+        row=row,
+    )
