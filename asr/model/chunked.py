@@ -132,7 +132,7 @@ class ChunkedDecoder(TransformerDecoder):
         step = self.chunking.step
         targets = insert_borders(tokens, token_lens, token_ends, y_lens, step, -(-y.shape[1] // step))
         sos = tokens.new_full((len(tokens), 1), SOS_EOS)
-        inputs, order = torch.cat([sos, targets.symbols[:, :-1]], dim=1), None
+        inputs, order = torch.cat([sos, targets.symbols], dim=1)[:, :-1], None
         if not self.chunking.hears_eoc:
             inputs = torch.cat([sos, tokens], dim=1).gather(1, targets.num_labels)
             order = _last_asked(targets)

@@ -253,7 +253,7 @@ class TransformerDecoder(nn.Module):
 
 def in_order(tokens: Tensor, width: int) -> Order:
     """Of tokens (N, U) behind `width` others, each of which sees all up to itself; one row for all."""
-    offset = torch.full_like(tokens[:1, 0], width)
+    offset = tokens.new_full((1,), width)
     length = tokens.shape[1]
     visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)
     return Order(offset[:, None] + torch.arange(length, device=tokens.device), visible)
