@@ -39,7 +39,7 @@ def decode(
     model: Annotated[Path, typer.Argument(help="experiment or bundle")],
     manifests: Annotated[list[Path], typer.Argument(help="what to decode")],
     mode: Annotated[
-        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint or rescore")
+        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint, rescore, or chunked")
     ] = "ctc-prefix",
     beam: Annotated[int, typer.Option(help="hypotheses kept of an utterance")] = 10,
     nbest: Annotated[int, typer.Option(help="hypotheses written of an utterance, at most")] = 1,

@@ -41,7 +41,7 @@ def transcribe(
     format_: Annotated[str, typer.Option("--format", help="txt, srt, vtt or json")] = "txt",
     recursive: Annotated[bool, typer.Option("--recursive", help="also folders in folders")] = False,
     mode: Annotated[
-        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint or rescore")
+        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint, rescore, or chunked")
     ] = "ctc-prefix",
     chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
     left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,

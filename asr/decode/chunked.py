@@ -11,7 +11,8 @@ and how the frames arrived changes nothing.
 The score is the log-probability of labels and EOCs, without any regard for the length. Hypotheses with the
 same labels at the end of a chunk become one (`SearchConfig.recombine`), which goes on from where the most
 probable of them is. The number of labels in a chunk is limited, as a decoder may loop where it hears
-silence; then only EOC may follow.
+silence; then only EOC may follow. Before, a hypothesis has the few likeliest symbols to choose from, and if
+EOC is none of them it does not close the chunk there.
 
 EOC is no label: it is not in `Hypothesis.tokens`. A language model is for labels: it would score and read
 those alone, stay as it is at an EOC, and add its end of sentence at the last one.
