@@ -43,7 +43,7 @@ def chunked(toy):
         def start(self, memory, owner):
             return [(memory[n], ()) for n in owner]
 
-        def join(self, memory, states):
+        def join(self, states, memory):
             joined = [(memory[0], past) for state in states for _, past in state]
             assert len({len(past) for _, past in joined}) == 1
             return joined
