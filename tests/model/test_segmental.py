@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
 from asr.errors import ConfigError
 from asr.features import FbankConfig
 from asr.losses import LossConfig
@@ -13,6 +15,7 @@ from asr.model.build import build_model
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import SOS_EOS, TransformerDecoder, Window
 from asr.model.segmental import SegmentalConfig, SegmentalDecoder, end_odds, fit_ends
+from asr.model.torch_scorer import TorchScorer
 
 CONFIG = SegmentalConfig(dim=16, num_layers=2, num_heads=2, ff_dim=32, length_dim=8, max_segment_frames=4)
 
@@ -251,3 +254,29 @@ def test_ends_are_odds():
     logits = torch.randn(3, 5)
     ends = end_odds(logits)
     torch.testing.assert_close(ends.sigmoid(), logits[:, 1:].softmax(-1)[:, 0])
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("mode", ["segmental", "segmental-simple", "segmental-label"])
+def test_what_is_found_is_as_likely_as_the_loss_says(mode, num_layers):
+    """With one layer, where what was heard before is forgotten, it is also the best there is."""
+    encoder = ConformerConfig(dim=16, num_layers=1, num_heads=2, ff_dim=16, subsampling_channels=4)
+    model = build_model(
+        FbankConfig(num_bins=16), encoder, replace(CONFIG, num_layers=num_layers), LossConfig(), 4
+    ).eval()
+    with torch.no_grad():
+        model.decoder.out.weight *= 3
+    wave = torch.randn(1, 2880)
+    y, _ = model.encode(*model.features(wave, torch.tensor([2880])))
+    config = SearchConfig(beam=1000, nbest=3, min_emit=0.0)
+    (found,) = decode(TorchScorer(model, "cpu"), mode, [wave[0].numpy()], config)
+    assert y.shape[1] == 5
+    tokens, ends = zip(*every_path(5, (2, 3)), strict=True)
+    scores = -loss_of(model.decoder, y, tokens, ends).detach()
+    exact = {path: float(score) for path, score in zip(zip(tokens, ends, strict=True), scores, strict=True)}
+    for x in found:
+        assert x.score == pytest.approx(exact[x.tokens, tuple(t + 1 for t in x.frames)], abs=1e-4)
+    if num_layers == 1:
+        best = sorted(exact.items(), key=lambda item: -item[1])
+        texts = list(dict.fromkeys(text for (text, _), _ in best))
+        assert [x.tokens for x in found] == texts[:3]
