@@ -20,9 +20,10 @@ Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speech Recogn
 arXiv:1609.06773.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,12 @@ from asr.decode.scorer import BLANK, Floats, Hypothesis, Ints, Scorer
 Doubles = NDArray[np.float64]
 
 
+Allows = Callable[[Floats], NDArray[np.bool_]]
+"""Where B hypotheses listen (B, T) -> whether each may write what it would write next (B,)."""
+
+NOTHING = Hypothesis((), 0.0)
+
+
 def search(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
@@ -45,24 +52,104 @@ def search(
     log_probs (T_n, V) of each utterance of `memory`. One without frames has no tokens, and is not shown to
     the decoder.
     """
-    answers = [_Answers.begin(x, config) for x in log_probs]
-    owner = np.array([n for n, x in enumerate(log_probs) if len(x)], np.int64)
-    if len(owner):
-        ctc = CtcPrefixScorer(log_probs) if config.ctc_weight else None
-        live: _Live | None = _Live(
-            owner,
-            np.zeros((len(owner), 0), np.int64),
-            np.zeros((len(owner), 0)),
-            scorer.start(memory, owner),
-            ctc.start(owner) if ctc else None,
-        )
-        while live:
-            live = _extend(scorer, ctc, live, answers, config)
-    return [x.nbest(config) for x in answers]
+    return Search(scorer, log_probs, memory, config).finish()
+
+
+class Search:
+    """The search for what several utterances say, one token after another, behind what is `written`."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        log_probs: Sequence[Floats],
+        memory: Any,
+        config: SearchConfig,
+        written: Hypothesis = NOTHING,
+        allows: Allows | None = None,
+    ) -> None:
+        """allows: asked of every token; `Live.free`, `Finished.free` say up to where the answer was yes."""
+        self.scorer, self.config, self.allows = scorer, config, allows
+        self.answers = [Answers.begin(x, config, written) for x in log_probs]
+        self.live: Live | None = None
+        """None when the search is over."""
+        owner = np.array([n for n, x in enumerate(log_probs) if len(x)], np.int64)
+        self._ctc = CtcPrefixScorer(log_probs) if config.ctc_weight and len(owner) else None
+        if len(owner):
+            self.live = self._begin(memory, owner, written.tokens)
+
+    def _begin(self, memory: Any, owner: Ints, written: tuple[int, ...]) -> "Live":
+        """A hypothesis for each utterance that has frames; what is written is put in at once."""
+        tokens = np.tile(np.array(written, np.int64), (len(owner), 1))
+        log_probs = np.zeros(tokens.shape)
+        state = self.scorer.start(memory, owner)
+        prefix = self._ctc.start(owner) if self._ctc else None
+        if written:
+            sos = np.full((len(owner), 1), self.scorer.sos_eos)
+            state = self.scorer.step(state, np.concatenate((sos, tokens[:, :-1]), 1), 1).state
+            log_probs += [x[:-1] for x in self.scorer.score(memory, owner, tokens.tolist())]
+        for token in tokens.T:
+            prefix = self._ctc.extend(prefix, token) if self._ctc and prefix else None
+        return Live(owner, tokens, log_probs, state, prefix, np.full(len(owner), len(written)))
+
+    def finish(self) -> list[list[Hypothesis]]:
+        """Search to the end: the answers for each utterance."""
+        while self.live:
+            self.extend()
+        return [x.nbest(self.config) for x in self.answers]
+
+    def extend(self) -> None:
+        """Append one token to every hypothesis; those that end or are cut go to `answers`."""
+        live, ctc, scorer, config = self.live, self._ctc, self.scorer, self.config
+        assert live is not None
+        last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
+        pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
+        candidates, values, attention, state = scorer.step(live.state, last, pool)
+        scores = live.log_probs.sum(1, keepdims=True) + values
+        if ctc and live.prefix:
+            psi = ctc.score(live.prefix, candidates)
+            psi = np.where(candidates == scorer.sos_eos, ctc.end(live.prefix)[:, None], psi)
+            scores = config.blend(scores, psi)
+        scores[candidates == BLANK] = -np.inf
+
+        row, column = choose(scores, live.owner, config.beam)
+        owner, token, score = live.owner[row], candidates[row, column], scores[row, column]
+        tokens = np.concatenate((live.tokens[row], token[:, None]), 1)
+        log_probs = np.concatenate((live.log_probs[row], values[row, column, None]), 1)
+        free = live.free
+        if self.allows:
+            free = free + ((free == live.tokens.shape[1]) & self.allows(attention))
+        grows = self._sort_out(owner, tokens, score, log_probs, free[row])
+        if not grows.any():
+            self.live = None
+            return
+        index = row[grows]
+        prefix = ctc.extend(live.prefix.select(index), token[grows]) if ctc and live.prefix else None
+        state = scorer.select(state, index)
+        self.live = Live(owner[grows], tokens[grows], log_probs[grows], state, prefix, free[index])
+
+    def _sort_out(
+        self, owner: Ints, tokens: Ints, score: Doubles, log_probs: Doubles, free: Ints
+    ) -> NDArray[np.bool_]:
+        """Which hypotheses grow on; what ends, and what the guards cut, is noted in `answers`."""
+        grows = tokens[:, -1] != self.scorer.sos_eos
+        for b in np.flatnonzero(~grows):
+            kept = tuple(tokens[b, :-1].tolist())
+            found = Finished(float(score[b]), kept, log_probs[b], min(int(free[b]), len(kept)))
+            self.answers[owner[b]].finished.append(found)
+        loops = repeats(tokens, [self.answers[n].ctc_tokens for n in owner], self.config)
+        for n in np.unique(owner):
+            answer = self.answers[n]
+            here, too_long = grows & (owner == n), tokens.shape[1] > answer.max_tokens
+            cut = here & (loops | too_long)
+            guard = LENGTH if too_long else REPETITION
+            grows[cut] = False
+            if not answer.judge(score[here & ~cut], score[cut], guard, self.config.nbest):
+                grows[here] = False
+        return grows
 
 
 @dataclass(frozen=True)
-class _Live:
+class Live:
     """B hypotheses that still grow, those of an utterance side by side."""
 
     owner: Ints
@@ -73,36 +160,50 @@ class _Live:
     """The decoder's, of each token (B, U)."""
     state: Any
     prefix: PrefixState | None
+    free: Ints
+    """Of its first tokens, how many were allowed (B,)."""
 
     def __len__(self) -> int:
         return len(self.owner)
 
 
+class Finished(NamedTuple):
+    """A hypothesis that has ended."""
+
+    score: float
+    tokens: tuple[int, ...]
+    log_probs: Doubles
+    """The decoder's, of each token and of eos."""
+    free: int
+    """Of its first tokens, how many were allowed."""
+
+
 @dataclass
-class _Answers:
+class Answers:
     """What the search knows of one utterance."""
 
     log_probs: Floats
     ctc_tokens: tuple[int, ...]
     max_tokens: int
-    finished: list[tuple[float, tuple[int, ...], Doubles]] = field(default_factory=list)
-    """Score, tokens, and the decoder's log-probability of each and of eos."""
+    written: Hypothesis
+    """What every answer begins with."""
+    finished: list[Finished] = field(default_factory=list)
     guard: str = ""
     """Which guard stopped the search, if one did."""
 
     @classmethod
-    def begin(cls, log_probs: Floats, config: SearchConfig) -> "_Answers":
+    def begin(cls, log_probs: Floats, config: SearchConfig, written: Hypothesis) -> "Answers":
         greedy = CtcGreedy()
         greedy.advance(log_probs)
         tokens = greedy.best().tokens
-        return cls(log_probs, tokens, max_tokens(len(tokens), len(log_probs), config))
+        return cls(log_probs, tokens, max_tokens(len(tokens), len(log_probs), config), written)
 
     def judge(self, grows: Doubles, cut: Doubles, guard: str, count: int) -> bool:
         """Whether to go on, given the scores of what grows and of what `guard` removed.
 
         A runaway that was no better than the rest is merely gone.
         """
-        scores = sorted((x[0] for x in self.finished), reverse=True)
+        scores = sorted((x.score for x in self.finished), reverse=True)
         best = grows.max(initial=-np.inf)
         if cut.max(initial=-np.inf) > max(best, *scores[:1], -np.inf):
             self.guard = guard
@@ -110,12 +211,28 @@ class _Answers:
 
     def nbest(self, config: SearchConfig) -> list[Hypothesis]:
         """What finished, or the CTC hypotheses if a guard stopped the search."""
-        finished = sorted(self.finished, key=lambda x: -x[0])[: config.nbest]
+        finished = sorted(self.finished, key=lambda x: -x.score)[: config.nbest]
         if finished and not self.guard:
-            return [hypothesis(self.log_probs, *x, config) for x in finished]
+            return [hypothesis(self.log_probs, x.score, x.tokens, x.log_probs, config) for x in finished]
         beam = CtcPrefixBeam(config.beam, config.tokens_per_frame)
         beam.advance(self.log_probs)
-        return [replace(x, guard=self.guard) for x in beam.nbest(config.nbest)]
+        heard = {x.tokens: x for x in map(self._behind, beam.nbest(config.nbest))}
+        return [replace(x, guard=self.guard) for x in heard.values()]
+
+    def _behind(self, heard: Hypothesis) -> Hypothesis:
+        """What is written, and of what CTC heard what comes later."""
+        if not self.written.tokens:
+            return heard
+        first = bisect_right(heard.frames, self.written.frames[-1])
+        tokens = self.written.tokens + heard.tokens[first:]
+        score = ctc_log_prob(self.log_probs, tokens)
+        return Hypothesis(
+            tokens,
+            score,
+            {"ctc": score},
+            self.written.frames + heard.frames[first:],
+            self.written.confidence + heard.confidence[first:],
+        )
 
 
 def hypothesis(
@@ -131,48 +248,7 @@ def hypothesis(
     return Hypothesis(tokens, score, parts, starts, tuple(confidence.tolist()))
 
 
-def _extend(
-    scorer: Scorer,
-    ctc: CtcPrefixScorer | None,
-    live: _Live,
-    answers: Sequence[_Answers],
-    config: SearchConfig,
-) -> _Live | None:
-    """Append one token to every hypothesis; those that end or are cut go to `answers`. None when all are
-    done."""
-    last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
-    pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
-    candidates, values, _, state = scorer.step(live.state, last, pool)
-    scores = live.log_probs.sum(1, keepdims=True) + values
-    if ctc and live.prefix:
-        psi = ctc.score(live.prefix, candidates)
-        psi = np.where(candidates == scorer.sos_eos, ctc.end(live.prefix)[:, None], psi)
-        scores = config.blend(scores, psi)
-    scores[candidates == BLANK] = -np.inf
-
-    row, column = _best(scores, live.owner, config.beam)
-    owner, token, score = live.owner[row], candidates[row, column], scores[row, column]
-    tokens = np.concatenate((live.tokens[row], token[:, None]), 1)
-    log_probs = np.concatenate((live.log_probs[row], values[row, column, None]), 1)
-    grows = token != scorer.sos_eos
-    for b in np.flatnonzero(~grows):
-        answers[owner[b]].finished.append((float(score[b]), tuple(tokens[b, :-1].tolist()), log_probs[b]))
-    loops = repeats(tokens, [answers[n].ctc_tokens for n in owner], config)
-    for n in np.unique(owner):
-        here, too_long = grows & (owner == n), tokens.shape[1] > answers[n].max_tokens
-        cut = here & (loops | too_long)
-        guard = LENGTH if too_long else REPETITION
-        grows[cut] = False
-        if not answers[n].judge(score[here & ~cut], score[cut], guard, config.nbest):
-            grows[here] = False
-    if not grows.any():
-        return None
-    index = row[grows]
-    prefix = ctc.extend(live.prefix.select(index), token[grows]) if ctc and live.prefix else None
-    return _Live(owner[grows], tokens[grows], log_probs[grows], scorer.select(state, index), prefix)
-
-
-def _best(scores: Doubles, owner: Ints, beam: int) -> tuple[Ints, Ints]:
+def choose(scores: Doubles, owner: Ints, beam: int) -> tuple[Ints, Ints]:
     """Row and column of the `beam` best of the scores (B, K) of each utterance, best first, without -inf."""
     starts = np.flatnonzero(np.diff(owner, prepend=-1))
     rows, columns = [], []
