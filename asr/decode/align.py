@@ -103,6 +103,13 @@ def locate(log_probs: Floats, tokens: Sequence[int]) -> tuple[tuple[int, ...], D
     return tuple(frames.tolist()), log_probs[frames, list(tokens)].astype(np.float64)
 
 
+def locate_prefix(log_probs: Floats, tokens: Sequence[int]) -> tuple[tuple[int, ...], Doubles]:
+    """As `locate`, where more is said behind `tokens`: a last symbol, that is the likeliest of any frame."""
+    rest = log_probs.max(1, keepdims=True)
+    frames, peaks = locate(np.concatenate((log_probs, rest), 1), [*tokens, log_probs.shape[1]])
+    return frames[:-1], peaks[:-1]
+
+
 def _states(tokens: Sequence[int]) -> tuple[Ints, Doubles]:
     """The symbols of the states (S,), and 0 or -inf for each (S,): whether it may be entered past a blank."""
     states = np.full(2 * len(tokens) + 1, BLANK, np.int64)

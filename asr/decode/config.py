@@ -25,7 +25,7 @@ class SearchConfig:
     """Hypotheses returned of each utterance, at most."""
 
     ctc_weight: float = 0.3
-    """Share of the CTC log-probability in the score of modes joint and rescore; the decoder has the rest."""
+    """Share of the CTC log-probability in the score of modes with both; the decoder has the rest."""
 
     reverse_weight: float = 0.3
     """Share of the right-to-left decoder in the decoders' score in mode rescore, where there is one."""
@@ -35,6 +35,18 @@ class SearchConfig:
 
     tokens_per_frame: int = 10
     """Likeliest tokens of a frame that the CTC prefix beam considers."""
+
+    margin_frames: int = 6
+    """Mode alignatt writes no token whose place is in the last so many encoder frames that have arrived."""
+
+    recent_share: float = 0.1
+    """Mode edatt writes no token that pays so large a share of its attention to the last ..."""
+
+    recent_frames: int = 2
+    """... so many encoder frames that have arrived."""
+
+    trigger_frames: int = 8
+    """Encoder frames behind its CTC spike that a token hears in mode triggered."""
 
     length_factor: float = 1.5
     """The decoder may write this many tokens for each of the CTC best path, ..."""
@@ -68,16 +80,15 @@ class SearchConfig:
     frames."""
 
     def __post_init__(self) -> None:
-        for name in ("beam", "nbest", "tokens_per_frame", "max_repeats", "max_phrase"):
+        for name in ("beam", "nbest", "tokens_per_frame", "recent_frames", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.max_labels_per_chunk < 0:
-            raise ConfigError(f"max_labels_per_chunk is {self.max_labels_per_chunk}, expected at least 0")
+        for name in ("margin_frames", "recent_share", "trigger_frames", "max_labels_per_chunk", "length_scale"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("ctc_weight", "reverse_weight", "min_emit"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 to 1")
-        if self.length_scale < 0:
-            raise ConfigError(f"length_scale is {self.length_scale}, expected at least 0")
         for name, kind in (("length_model", LengthKind), ("recombine", Recombine)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {' or '.join(get_args(kind))}")

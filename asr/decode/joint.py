@@ -103,7 +103,8 @@ class Search:
         assert live is not None
         last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
         pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
-        candidates, values, attention, state = scorer.step(live.state, last, pool)
+        candidates, log_probs, attention, state = scorer.step(live.state, last, pool)
+        values = log_probs.astype(np.float64)
         scores = live.log_probs.sum(1, keepdims=True) + values
         if ctc and live.prefix:
             psi = ctc.score(live.prefix, candidates)
@@ -114,18 +115,18 @@ class Search:
         row, column = choose(scores, live.owner, config.beam)
         owner, token, score = live.owner[row], candidates[row, column], scores[row, column]
         tokens = np.concatenate((live.tokens[row], token[:, None]), 1)
-        log_probs = np.concatenate((live.log_probs[row], values[row, column, None]), 1)
+        values = np.concatenate((live.log_probs[row], values[row, column, None]), 1)
         free = live.free
         if self.allows:
             free = free + ((free == live.tokens.shape[1]) & self.allows(attention))
-        grows = self._sort_out(owner, tokens, score, log_probs, free[row])
+        grows = self._sort_out(owner, tokens, score, values, free[row])
         if not grows.any():
             self.live = None
             return
         index = row[grows]
         prefix = ctc.extend(live.prefix.select(index), token[grows]) if ctc and live.prefix else None
         state = scorer.select(state, index)
-        self.live = Live(owner[grows], tokens[grows], log_probs[grows], state, prefix, free[index])
+        self.live = Live(owner[grows], tokens[grows], values[grows], state, prefix, free[index])
 
     def _sort_out(
         self, owner: Ints, tokens: Ints, score: Doubles, log_probs: Doubles, free: Ints

@@ -11,15 +11,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from asr.decode.chunked import ChunkedSearch
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 from asr.decode.joint import search
 from asr.decode.online import OnlineSearch, StartSearch, search_online
+from asr.decode.policies import align_att, ed_att
 from asr.decode.rescore import rescore
-from asr.decode.scorer import Floats, Hypothesis, Scorer
+from asr.decode.scorer import UNK, Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
+from asr.decode.triggered import Triggered
 from asr.decode.unbounded import unbounded
 from asr.errors import ConfigError
 
@@ -75,6 +78,9 @@ FIRST_PASS = ("ctc-greedy", "ctc-prefix")
 """Those of them without the decoder, which have an answer at any time."""
 
 ONLINE: dict[str, StartSearch] = {
+    "alignatt": align_att,
+    "edatt": ed_att,
+    "triggered": Triggered,
     "segmental": segmental,
     "segmental-simple": segmental_simple,
     "chunked": ChunkedSearch,
@@ -177,13 +183,19 @@ class Word(NamedTuple):
     """That of its least certain token."""
 
 
-def words(
-    hypothesis: Hypothesis, spell: Callable[[Sequence[int]], list[tuple[str, int, int]]], frame_s: float
-) -> list[Word]:
+Spell = Callable[[Sequence[int]], list[tuple[str, int, int]]]
+"""Token ids -> (word, its first token, the one behind its last), as Tokenizer.words."""
+
+
+def word_starts(spell: Spell, num_tokens: int) -> NDArray[np.bool_]:
+    """Units before which a word is complete (V,): they part two others."""
+    return np.array([len(spell((UNK, unit, UNK))) > 1 for unit in range(num_tokens)])
+
+
+def words(hypothesis: Hypothesis, spell: Spell, frame_s: float) -> list[Word]:
     """The words of a hypothesis, from the frame of the first token to the end of that of the last.
 
-    spell: token ids -> (word, its first token, the one behind its last), as Tokenizer.words. frame_s:
-    seconds per encoder frame.
+    frame_s: seconds per encoder frame.
     """
     frames, confidence = hypothesis.frames, hypothesis.confidence
     return [

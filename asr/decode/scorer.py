@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-BLANK = 0
+BLANK, UNK = 0, 2
 
 
 class Window(NamedTuple):
@@ -84,6 +84,9 @@ class Scorer(Protocol):
     has_reverse: bool
     """Whether there is a second decoder, from right to left, to score with."""
 
+    word_starts: NDArray[np.bool_]
+    """Units before which a word is complete (V,); where units do not say, none is."""
+
     def encode(self, samples: Sequence[Floats], chunk: int = 0, left: int = -1) -> tuple[list[Floats], Any]:
         """N waveforms -> CTC log-probabilities (T_n, V) of each, and the decoder's memory of all of them.
 
@@ -107,6 +110,11 @@ class Scorer(Protocol):
     def step(self, state: Any, tokens: Ints, k: int, window: Window | None = None) -> Step:
         """Append tokens (B,), or several at once (B, U), `sos_eos` first of all; `window`: what they hear,
         None for everything. The cost grows with the window, not with the utterance."""
+        ...
+
+    def hear(self, state: Any, memory: Any) -> Any:
+        """The state of hypotheses whose utterances' memory has grown; what they heard so far stays as it
+        was."""
         ...
 
     def select(self, state: Any, index: Ints) -> Any:

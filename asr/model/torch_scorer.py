@@ -76,7 +76,13 @@ class Hypotheses:
 class TorchScorer:
     """A model on `device`, in evaluation mode whenever it is asked, and in its own mode again afterwards."""
 
-    def __init__(self, model: HybridModel, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        model: HybridModel,
+        device: torch.device | str,
+        word_starts: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """word_starts: as Scorer.word_starts; None where units do not say."""
         self.model = model.to(device)
         self.device = torch.device(device)
         self.num_tokens = model.ctc.out_features
@@ -84,6 +90,7 @@ class TorchScorer:
         self.decoder_type: str = model.decoder.config.type
         self.chunking = model.decoder.chunking
         self.has_reverse = model.reverse_decoder is not None
+        self.word_starts = np.zeros(self.num_tokens, bool) if word_starts is None else word_starts
         self.frame_s = model.frame_s
 
     def encode(
@@ -139,6 +146,10 @@ class TorchScorer:
             values, ids = decoder.log_probs(logits[:, -1].float()).topk(k)
         state = replace(state, past=past)
         return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
+
+    def hear(self, state: Hypotheses, memory: Memory) -> Hypotheses:
+        """As Scorer.hear."""
+        return replace(state, memory=memory, heard=None)
 
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""

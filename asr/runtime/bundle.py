@@ -21,11 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from asr.decode.scorer import Chunking
+from asr.decode.modes import word_starts
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
@@ -165,6 +168,11 @@ class Bundle:
             raise BundleError(f"{folder}: model.json lists no {missing[0]}.onnx; export again")
         graphs = {name[:-5]: data for name, data in contents.items() if name.endswith(".onnx")}
         return cls(folder, info, tokenizer, threads, graphs)
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.bool_]:
+        """Units before which a word is complete (V,)."""
+        return word_starts(self.tokenizer.words, self.info.num_tokens)
 
     @cached_property
     def encoder(self) -> ort.InferenceSession:

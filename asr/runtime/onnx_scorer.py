@@ -109,6 +109,7 @@ class OnnxScorer:
         self.decoder_type = bundle.info.decoder_type
         self.chunking = bundle.info.chunking
         self.has_reverse = bundle.info.has_reverse
+        self.word_starts = bundle.word_starts
 
     # streams
 
@@ -173,6 +174,9 @@ class OnnxScorer:
         log_probs, attention, past = self._decode(tokens.reshape(len(tokens), -1), cross or {}, state.past)
         ids, values = _best(log_probs[:, -1], k)
         return Step(ids, values, attention[:, -1], replace(state, past=past))
+
+    def hear(self, state: DecoderState, memory: Memory) -> DecoderState:
+        return replace(state, memory=memory, cross=None)
 
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from asr.decode.scorer import Floats, Ints, Step
+from asr.decode.scorer import Floats, Ints, Step, Window
 
 BLANK, SOS_EOS = 0, 1
 
@@ -27,6 +27,7 @@ class Toy:
         self, num_tokens: int = 4, decoder: Callable[[tuple[int, ...]], Floats] | None = None
     ) -> None:
         self.num_tokens = num_tokens
+        self.word_starts = np.zeros(num_tokens, bool)
         self.decoder = decoder
         self.num_steps = 0
         self.largest = 0
@@ -52,13 +53,24 @@ class Toy:
         pairs = [(int(seed), int(num_frames)) for seed, num_frames in samples]
         return [self.log_probs(*pair) for pair in pairs], [seed for seed, _ in pairs]
 
+    def view(self, memory: list[int], utterance: int, num_frames: int) -> list[int]:
+        return [memory[utterance]]
+
     def start(self, memory: list[int], owner: Ints) -> list[tuple[int, tuple[int, ...]]]:
         return [(memory[n], ()) for n in owner]
 
-    def step(self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int) -> Step:
+    def hear(
+        self, state: list[tuple[int, tuple[int, ...]]], memory: list[int]
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        return state
+
+    def step(
+        self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int, window: Window | None = None
+    ) -> Step:
         self.num_steps += 1
         self.largest = max(self.largest, len(state))
-        grown = [(seed, (*past, int(token))) for (seed, past), token in zip(state, tokens, strict=True)]
+        rows = tokens.reshape(len(tokens), -1).tolist()
+        grown = [(seed, (*past, *row)) for (seed, past), row in zip(state, rows, strict=True)]
         table = np.stack([self.following(seed, past[1:]) for seed, past in grown])
         ids = np.argsort(-table, 1)[:, :k]
         return Step(ids, np.take_along_axis(table, ids, 1), np.zeros((len(ids), 0), np.float32), grown)

@@ -10,8 +10,8 @@ from asr.decode.modes import Word, decode, modes_for, words
 from asr.errors import ConfigError
 
 WIDE = SearchConfig(beam=400, nbest=8, tokens_per_frame=4, length_margin=100, max_repeats=100)
-WEIGHTS = {"ctc-greedy": 1.0, "ctc-prefix": 1.0, "joint": 0.3, "rescore": 0.3}
-WEIGHTS |= {"attention": 0.0, "unbounded": 0.0}
+WEIGHTS = {"ctc-greedy": 1.0, "ctc-prefix": 1.0, "attention": 0.0, "unbounded": 0.0}
+WEIGHTS |= dict.fromkeys(("joint", "rescore", "alignatt", "edatt", "triggered"), 0.3)
 WAVES = [np.array(x, np.float32) for x in ((1, 5), (2, 4), (3, 1), (4, 5), (5, 3))]
 
 
@@ -54,7 +54,7 @@ def test_a_batch_equals_one_by_one(toy, mode):
 @pytest.mark.parametrize("mode", modes_for("transformer"))
 def test_every_answer_is_complete(toy, mode):
     config = SearchConfig(beam=5, nbest=5, ctc_weight=0.4)
-    weight = {**WEIGHTS, "joint": 0.4, "rescore": 0.4}[mode]
+    weight = 0.4 if WEIGHTS[mode] == 0.3 else WEIGHTS[mode]
     for nbest in decode(toy(6), mode, [np.array((n, 3 + n), np.float32) for n in range(12)], config):
         assert 1 <= len(nbest) <= 5
         assert len({x.tokens for x in nbest}) == len(nbest)

@@ -16,7 +16,7 @@ CONTEXTS = [(chunk, left) for chunk in (4, 8, 16) for left in (0, 2, 4)]
 
 @pytest.fixture(scope="module")
 def scorers(tiny_model: HybridModel, float32: Bundle) -> tuple[TorchScorer, OnnxScorer]:
-    return TorchScorer(tiny_model, "cpu"), OnnxScorer(float32)
+    return TorchScorer(tiny_model, "cpu", float32.word_starts), OnnxScorer(float32)
 
 
 @pytest.mark.parametrize("context", [(0, -1), (8, -1), *CONTEXTS])

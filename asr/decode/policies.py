@@ -1,0 +1,145 @@
+"""An ordinary attention decoder as a streaming one: its own attention says what it has heard enough of.
+
+Whenever frames have arrived, the decoder writes anew all that it makes of them, behind what is already
+written, by the joint search (joint.py). Of the best hypothesis those tokens are kept, for good, that come
+before the first which the policy does not allow yet; and of these only whole words, where the units say where
+words begin, since half a word is often written otherwise than its beginning. At the end everything is
+allowed.
+
+A policy looks at where the guiding heads of the decoder listened for a token (asr/train/heads.py chooses
+them). Their place among the frames says how old the sound is that the token was made of:
+
+    AlignAtt  no token whose place, the frame that has most of the attention, is in the last frames
+    EDAtt     no token that pays too large a share of its attention to the last frames
+
+The very last frame is left out: decoders rest their attention there, whatever they write.
+
+B hypotheses · T encoder frames
+
+Papi et al., "AlignAtt", arXiv:2305.11408, and "Attention as a Guide for Simultaneous Speech Translation",
+arXiv:2212.07850; for speech recognition "Simul-Whisper", arXiv:2406.10052.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asr.decode.align import locate_prefix
+from asr.decode.config import SearchConfig
+from asr.decode.ctc import CtcGreedy
+from asr.decode.joint import NOTHING, Finished, Search
+from asr.decode.scorer import Floats, Hypothesis, Scorer
+
+Policy = Callable[[Floats, SearchConfig], NDArray[np.bool_]]
+"""Attention (B, T) without the last frame -> which hypotheses may write their next token (B,)."""
+
+
+def outside_margin(attention: Floats, config: SearchConfig) -> NDArray[np.bool_]:
+    """AlignAtt: the place of the token is before the last `margin_frames`."""
+    return attention.argmax(1) < attention.shape[1] - config.margin_frames
+
+
+def little_recent(attention: Floats, config: SearchConfig) -> NDArray[np.bool_]:
+    """EDAtt: less than `recent_share` of the attention is on the last `recent_frames`."""
+    recent = attention[:, -config.recent_frames :].sum(1)
+    return recent < config.recent_share * np.maximum(attention.sum(1), np.finfo(np.float32).tiny)
+
+
+class Guided:
+    """The OnlineSearch of one utterance by a policy."""
+
+    def __init__(self, policy: Policy, scorer: Scorer, config: SearchConfig) -> None:
+        self._policy, self._scorer, self._config = policy, scorer, config
+        self._ctc = CtcGreedy()
+        self._memory: Any = None
+        self._log_probs: list[Floats] = []
+        self._written = self._before = NOTHING
+
+    def advance(self, memory: Any, log_probs: Floats) -> None:
+        """As OnlineSearch.advance. As long as CTC heard nothing, nothing is searched."""
+        self._memory = memory
+        self._log_probs.append(log_probs)
+        self._ctc.advance(log_probs)
+        if len(log_probs) and self._ctc.best().tokens:
+            self._before, self._written = self._written, self._write()
+
+    def best(self) -> Hypothesis:
+        return self._written
+
+    def finish(self) -> list[Hypothesis]:
+        """As OnlineSearch.finish. What the last frames added is searched anew, with its alternatives."""
+        if self._memory is None:
+            return [self._written]
+        answers = self._search(self._before).finish()[0]
+        written = self._written.tokens
+        if answers[0].tokens[: len(written)] != written:  # a guard spoke, that was not heard before
+            answers = self._search(self._written).finish()[0]
+        return answers
+
+    def _search(self, written: Hypothesis, allowed_only: bool = False) -> Search:
+        whole = [np.concatenate(self._log_probs)]
+        allows = self._allows if allowed_only else None
+        return Search(self._scorer, whole, self._memory, self._config, written, allows)
+
+    def _allows(self, attention: Floats) -> NDArray[np.bool_]:
+        if attention.shape[1] < 2:
+            return np.zeros(len(attention), bool)
+        return self._policy(attention[:, :-1], self._config)
+
+    def _write(self) -> Hypothesis:
+        """What is written now: no more than before, or the allowed words of the best hypothesis.
+
+        The search ends as soon as all hypotheses agree on them, mostly at its first step.
+        """
+        search = self._search(self._written, allowed_only=True)
+        agreed = False
+        while search.live and not agreed:
+            search.extend()
+            agreed = self._agree(search)
+        found = [*search.answers[0].finished, *_growing(search)]
+        if search.answers[0].guard or not found:
+            return self._written
+        best = max(found, key=lambda x: x.score)
+        return self._placed(best) if self._cut(best) > len(self._written.tokens) else self._written
+
+    def _agree(self, search: Search) -> bool:
+        """Whether all hypotheses, those that ended included, begin with the same allowed words."""
+        growing = _growing(search)
+        if any(x.free == len(x.tokens) for x in growing):
+            return False
+        return len({x.tokens[: self._cut(x)] for x in (*search.answers[0].finished, *growing)}) == 1
+
+    def _cut(self, found: Finished) -> int:
+        """How many tokens of a hypothesis may be written. One that ended, ended with a word."""
+        starts, end = self._scorer.word_starts, found.free
+        if not starts.any() or end == len(found.tokens):
+            return end
+        while end > len(self._written.tokens) and not starts[found.tokens[end]]:
+            end -= 1
+        return end
+
+    def _placed(self, found: Finished) -> Hypothesis:
+        """The tokens that may be written, with their frames and confidences."""
+        end = self._cut(found)
+        frames, peaks = locate_prefix(np.concatenate(self._log_probs), found.tokens)
+        confidence = np.exp(self._config.blend(found.log_probs[:end], peaks[:end]))
+        return Hypothesis(found.tokens[:end], found.score, {}, frames[:end], tuple(confidence.tolist()))
+
+
+def _growing(search: Search) -> list[Finished]:
+    """What would be finished if it ended here."""
+    if search.live is None:
+        return []
+    live = search.live
+    rows = zip(live.tokens.tolist(), live.log_probs, live.free.tolist(), strict=True)
+    return [Finished(-np.inf, tuple(tokens), log_probs, free) for tokens, log_probs, free in rows]
+
+
+def align_att(scorer: Scorer, config: SearchConfig) -> Guided:
+    return Guided(outside_margin, scorer, config)
+
+
+def ed_att(scorer: Scorer, config: SearchConfig) -> Guided:
+    return Guided(little_recent, scorer, config)
