@@ -11,6 +11,7 @@ import typer
 
 from asr.errors import BundleError, ConfigError
 from recipes.latency import MANIFESTS, bench_latency
+from recipes.options import Modes, Search, stream_config
 
 if TYPE_CHECKING:
     from asr.decode.scorer import Floats
@@ -27,9 +28,8 @@ def bench(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="another bundle, timed by turns with this one")] = None,
     threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
-    mode: Annotated[
-        list[str] | None, typer.Option(help="as of asr decode; several with --latency  [default: ctc-prefix]")
-    ] = None,
+    mode: Modes = None,
+    search: Search = None,
     chunk_ms: Annotated[
         list[int] | None, typer.Option(help="several with --latency; 0: the bundle's own  [default: 0]")
     ] = None,
@@ -60,7 +60,11 @@ def bench(
     if limit < 1:
         raise ConfigError(f"--limit {limit}: expected at least 1")
     loaded = Bundle.load(bundle, threads)
-    configs = _configs(mode or ["ctc-prefix"], chunk_ms or [0], left_chunks)
+    configs = [
+        stream_config(name, ms, left_chunks, search)
+        for name in mode or ["ctc-prefix"]
+        for ms in chunk_ms or [0]
+    ]
     if not latency and (len(configs) > 1 or alignment is not None or out is not None):
         raise ConfigError("several modes or chunks, --alignment and -o need --latency")
     if latency and against is not None:
@@ -73,15 +77,6 @@ def bench(
         _bench_speed(
             loaded, other, _sounds(sound, loaded.info.features.sample_rate, limit), configs[0], as_json
         )
-
-
-def _configs(modes: Sequence[str], chunks_ms: Sequence[int], left_chunks: int) -> list[StreamConfig]:
-    from asr.runtime import StreamConfig
-
-    left = left_chunks if left_chunks >= 0 else None
-    return [
-        StreamConfig(mode=mode, chunk_ms=ms or None, left_chunks=left) for mode in modes for ms in chunks_ms
-    ]
 
 
 def _bench_speed(

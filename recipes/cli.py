@@ -28,6 +28,7 @@ VERBS = {
     "train": "train a model, or go on where it stopped",
     "average": "average the last checkpoints of an experiment",
     "align": "write when each unit of a text is spoken into a manifest",
+    "heads": "find the heads of the decoder that guide streaming",
     "decode": "write hypotheses for manifests",
     "score": "word or character error rate, with the commonest errors",
     "export": "write an ONNX bundle",

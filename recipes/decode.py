@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asr.errors import CheckpointError, ConfigError
+from recipes.options import Mode, Search, search_config
 from recipes.sets import (
     FINISHED_WITH_FAILURES,
     Progress,
@@ -38,15 +39,13 @@ if TYPE_CHECKING:
 def decode(
     model: Annotated[Path, typer.Argument(help="experiment or bundle")],
     manifests: Annotated[list[Path], typer.Argument(help="what to decode")],
-    mode: Annotated[
-        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint, rescore, or chunked")
-    ] = "ctc-prefix",
+    mode: Mode = "ctc-prefix",
     beam: Annotated[int, typer.Option(help="hypotheses kept of an utterance")] = 10,
     nbest: Annotated[int, typer.Option(help="hypotheses written of an utterance, at most")] = 1,
-    ctc_weight: Annotated[float, typer.Option(help="share of CTC in the score: joint, rescore")] = 0.3,
-    reverse_weight: Annotated[
-        float, typer.Option(help="share of the right-to-left decoder, if there is one: rescore")
+    ctc_weight: Annotated[
+        float, typer.Option(help="share of CTC in the score: joint, rescore, alignatt, edatt, triggered")
     ] = 0.3,
+    search: Search = None,
     chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: all")] = -1,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
@@ -61,16 +60,16 @@ def decode(
 
     Example: asr decode exp/conformer-s data/manifests/corpus_test.jsonl.gz --mode rescore
     """
-    from asr.decode.config import SearchConfig
     from asr.decode.modes import MODES
 
     if mode not in MODES:
         raise ConfigError(f"--mode {mode}: no such mode; expected one of {', '.join(MODES)}")
     check_batch_s(batch_s)
-    search = SearchConfig(beam=beam, nbest=nbest, ctc_weight=ctc_weight, reverse_weight=reverse_weight)
+    config = search_config(search, beam=beam, nbest=nbest, ctc_weight=ctc_weight)
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
+    context += "".join(f"_{setting.replace('=', '')}" for setting in search or ())
     folders = _folders(model, manifests, f"{mode}{context}")
-    recogniser = _load(model, checkpoint, device, mode, search)
+    recogniser = _load(model, checkpoint, device, mode, config)
     recogniser.set_context(chunk_ms, left_chunks)
     failed = sum(
         _decode_set(recogniser, manifest, folder, batch_s)
@@ -184,14 +183,15 @@ def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchCo
         return Recogniser(
             OnnxScorer(bundle), bundle.tokenizer, bundle.info.features.sample_rate, mode, search
         )
+    from asr.decode.modes import word_starts
     from asr.model.torch_scorer import TorchScorer
     from asr.train.checkpoint import load_model
     from asr.train.distributed import device_of
 
     trained, tokenizer, config = load_model(model, checkpoint)
-    return Recogniser(
-        TorchScorer(trained, device_of(device)), tokenizer, config.features.sample_rate, mode, search
-    )
+    starts = word_starts(tokenizer.words, len(tokenizer.symbols))
+    scorer = TorchScorer(trained, device_of(device), starts)
+    return Recogniser(scorer, tokenizer, config.features.sample_rate, mode, search)
 
 
 def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: float) -> int:

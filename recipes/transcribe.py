@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from asr.errors import AsrError, ConfigError
+from recipes.options import Mode, Search, stream_config
 from recipes.sources import Settings, Source, find_sources, print_devices, terminal_width
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ def transcribe(
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="txt, srt, vtt or json")] = "txt",
     recursive: Annotated[bool, typer.Option("--recursive", help="also folders in folders")] = False,
-    mode: Annotated[
-        str, typer.Option(help="ctc-greedy, ctc-prefix, attention, joint, rescore, or chunked")
-    ] = "ctc-prefix",
+    mode: Mode = "ctc-prefix",
+    search: Search = None,
     chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
     left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,
     channel: Annotated[str, typer.Option(help="of files: mix, left, right, or a number from 0")] = "mix",
@@ -60,7 +60,7 @@ def transcribe(
 
     Example: arecord -t raw -f S16_LE -r 16000 | asr transcribe bundle -
     """
-    from asr.runtime import Bundle, StreamConfig
+    from asr.runtime import Bundle
     from asr.runtime.transcript import FORMATS
 
     if list_devices:
@@ -70,11 +70,7 @@ def transcribe(
         raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
     if mic == bool(sources):
         raise ConfigError("pass sound files, folders or -, or else --mic")
-    config = StreamConfig(
-        mode=mode,
-        chunk_ms=chunk_ms or None,
-        left_chunks=left_chunks if left_chunks >= 0 else None,
-    )
+    config = stream_config(mode, chunk_ms, left_chunks, search)
     settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)
     found = find_sources(sources or [], recursive, settings)
     if mic:

@@ -30,6 +30,7 @@ from asr.errors import CheckpointError
 from asr.model.build import build_model
 from asr.model.hybrid import HybridModel
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
+from asr.train.heads import load_guide
 from asr.train.storage import discard, verify_folder, write_file, write_folder
 
 FORMAT = 1
@@ -273,6 +274,7 @@ def load_model(
     check_tokens_hash(file, about, exp_dir / "tokens")
     model = build_model(config.features, config.encoder, config.decoder, config.loss, len(tokenizer.symbols))
     load_weights(model, file, about.get("config", {}), config)
+    model.decoder.guide = load_guide(exp_dir, model.decoder) or model.decoder.guide
     return model.to(device).eval(), tokenizer, config
 
 

@@ -1,0 +1,67 @@
+"""Options that several verbs have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asr.decode.config import SearchConfig
+    from asr.runtime import StreamConfig
+
+MODES = (
+    "ctc-greedy, ctc-prefix, attention, joint, rescore; where the decoder writes as frames arrive, alignatt, "
+    "edatt or triggered; of models with such a decoder, segmental or chunked"
+)
+
+Mode = Annotated[str, typer.Option(help=MODES)]
+
+Modes = Annotated[
+    list[str] | None, typer.Option(help=f"{MODES}; several with --latency  [default: ctc-prefix]")
+]
+
+Search = Annotated[
+    list[str] | None,
+    typer.Option(help="a field of asr/decode/config.py, as in margin_frames=8; may be repeated"),
+]
+
+
+def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
+    """The fields given, then settings NAME=VALUE. Raises ConfigError."""
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from asr.decode.config import SearchConfig
+
+    names = [x.name for x in fields(SearchConfig)]
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals or name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}=...?" if near else f"there are {', '.join(names)}"
+            raise ConfigError(f"--search {setting}: expected a field and a value; {hint}")
+        given[name] = yaml.safe_load(value)
+    try:
+        return TypeAdapter(SearchConfig).validate_python(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"--search {where}={first['input']}: {first['msg'].lower()}") from None
+
+
+def stream_config(
+    mode: str, chunk_ms: int, left_chunks: int, search: Sequence[str] | None = None
+) -> StreamConfig:
+    """How a stream listens; a chunk of 0 ms and -1 left chunks are the bundle's own."""
+    from asr.runtime import StreamConfig
+
+    left = left_chunks if left_chunks >= 0 else None
+    return StreamConfig(
+        mode=mode, chunk_ms=chunk_ms or None, left_chunks=left, search=search_config(search)
+    )
