@@ -310,3 +310,22 @@ def test_units_say_where_words_begin():
 def test_options_that_cannot_be_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SearchConfig(**wrong)
+
+
+def test_what_comes_after_a_forbidden_token_waits_too(listener):
+    """The third token is heard at the end, those behind it are heard at the start again."""
+
+    class Jumps(listener):
+        def step(self, state, tokens, k, window=None):
+            found = super().step(state, tokens, k, window)
+            attention = np.zeros_like(found.attention)
+            for b, (_, past, _) in enumerate(found.state):
+                attention[b, -2 if len(past) == 3 else 0] = 1
+            return found._replace(attention=attention)
+
+    config = replace(WIDE, margin_frames=2)
+    lengths = {
+        len(x.tokens) for seed in range(4) for _, x in run(Jumps(8), "alignatt", (seed, 30), config, (5,))[0]
+    }
+    assert 2 in lengths
+    assert max(lengths) == 2
