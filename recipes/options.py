@@ -62,6 +62,4 @@ def stream_config(
     from asr.runtime import StreamConfig
 
     left = left_chunks if left_chunks >= 0 else None
-    return StreamConfig(
-        mode=mode, chunk_ms=chunk_ms or None, left_chunks=left, search=search_config(search)
-    )
+    return StreamConfig(mode=mode, chunk_ms=chunk_ms or None, left_chunks=left, search=search_config(search))

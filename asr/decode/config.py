@@ -83,7 +83,13 @@ class SearchConfig:
         for name in ("beam", "nbest", "tokens_per_frame", "recent_frames", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("margin_frames", "recent_share", "trigger_frames", "max_labels_per_chunk", "length_scale"):
+        for name in (
+            "margin_frames",
+            "recent_share",
+            "trigger_frames",
+            "max_labels_per_chunk",
+            "length_scale",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("ctc_weight", "reverse_weight", "min_emit"):

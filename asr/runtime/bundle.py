@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from asr.decode.scorer import Chunking
 from asr.decode.modes import word_starts
+from asr.decode.scorer import Chunking
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
