@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import ONLINE, decode, start_search, word_starts
+from asr.decode.modes import decode, start_search, word_starts
 from asr.decode.policies import little_recent, outside_margin
 from asr.decode.scorer import Step
 from asr.errors import ConfigError
 
 POLICIES = ["alignatt", "edatt"]
+WRITING = [*POLICIES, "triggered"]
 PIECES = [(1,), (5,), (7, 1, 0, 3), (40,)]
 WIDE = SearchConfig(beam=4, nbest=1, length_margin=100, max_repeats=100)
 
@@ -111,7 +112,7 @@ def test_without_a_limit_and_all_at_once_it_is_the_offline_search(listener, mode
 
 
 @pytest.mark.parametrize("sizes", PIECES)
-@pytest.mark.parametrize("mode", ONLINE)
+@pytest.mark.parametrize("mode", WRITING)
 def test_what_is_written_stays(listener, mode, sizes):
     grew = 0
     for seed in range(5):
@@ -199,7 +200,7 @@ def test_silence_is_not_searched(listener):
                 .repeat(num_frames, 0)
             )
 
-    for mode in ONLINE:
+    for mode in WRITING:
         scorer = Silent(8)
         search = start_search(mode, scorer, WIDE)
         for end in range(1, 20):
@@ -281,7 +282,7 @@ def test_triggered_wide_beam_finds_the_best_sequence(toy):
         np.testing.assert_allclose([x.score for x in found], [scores[x] for x in best], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ONLINE)
+@pytest.mark.parametrize("mode", WRITING)
 def test_agreement_ends_a_search_early(listener, mode):
     """One step says that nothing more is allowed: pieces cost less than as many whole searches."""
     whole = listener(8)
