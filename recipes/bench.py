@@ -30,6 +30,7 @@ def bench(
     mode: Annotated[str, typer.Option(help="as of asr decode")] = "ctc-prefix",
     chunk_ms: Annotated[int, typer.Option(help="0: the bundle's own")] = 0,
     left_chunks: Annotated[int, typer.Option(help="-1: the bundle's own")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Stream sound through a bundle as fast as it goes, and print speed, latencies and memory.
@@ -41,11 +42,8 @@ def bench(
     from export.bench import bench_against
 
     loaded = Bundle.load(bundle, threads)
-    config = StreamConfig(
-        mode=mode,
-        chunk_ms=chunk_ms or None,
-        left_chunks=left_chunks if left_chunks >= 0 else None,
-    )
+    left = left_chunks if left_chunks >= 0 else None
+    config = StreamConfig(mode=mode, chunk_ms=chunk_ms or None, left_chunks=left, look_ahead=look_ahead)
     sounds = _sounds(sound, loaded.info.features.sample_rate)
     if against is None:
         found = measure(loaded, sounds, config)
@@ -76,7 +74,10 @@ def bench(
 def _print(bundle: Bundle, found: Figures) -> None:
     parameters = bundle.info.parameters / 1e6
     print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, {found.mode}")
-    print(f"{'sound':<20}{found.audio_s:,.1f} s in chunks of {found.chunk_ms} ms, {found.threads} thread(s)")
+    chunks = f"chunks of {found.chunk_ms} ms"
+    if found.look_ahead_ms:
+        chunks += f", {found.look_ahead_ms} ms behind the sound for look-ahead"
+    print(f"{'sound':<20}{found.audio_s:,.1f} s in {chunks}, {found.threads} thread(s)")
     print(f"{'real-time factor':<20}{found.rtf:.4f}  ({found.cpu_rtf:.4f} in computing time)")
     for name, (median, high) in {
         "chunk": found.chunk_ms_p50_p95,

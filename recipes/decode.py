@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asr.context import WHOLE, Context
 from asr.errors import AudioError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def decode(
     ctc_weight: Annotated[float, typer.Option(help="share of CTC in the score: joint, rescore")] = 0.3,
     chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: all")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead, with --chunk-ms")] = 0,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     batch_s: Annotated[float, typer.Option(help="seconds of audio decoded at once")] = 120.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, of an experiment")] = "auto",
@@ -63,10 +65,15 @@ def decode(
     if batch_s <= 0:
         raise ConfigError(f"--batch-s {batch_s}: expected more than 0")
     search = SearchConfig(beam=beam, nbest=nbest, ctc_weight=ctc_weight)
+    if look_ahead < 0 or (look_ahead and not chunk_ms):
+        raise ConfigError(
+            f"--look-ahead {look_ahead}: expected 0 or more chunks, whose length --chunk-ms has to say"
+        )
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
+    context += f"_r{look_ahead}" if look_ahead else ""
     folders = _folders(model, manifests, f"{mode}{context}")
     recogniser = _load(model, checkpoint, device, mode, search)
-    recogniser.set_context(chunk_ms, left_chunks)
+    recogniser.set_context(chunk_ms, left_chunks, look_ahead)
     failed = sum(
         _decode_set(recogniser, manifest, folder, batch_s)
         for manifest, folder in zip(manifests, folders, strict=True)
@@ -84,20 +91,19 @@ class Recogniser:
     sample_rate: int
     mode: str
     search: SearchConfig
-    chunk: int = 0
-    left: int = -1
+    context: Context = WHOLE
 
-    def set_context(self, chunk_ms: int, left_chunks: int) -> None:
+    def set_context(self, chunk_ms: int, left_chunks: int, look_ahead: int) -> None:
         """Chunks in milliseconds -> encoder frames. ConfigError unless it is a whole number of them."""
         frame_ms = round(self.scorer.frame_s * 1000)
         if chunk_ms < 0 or chunk_ms % frame_ms:
             raise ConfigError(f"--chunk-ms {chunk_ms}: not a multiple of {frame_ms} ms, the encoder frame")
-        self.chunk, self.left = chunk_ms // frame_ms, left_chunks
+        self.context = Context(chunk_ms // frame_ms, left_chunks, look_ahead)
 
     def run(self, samples: Sequence[Floats]) -> list[list[Hypothesis]]:
         from asr.decode.modes import decode
 
-        return decode(self.scorer, self.mode, samples, self.search, self.chunk, self.left)
+        return decode(self.scorer, self.mode, samples, self.search, self.context)
 
     def row(self, cut: Cut, nbest: Sequence[Hypothesis]) -> dict[str, Any]:
         """What hyp.jsonl says of an utterance."""

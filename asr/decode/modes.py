@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 from asr.decode.joint import search
@@ -67,19 +68,14 @@ def decode(
     mode: str,
     samples: Sequence[Floats],
     config: SearchConfig,
-    chunk: int = 0,
-    left: int = -1,
+    context: Context = WHOLE,
 ) -> list[list[Hypothesis]]:
     """The n-best list of each waveform, best first; at least one hypothesis, without tokens for silence of
-    length 0.
-
-    chunk: encoder frames per attention chunk, 0 for the whole utterance. left: chunks of left context, -1
-    for all.
-    """
+    length 0."""
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
     if heard:
-        log_probs, memory = scorer.encode([samples[n] for n in heard], chunk, left)
+        log_probs, memory = scorer.encode([samples[n] for n in heard], context)
         for n, nbest in zip(heard, MODES[mode](scorer, log_probs, memory, config), strict=True):
             answers[n] = nbest
     return answers

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asr.context import WHOLE, Context
 from asr.features import Cmvn, Fbank, FbankConfig
 from asr.losses import LossConfig, ctc_loss, label_smoothed_cross_entropy
 from asr.model.conformer import Conformer
@@ -55,13 +56,9 @@ class HybridModel(nn.Module):
             x, x_lens = self.fbank(samples, sample_lens)
             return self.cmvn(x), x_lens
 
-    def encode(self, x: Tensor, x_lens: Tensor, chunk: int = 0, left: int = -1) -> tuple[Tensor, Tensor]:
-        """x (N, T, F), x_lens (N,) -> y (N, T / subsampling, C), y_lens (N,), for whole utterances.
-
-        chunk: encoder frames per attention chunk, 0 for the whole utterance; left: chunks of left context, -1
-        for all.
-        """
-        y, y_lens, _ = self.encoder(x, x_lens, None, chunk, left)
+    def encode(self, x: Tensor, x_lens: Tensor, context: Context = WHOLE) -> tuple[Tensor, Tensor]:
+        """x (N, T, F), x_lens (N,) -> y (N, T / subsampling, C), y_lens (N,), for whole utterances."""
+        y, y_lens, _ = self.encoder(x, x_lens, None, *context)
         return y, y_lens
 
     def ctc_log_probs(self, y: Tensor) -> Tensor:
@@ -69,13 +66,13 @@ class HybridModel(nn.Module):
         return self.ctc(y).float().log_softmax(-1)
 
     def forward(
-        self, x: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor, chunk: int = 0, left: int = -1
+        self, x: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor, context: Context = WHOLE
     ) -> Loss:
         """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
 
         total = w_ctc * ctc + w_attention * attention, all summed over the utterances.
         """
-        y, y_lens = self.encode(x, x_lens, chunk, left)
+        y, y_lens = self.encode(x, x_lens, context)
         ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
         attention = self._attention_loss(y, y_lens, tokens, token_lens).sum()
         total = self.loss.ctc * ctc + self.loss.attention * attention

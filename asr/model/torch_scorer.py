@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from asr.context import WHOLE, Context
 from asr.model.decoder import DecoderState
 from asr.model.hybrid import SOS_EOS, HybridModel
 from asr.model.state import select
@@ -65,9 +66,7 @@ class TorchScorer:
         self.sos_eos = SOS_EOS
         self.frame_s = model.encoder.subsampling * model.fbank.config.shift_ms / 1000
 
-    def encode(
-        self, samples: Sequence[Floats], chunk: int = 0, left: int = -1
-    ) -> tuple[list[Floats], Memory]:
+    def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Memory]:
         """As Scorer.encode; the waveforms may have different lengths, and none of them changes another."""
         lens = torch.tensor([len(x) for x in samples], device=self.device)
         # zeros behind the end change nothing, and spare the encoder a batch without a frame
@@ -75,7 +74,7 @@ class TorchScorer:
         batch = pad_sequence([*map(torch.as_tensor, samples), shortest], batch_first=True)[:-1]
         with self._evaluating():
             x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
-            y, y_lens = self.model.encode(x, x_lens, chunk, left)
+            y, y_lens = self.model.encode(x, x_lens, context)
             log_probs = self.model.ctc_log_probs(y).cpu().numpy()
             memory = Memory(*self.model.decoder.memory(y), y_lens)
         return [a[:n] for a, n in zip(log_probs, y_lens.tolist(), strict=True)], memory
