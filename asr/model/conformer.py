@@ -98,13 +98,13 @@ class Sight(NamedTuple):
     """Which frames a layer has in one call, and which of them see which."""
 
     lens: Tensor
-    """(N,) frames of its input that count."""
+    """(N,) new frames of the call that count."""
 
     mask: Tensor
     """(N, 1, T', W + T'): frames of its output, frames of its input."""
 
     exists: Tensor
-    """(N, T'): False for frames of its output before the utterance."""
+    """(N, T', 1): False for frames of its output before the utterance."""
 
     rotation: Rotation
     """Of its input; shared, as a shift of all frames of a layer leaves their distances as they are."""
@@ -118,11 +118,6 @@ class Past(NamedTuple):
     pending: Tensor
     queries: Tensor
     conv: Tensor
-
-    def following(self, seen: "Past", lens: Tensor) -> "Past":
-        """As much as this of what was seen with lens (N,) more frames."""
-        pairs = zip(self, seen, (2, 2, 1, 2, 2), strict=True)
-        return Past(*(keep(x, lens, past.shape[dim], dim) for past, x, dim in pairs))
 
 
 class ConformerLayer(nn.Module):
@@ -143,17 +138,21 @@ class ConformerLayer(nn.Module):
 
     def forward(self, x: Tensor, past: Past, sight: Sight) -> tuple[Tensor, Past]:
         """x (N, T', C) -> y (N, T', C), R frames later than x, and what the next call needs."""
-        length = x.shape[1]
+        sizes = x.shape[1], past.pending.shape[1]
         x = x + 0.5 * self.feed_forward_1(x)
         normed = self.attention_norm(x)
         queries, keys, values = self.attention.extend(normed, past.keys, past.values, sight.rotation)
-        pending, queries = append(past.pending, x, dim=1), append(past.queries, queries, dim=2)
-        x = pending[:, :length]
-        x = x + self.dropout(self.attention.attend(queries[:, :, :length], keys, values, sight.mask))
+        x, pending = append(past.pending, x, 1).split(sizes, 1)
+        queries, waiting = append(past.queries, queries, 2).split(sizes, 2)
+        x = x + self.dropout(self.attention.attend(queries, keys, values, sight.mask))
         y, conv = self.convolution(x, past.conv, sight.exists)
         x = x + y
         x = x + 0.5 * self.feed_forward_2(x)
-        return self.norm(x), past.following(Past(keys, values, pending, queries, conv), sight.lens)
+        keys, values, conv = (
+            keep(seen, sight.lens, before.shape[2], dim=2)
+            for seen, before in ((keys, past.keys), (values, past.values), (conv, past.conv))
+        )
+        return self.norm(x), Past(keys, values, pending, waiting, conv)
 
 
 class Conformer(nn.Module):
@@ -253,13 +252,12 @@ class Conformer(nn.Module):
         rotation = Rotation.at(state.offset[:, None] + step, self.head_dim)
         # without a delay all layers see the same, and share it
         late = torch.arange(num_layers if delay else 1, device=lens.device) * delay
-        offsets = (state.offset[:, None] - late).flatten()
+        offsets = state.offset[:, None] - late
         ends = (lens[:, None] + late).clamp(max=length)
-        mask = context_mask(offsets, ends.flatten(), width, length, chunk, left, right, delay)[:, None]
-        exists = offsets[:, None] + step >= delay
-        parts = (ends, mask.unflatten(0, ends.shape), exists.unflatten(0, ends.shape))
-        layers = zip(*(x.expand(-1, num_layers, *x.shape[2:]).unbind(1) for x in parts), strict=True)
-        return [Sight(lens, mask, exists, rotation) for lens, mask, exists in layers]
+        mask = context_mask(offsets.flatten(), ends.flatten(), width, length, chunk, left, right, delay)
+        masks = mask.unflatten(0, ends.shape).expand(-1, num_layers, -1, -1).split(1, dim=1)
+        exists = (offsets[:, None] + step[:, None] >= delay).expand(-1, -1, num_layers).split(1, dim=2)
+        return [Sight(lens, *pair, rotation) for pair in zip(masks, exists, strict=True)]
 
     def _shift(self, y: Tensor, lens: Tensor, state: ConformerState) -> tuple[Tensor, Tensor]:
         """Drop frames before the utterance from y (N, T', C) of the last layer, and those behind its end."""

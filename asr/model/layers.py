@@ -40,11 +40,11 @@ class ConvModule(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, past: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C), past (N, C, K - 1); exists (N, T): False for frames before the utterance.
+        """x (N, T, C), past (N, C, K - 1); exists (N, T, 1): False for frames before the utterance.
 
         Returns (N, T, C), and what the convolution saw, (N, C, K - 1 + T), of which a stream keeps the end.
         """
-        x = torch.where(exists[..., None], F.glu(self.gated(self.norm(x)), dim=-1), 0.0)
+        x = torch.where(exists, F.glu(self.gated(self.norm(x)), dim=-1), 0.0)
         seen = torch.cat([past.transpose(1, 2), x], dim=1).transpose(1, 2)
         x = self.depthwise(seen[:, :, None])[:, :, 0].transpose(1, 2)
         x = self.out(F.silu(self.depthwise_norm(x)))

@@ -64,10 +64,8 @@ def test_streams_in_a_batch_are_what_they_are_alone(float32: Bundle, sound: Floa
     scorer, rng, context = OnnxScorer(float32), np.random.default_rng(1), Context(8, 2)
     windows = rng.normal(0, 0.1, (4, 31 * 160 + 400)).astype(np.float32)
     num_frames = np.array([32, 17, 0, 32])
-    state = {
-        name: rng.normal(0, 1, (4, *x.shape[1:])).astype(x.dtype)
-        for name, x in scorer.init_state(context).items()
-    }
+    fresh = scorer.init_state(context).items()
+    state = {name: rng.normal(0, 1, (4, *x.shape[1:])).astype(x.dtype) for name, x in fresh}
     state["offset"] = np.array([40, 8, 0, 2**40])
     together = scorer.advance(windows, num_frames, context, state)
     assert together.y_lens.tolist() == [8, 5, 0, 8]

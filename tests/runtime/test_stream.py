@@ -62,11 +62,10 @@ def test_without_endpoints_a_stream_says_what_decoding_says(
 def test_the_last_word_is_never_lost(float32: Bundle, sound: Floats, right: int):
     """Whatever the length: the frames of the mirrored end are decoded as they are at once."""
     config = StreamConfig(mode="ctc-greedy", chunk_ms=640, look_ahead=right, endpoint=NO_ENDPOINTS)
+    scorer, context = OnnxScorer(float32), Context(16, 4, right)
     for num_samples in [1, 79, 80, 200, 320, 1000, 10119, 10120, 10121, 10240, 10400, 20000]:
         samples = sound[30000 : 30000 + num_samples]
-        expected = decode(OnnxScorer(float32), "ctc-greedy", [samples], config.search, Context(16, 4, right))[
-            0
-        ][0]
+        expected = decode(scorer, "ctc-greedy", [samples], config.search, context)[0][0]
         texts = [event.text for event in run(float32, samples, config, [160]) if event.final]
         assert texts == [text for text in [float32.tokenizer.decode(expected.tokens)] if text]
 
