@@ -9,6 +9,7 @@ N streams · T feature frames · T' encoder frames · F mel bins · C channels �
 per head · W cached frames · R frames held back · P feature frames kept for the subsampling · K kernel
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Self
 
@@ -226,11 +227,11 @@ class Conformer(nn.Module):
         lens = (x_lens + self.subsampling - 1) // self.subsampling
         sights = self._sights(lens, y.shape[1], state, chunk, left, right)
         kept = []
-        for layer, past, sight in zip(self.layers, _unbind(state), sights, strict=True):
+        for layer, past, sight in zip(self.layers, _unstack(state), sights, strict=True):
             y, present = self._run(layer, y, past, sight)
             kept.append(present)
         y, y_lens = self._shift(y, lens, state)
-        past = Past(*(torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True)))
+        past = _stack(kept)
         frames = keep(frames, x_lens, self.front.past_frames, dim=1)
         return y, y_lens, ConformerState(frames, *past, state.offset + lens)
 
@@ -274,7 +275,14 @@ class Conformer(nn.Module):
         return layer(x, past, sight)
 
 
-def _unbind(state: ConformerState) -> list[Past]:
-    """The past of each layer."""
+def _unstack(state: ConformerState) -> list[Past]:
+    """The past of each layer. In a graph, one split is faster than as many squeezes as layers, ..."""
     fields = (state.keys, state.values, state.pending, state.queries, state.conv)
-    return [Past(*tensors) for tensors in zip(*(x.unbind(1) for x in fields), strict=True)]
+    parts = (x.flatten(1, 2).split([x.shape[2]] * x.shape[1], dim=1) for x in fields)
+    return [Past(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _stack(pasts: Sequence[Past]) -> Past:
+    """... and one reshape than as many unsqueezes."""
+    fields = zip(*pasts, strict=True)
+    return Past(*(torch.cat(x, dim=1).unflatten(1, (len(x), x[0].shape[1])) for x in fields))
