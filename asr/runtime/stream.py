@@ -21,11 +21,14 @@ import numpy as np
 
 from asr.context import Context
 from asr.decode.scorer import Floats
-from asr.errors import AudioError
+from asr.errors import AudioError, ConfigError
 from asr.runtime.bundle import Bundle
 from asr.runtime.events import Event
 from asr.runtime.onnx_scorer import OnnxScorer, State
 from asr.runtime.utterance import StreamConfig, Utterance
+
+MAX_LATE_S = 60.0
+"""A text that comes later than this is no stream's, and the state would fill the memory."""
 
 
 class Stream:
@@ -41,6 +44,11 @@ class Stream:
         self.context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
         self._call_frames = self.context.chunk * info.subsampling * config.chunks_per_call
         self._late_frames = info.late_frames(self.context) * info.subsampling
+        if (late_s := info.late_frames(self.context) * info.frame_s) > MAX_LATE_S:
+            what = f"look_ahead of {config.look_ahead} chunks in each of {info.num_layers} layers"
+            raise ConfigError(
+                f"{what} is {late_s:,.0f} s, expected at most {MAX_LATE_S:.0f}; lower it, or the chunk"
+            )
         self._framer = self._scorer.framer()
         self._state = self._scorer.init_state(self.context)
         self._utterance = Utterance(self._scorer, config)
