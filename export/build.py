@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from asr.context import WHOLE
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime.bundle import Bundle, ModelInfo
@@ -14,7 +15,6 @@ from export.onnx import export_graphs
 from export.quantize import quantize
 from export.targets import TARGETS
 from export.verify import (
-    WHOLE,
     Comparison,
     Utterance,
     answer,
@@ -23,6 +23,7 @@ from export.verify import (
     compare,
     contexts,
     in_chunks,
+    looking_ahead,
     made_sound,
 )
 
@@ -62,11 +63,11 @@ def build(
 
 
 def _prove(model: HybridModel, float32: Bundle) -> Comparison:
-    """BundleError unless the graphs are the model, at once and chunk by chunk."""
+    """BundleError unless the graphs are the model, at once and chunk by chunk, also with look-ahead."""
     info = float32.info
     sound = [Utterance("made", made_sound(SOUND_S, info.features.sample_rate), "")]
     found = []
-    for context in contexts(info):
+    for context in dict.fromkeys([*contexts(info), looking_ahead(info)]):
         expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer)
         encode = at_once(OnnxScorer(float32), WHOLE) if context == WHOLE else in_chunks(float32, context)
         found.append(compare(expected, answer(encode, sound, float32.tokenizer)))

@@ -47,11 +47,12 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         ),
         subsampling=encoder.subsampling,
         dim=encoder.dim,
+        num_layers=encoder.config.num_layers,
         num_tokens=model.ctc.out_features,
         tokens_sha256=tokens_hash(tokens),
         sos_eos=SOS_EOS,
         parameters=sum(p.numel() for p in model.parameters()),
-        encoder_state=_fields(encoder.init_state(1, 0), "W"),
+        encoder_state=_fields(encoder.init_state(1, 0), "W", pending="R", queries="R"),
         decoder_type=model.decoder.config.type,
         decoder_state=_fields(model.decoder.init_state(1), "U"),
         streaming=_streaming(model),
@@ -60,11 +61,15 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
     )
 
 
-def _fields(state: object, variable: str) -> tuple[Field, ...]:
-    """The tensors of a state made with size 0 where it is variable."""
+def _fields(state: object, variable: str, **others: str) -> tuple[Field, ...]:
+    """The tensors of a state made with size 0 where it is variable, by the name `variable`, or another."""
     tensors = [(f.name, getattr(state, f.name)) for f in fields(state)]  # type: ignore[arg-type]
     return tuple(
-        Field(name, tuple(size or variable for size in x.shape[1:]), str(x.dtype).removeprefix("torch."))
+        Field(
+            name,
+            tuple(size or others.get(name, variable) for size in x.shape[1:]),
+            str(x.dtype).removeprefix("torch."),
+        )
         for name, x in tensors
     )
 
@@ -79,6 +84,7 @@ def _streaming(model: HybridModel) -> Streaming:
         chunk_ms=max((ms for ms in choices if ms <= CHUNK_MS), default=choices[0]),
         left_chunks=LEFT_CHUNKS,
         chunk_choices_ms=choices,
+        max_look_ahead=model.encoder.config.chunk.max_right,
         flush_samples=0 if fbank.config.snip_edges else fbank.frame_samples // 2,
     )
 

@@ -42,6 +42,8 @@ class Setting:
     config: StreamConfig
     chunk_ms: int
     left_chunks: int
+    look_ahead_ms: int
+    """Of all layers together: the text is so much later."""
     rtf: float
     """Computing time per second of sound; above 1, a stream falls ever more behind."""
     latency: Latency
@@ -49,7 +51,12 @@ class Setting:
     def as_dict(self) -> dict[str, Any]:
         latency = asdict(self.latency) | {"wer": 100 * self.latency.errors.rate}
         context = {"chunk_ms": self.chunk_ms, "left_chunks": self.left_chunks}
-        return {"config": asdict(self.config) | context, "rtf": self.rtf, **latency}
+        return {
+            "config": asdict(self.config) | context,
+            "look_ahead_ms": self.look_ahead_ms,
+            "rtf": self.rtf,
+            **latency,
+        }
 
 
 def read_spoken(manifest: Path, limit: int, aligner: Bundle) -> list[Spoken]:
@@ -102,10 +109,12 @@ def measure(bundle: Bundle, utterances: Sequence[Spoken], config: StreamConfig) 
         traces.append(make_trace(told, 1000 * len(samples) / rate, words, ends_ms))
         computing_ms += spent_ms
     streaming = bundle.info.streaming
+    chunk_ms = streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
     return Setting(
         config,
-        chunk_ms=streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms,
+        chunk_ms=chunk_ms,
         left_chunks=streaming.left_chunks if config.left_chunks is None else config.left_chunks,
+        look_ahead_ms=bundle.info.num_layers * config.look_ahead * chunk_ms,
         rtf=computing_ms / max(sum(trace.source_ms for trace in traces), 1e-9),
         latency=summarise(traces),
     )
@@ -141,21 +150,26 @@ class Listener:
 
 
 def draw(settings: Sequence[Setting], file: Path) -> None:
-    """Word error rate against latency, a line for each mode, its points labelled by their chunks."""
+    """Word error rate against latency, a line for each mode; points say their chunk, and look-ahead."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for mode in dict.fromkeys(setting.config.mode for setting in settings):
         points = sorted(
-            (laal, 100 * setting.latency.errors.rate, setting.chunk_ms)
+            (laal, 100 * setting.latency.errors.rate, _label(setting))
             for setting in settings
             if setting.config.mode == mode and (laal := setting.latency.unaware.laal) is not None
         )
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=mode)
-        for x, y, chunk_ms in points:
-            axes.annotate(f"{chunk_ms} ms", (x, y), xytext=(4, 4), textcoords="offset points")
+        for x, y, label in points:
+            axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points")
     axes.margins(0.12)  # for the labels
     axes.set(xlabel="LAAL, computation-unaware (ms)", ylabel="word error rate (%)")
     axes.legend(title="mode")
     figure.savefig(file, dpi=100)
+
+
+def _label(setting: Setting) -> str:
+    ahead = f" + {setting.look_ahead_ms} ms" if setting.look_ahead_ms else ""
+    return f"{setting.chunk_ms} ms{ahead}"

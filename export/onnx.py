@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from asr.context import Context
 from asr.errors import ConfigError
 from asr.model.conformer import ConformerState
 from asr.model.decoder import DecoderState, TransformerDecoder
@@ -38,10 +39,10 @@ class EncoderGraph(nn.Module):
         self.model = model
 
     def forward(
-        self, window: Tensor, num_frames: Tensor, chunk: Tensor, left: Tensor, *state: Tensor
+        self, window: Tensor, num_frames: Tensor, chunk: Tensor, left: Tensor, right: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
         x = self.model.cmvn(self.model.fbank.frames(window))
-        y, y_lens, present = self.model.encoder(x, num_frames, ConformerState(*state), chunk, left)
+        y, y_lens, present = self.model.encoder(x, num_frames, ConformerState(*state), chunk, left, right)
         return y, self.model.ctc_log_probs(y), y_lens, *present.tensors()
 
 
@@ -124,25 +125,26 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
 
 def encoder_trace(model: HybridModel) -> Trace:
     shift, length = model.fbank.shift_samples, model.fbank.frame_samples
-    n, t, w = Dim("N"), Dim("T", min=1), Dim("W")
-    state = model.encoder.init_state(2, 8)
+    n, t, w, r = Dim("N"), Dim("T", min=1), Dim("W"), Dim("R")
+    context = Context(4, 2, 1)
+    state = model.encoder.init_state(2, context.width, context.delay)
     names = state_names(state)
     num_frames = 6 * model.encoder.subsampling
     inputs = {
         "window": torch.randn(2, (num_frames - 1) * shift + length),
         "num_frames": torch.tensor([num_frames, num_frames - 1]),
-        "chunk": torch.tensor(4),
-        "left": torch.tensor(2),
+        **{name: torch.tensor(value) for name, value in context._asdict().items()},
         **dict(zip(names, state.tensors(), strict=True)),
     }
     dynamic: dict[str, dict[int, Any]] = {name: {0: n} for name in names}
+    dynamic |= {"window": {0: n, 1: shift * t + (length - shift)}, "num_frames": {0: n}}
+    dynamic |= {name: {} for name in Context._fields}
     dynamic |= {
-        "window": {0: n, 1: shift * t + (length - shift)},
-        "num_frames": {0: n},
-        "chunk": {},
-        "left": {},
+        "keys": {0: n, 3: w},
+        "values": {0: n, 3: w},
+        "pending": {0: n, 2: r},
+        "queries": {0: n, 3: r},
     }
-    dynamic |= {"keys": {0: n, 3: w}, "values": {0: n, 3: w}}
     outputs = ["y", "log_probs", "y_lens", *(f"next_{name}" for name in names)]
     return Trace(EncoderGraph(model).eval(), inputs, dynamic, outputs, len(names))
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from kaldialign import edit_distance
 
+from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy
 from asr.decode.modes import decode
@@ -47,18 +48,6 @@ class Utterance(NamedTuple):
     text: str
 
 
-class Context(NamedTuple):
-    """Encoder frames per chunk, 0 for the whole utterance, and chunks of left context."""
-
-    chunk: int
-    left: int
-
-    def __str__(self) -> str:
-        return f"chunks of {self.chunk} frames, {self.left} of left context" if self.chunk else "at once"
-
-
-WHOLE = Context(0, -1)
-
 Encode = Callable[[Floats], Floats]
 """Samples (S,) -> CTC log-probabilities (T, V)."""
 
@@ -90,7 +79,7 @@ class Comparison:
 
 def at_once(scorer: Scorer, context: Context) -> Encode:
     """One call per utterance, in any context: what a stream must be equal to."""
-    return lambda samples: scorer.encode([samples], *context)[0][0]
+    return lambda samples: scorer.encode([samples], context)[0][0]
 
 
 def in_chunks(bundle: Bundle, context: Context) -> Encode:
@@ -98,24 +87,32 @@ def in_chunks(bundle: Bundle, context: Context) -> Encode:
 
     def encode(samples: Floats) -> Floats:
         scorer = OnnxScorer(bundle)
-        framer, state = scorer.framer(), scorer.init_state(context.chunk * context.left)
+        framer, state = scorer.framer(), scorer.init_state(context)
         framer.accept(samples)
         framer.finish()
         parts = [np.zeros((0, scorer.num_tokens), np.float32)]
         while num := min(framer.ready(), context.chunk * bundle.info.subsampling):
-            out = scorer.advance(framer.take(num)[None], np.array([num]), *context, state)
+            is_last = num == framer.ready()
+            out = scorer.advance(framer.take(num)[None], np.array([num]), context, state, is_last)
             state = out.state
-            parts.append(out.log_probs[0])
+            parts.append(out.log_probs[0, : out.y_lens[0]])
         return np.concatenate(parts)
 
     return encode
 
 
 def contexts(info: ModelInfo) -> list[Context]:
-    """At once, with the bundle's chunks, and with the shortest."""
+    """At once, with the bundle's chunks, with the shortest, and with look-ahead where it was trained."""
     chunks = {info.streaming.chunk_ms, min(info.streaming.chunk_choices_ms)}
     frames = sorted((info.chunk_frames(ms) for ms in chunks), reverse=True)
-    return [WHOLE, *(Context(chunk, info.streaming.left_chunks) for chunk in frames)]
+    found = [WHOLE, *(Context(chunk, info.streaming.left_chunks) for chunk in frames)]
+    return [*found, looking_ahead(info)] if info.streaming.max_look_ahead else found
+
+
+def looking_ahead(info: ModelInfo) -> Context:
+    """With the shortest chunks, as far as the model was trained, or one chunk where it was not."""
+    chunk = info.chunk_frames(min(info.streaming.chunk_choices_ms))
+    return Context(chunk, info.streaming.left_chunks, max(info.streaming.max_look_ahead, 1))
 
 
 def answer(encode: Encode, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Answers:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from asr.context import Context
 from asr.errors import ConfigError
 from recipes.sets import (
     FINISHED_WITH_FAILURES,
@@ -61,7 +62,7 @@ def align(
         raise ConfigError(f"-o {out}: not the name of a manifest; expected one that ends in .jsonl.gz")
     model, tokenizer, config = load_model(exp, checkpoint)
     aligner = CtcAligner(model, device_of(device))
-    aligner.chunk = chunk_frames(chunk_ms, aligner.frame_s)
+    aligner.context = Context(chunk_frames(chunk_ms, aligner.frame_s))
     work = Work(aligner, tokenizer, config.features.sample_rate)
     count = save_cuts(work.aligned(manifests, batch_s), out)
     failures = out.with_name(f"{set_name(out)}.failures.jsonl")

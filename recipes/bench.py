@@ -34,6 +34,7 @@ def bench(
         list[int] | None, typer.Option(help="several with --latency; 0: the bundle's own  [default: 0]")
     ] = None,
     left_chunks: Annotated[int, typer.Option(help="-1: the bundle's own")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead")] = 0,
     limit: Annotated[int, typer.Option(help="utterances of a manifest, from the first on")] = 50,
     latency: Annotated[
         bool, typer.Option("--latency", help="how late words are written, in every mode with every chunk")
@@ -61,7 +62,7 @@ def bench(
         raise ConfigError(f"--limit {limit}: expected at least 1")
     loaded = Bundle.load(bundle, threads)
     configs = [
-        stream_config(name, ms, left_chunks, search)
+        stream_config(name, ms, left_chunks, look_ahead, search)
         for name in mode or ["ctc-prefix"]
         for ms in chunk_ms or [0]
     ]
@@ -108,7 +109,10 @@ def _bench_speed(
 def _print(bundle: Bundle, found: Figures) -> None:
     parameters = bundle.info.parameters / 1e6
     print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, {found.mode}")
-    print(f"{'sound':<20}{found.audio_s:,.1f} s in chunks of {found.chunk_ms} ms, {found.threads} thread(s)")
+    chunks = f"chunks of {found.chunk_ms} ms"
+    if found.look_ahead_ms:
+        chunks += f", {found.look_ahead_ms} ms behind the sound for look-ahead"
+    print(f"{'sound':<20}{found.audio_s:,.1f} s in {chunks}, {found.threads} thread(s)")
     print(f"{'real-time factor':<20}{found.rtf:.4f}  ({found.cpu_rtf:.4f} in computing time)")
     for name, (median, high) in {
         "chunk": found.chunk_ms_p50_p95,

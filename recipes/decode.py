@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from asr.context import WHOLE, Context
 from asr.errors import CheckpointError, ConfigError
 from recipes.options import Mode, Search, search_config
 from recipes.sets import (
@@ -48,6 +49,7 @@ def decode(
     search: Search = None,
     chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: all")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead, with --chunk-ms")] = 0,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     batch_s: Annotated[float, typer.Option(help="seconds of audio decoded at once")] = 120.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, of an experiment")] = "auto",
@@ -66,11 +68,16 @@ def decode(
         raise ConfigError(f"--mode {mode}: no such mode; expected one of {', '.join(MODES)}")
     check_batch_s(batch_s)
     config = search_config(search, beam=beam, nbest=nbest, ctc_weight=ctc_weight)
+    if look_ahead < 0 or (look_ahead and not chunk_ms):
+        raise ConfigError(
+            f"--look-ahead {look_ahead}: expected 0 or more chunks, whose length --chunk-ms has to say"
+        )
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
+    context += f"_r{look_ahead}" if look_ahead else ""
     context += "".join(f"_{setting.replace('=', '')}" for setting in search or ())
     folders = _folders(model, manifests, f"{mode}{context}")
     recogniser = _load(model, checkpoint, device, mode, config)
-    recogniser.set_context(chunk_ms, left_chunks)
+    recogniser.set_context(chunk_ms, left_chunks, look_ahead)
     failed = sum(
         _decode_set(recogniser, manifest, folder, batch_s)
         for manifest, folder in zip(manifests, folders, strict=True)
@@ -88,17 +95,16 @@ class Recogniser:
     sample_rate: int
     mode: str
     search: SearchConfig
-    chunk: int = 0
-    left: int = -1
+    context: Context = WHOLE
 
-    def set_context(self, chunk_ms: int, left_chunks: int) -> None:
+    def set_context(self, chunk_ms: int, left_chunks: int, look_ahead: int) -> None:
         """Attend in chunks of milliseconds; ConfigError unless they are whole encoder frames."""
-        self.chunk, self.left = chunk_frames(chunk_ms, self.scorer.frame_s), left_chunks
+        self.context = Context(chunk_frames(chunk_ms, self.scorer.frame_s), left_chunks, look_ahead)
 
     def run(self, samples: Sequence[Floats]) -> list[list[Hypothesis]]:
         from asr.decode.modes import decode
 
-        return decode(self.scorer, self.mode, samples, self.search, self.chunk, self.left)
+        return decode(self.scorer, self.mode, samples, self.search, self.context)
 
     def row(self, cut: Cut, nbest: Sequence[Hypothesis]) -> dict[str, Any]:
         """What hyp.jsonl says of an utterance."""

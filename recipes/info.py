@@ -68,6 +68,12 @@ def _experiment(path: Path) -> dict[str, Any]:
     config = load_config([path / "config.yaml"])
     found = checkpoints(path)
     about: dict[str, Any] = {"experiment": path, "encoder": config.encoder.type}
+    chunk = config.encoder.chunk
+    about["trained in"] = (
+        f"chunks up to {chunk.max_chunk} frames, {chunk.max_right} of look-ahead"
+        if chunk.dynamic
+        else "whole utterances"
+    )
     about["checkpoints"] = f"{len(found)}, {found[0].name} to {found[-1].name}" if found else "none"
     if best := pointed(path, "best"):
         about["best"] = best.name

@@ -109,11 +109,12 @@ def _line(setting: Setting) -> str:
         f"  {name} {_delays(getattr(unaware, field), getattr(aware, field))}"
         for name, field in (("first", "first_word"), ("word", "word"), ("last", "last_word"))
     )
+    ahead = f"  look-ahead {setting.look_ahead_ms} ms" if setting.look_ahead_ms else ""
     unaligned = f"  {latency.unaligned} words not aligned" if latency.unaligned else ""
     return (
-        f"{setting.config.mode:<12}{setting.chunk_ms:>5} ms  WER {100 * latency.errors.rate:.2f} %{lags} ms"
-        f"{delays} ms (p50 p95 p99)  retracted {100 * latency.retracted_share:.1f} %  RTF {setting.rtf:.3f}"
-        f"{unaligned}"
+        f"{setting.config.mode:<12}{setting.chunk_ms:>5} ms{ahead}  WER {100 * latency.errors.rate:.2f} %"
+        f"{lags} ms{delays} ms (p50 p95 p99)  retracted {100 * latency.retracted_share:.1f} %"
+        f"  RTF {setting.rtf:.3f}{unaligned}"
     )
 
 

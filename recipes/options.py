@@ -56,10 +56,16 @@ def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
 
 
 def stream_config(
-    mode: str, chunk_ms: int, left_chunks: int, search: Sequence[str] | None = None
+    mode: str, chunk_ms: int, left_chunks: int, look_ahead: int = 0, search: Sequence[str] | None = None
 ) -> StreamConfig:
     """How a stream listens; a chunk of 0 ms and -1 left chunks are the bundle's own."""
     from asr.runtime import StreamConfig
 
     left = left_chunks if left_chunks >= 0 else None
-    return StreamConfig(mode=mode, chunk_ms=chunk_ms or None, left_chunks=left, search=search_config(search))
+    return StreamConfig(
+        mode=mode,
+        chunk_ms=chunk_ms or None,
+        left_chunks=left,
+        look_ahead=look_ahead,
+        search=search_config(search),
+    )

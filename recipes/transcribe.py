@@ -45,6 +45,7 @@ def transcribe(
     search: Search = None,
     chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
     left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="steps that every layer looks ahead: later, by layers")] = 0,
     channel: Annotated[str, typer.Option(help="of files: mix, left, right, or a number from 0")] = "mix",
     rate: Annotated[int, typer.Option(help="of raw samples, in Hz")] = 16000,
     encoding: Annotated[str, typer.Option(help="of raw samples: s16le or f32le")] = "s16le",
@@ -70,7 +71,7 @@ def transcribe(
         raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
     if mic == bool(sources):
         raise ConfigError("pass sound files, folders or -, or else --mic")
-    config = stream_config(mode, chunk_ms, left_chunks, search)
+    config = stream_config(mode, chunk_ms, left_chunks, look_ahead, search)
     settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)
     found = find_sources(sources or [], recursive, settings)
     if mic:

@@ -12,9 +12,10 @@ import typer
 from asr.errors import BundleError, ManifestError
 
 if TYPE_CHECKING:
+    from asr.context import Context
     from asr.decode.scorer import Scorer
     from asr.runtime.bundle import Bundle
-    from export.verify import Comparison, Context, Encode, Utterance
+    from export.verify import Comparison, Encode, Utterance
 
 
 class Model(NamedTuple):
@@ -90,8 +91,9 @@ def _models(experiment: Path, checkpoint: str, bundle: Bundle, folder: Path) -> 
 
 
 def _bundle_model(bundle: Bundle) -> Model:
+    from asr.context import WHOLE
     from asr.runtime.onnx_scorer import OnnxScorer
-    from export.verify import WHOLE, at_once, in_chunks
+    from export.verify import at_once, in_chunks
 
     scorer = OnnxScorer(bundle)
     return Model(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asr.context import WHOLE, Context
 from asr.decode.chunked import ChunkedSearch
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
@@ -118,22 +119,17 @@ def decode(
     mode: str,
     samples: Sequence[Floats],
     config: SearchConfig,
-    chunk: int = 0,
-    left: int = -1,
+    context: Context = WHOLE,
 ) -> list[list[Hypothesis]]:
     """The n-best list of each waveform, best first; at least one hypothesis, without tokens for silence of
-    length 0.
-
-    chunk: encoder frames per attention chunk, 0 for the whole utterance. left: chunks of left context, -1
-    for all.
-    """
+    length 0."""
     check_mode(mode, scorer.decoder_type)
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
     if heard:
-        log_probs, memory = scorer.encode([samples[n] for n in heard], chunk, left)
+        log_probs, memory = scorer.encode([samples[n] for n in heard], context)
         if mode in ONLINE:
-            found = search_online(ONLINE[mode], scorer, log_probs, memory, config, chunk)
+            found = search_online(ONLINE[mode], scorer, log_probs, memory, config, context.chunk)
         else:
             found = AT_END[mode](scorer, log_probs, memory, config)
         for n, nbest in zip(heard, found, strict=True):

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from asr.context import WHOLE, Context
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
@@ -87,12 +89,8 @@ class Scorer(Protocol):
     word_starts: NDArray[np.bool_]
     """Units before which a word is complete (V,); where units do not say, none is."""
 
-    def encode(self, samples: Sequence[Floats], chunk: int = 0, left: int = -1) -> tuple[list[Floats], Any]:
-        """N waveforms -> CTC log-probabilities (T_n, V) of each, and the decoder's memory of all of them.
-
-        chunk: encoder frames per attention chunk, 0 for the whole utterance. left: chunks of left context,
-        -1 for all.
-        """
+    def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Any]:
+        """N waveforms -> CTC log-probabilities (T_n, V) of each, and the decoder's memory of all of them."""
         ...
 
     def grow(self, memory: Any, y: Any) -> Any:

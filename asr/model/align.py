@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from asr.context import WHOLE
 from asr.losses import BLANK, ctc_feasible
 from asr.model.hybrid import HybridModel
 
@@ -78,8 +79,8 @@ class CtcAligner:
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.frame_s = model.frame_s
-        self.chunk = 0
-        """Encoder frames that attention takes at once, as in a stream; 0 is the whole utterance."""
+        self.context = WHOLE
+        """What attention sees, as in a stream."""
 
     @torch.inference_mode()
     def __call__(
@@ -97,7 +98,7 @@ class CtcAligner:
         targets = pad_sequence(rows, batch_first=True).to(self.device)
         target_lens = torch.tensor([len(row) for row in rows], device=self.device)
         x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
-        y, y_lens = self.model.encode(x, x_lens, self.chunk)
+        y, y_lens = self.model.encode(x, x_lens, self.context)
         frames = forced_alignment(self.model.ctc_log_probs(y), y_lens, targets, target_lens)
         possible = ctc_feasible(y_lens, targets, target_lens).tolist()
         columns = [values.tolist() for values in frames]

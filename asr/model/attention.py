@@ -64,13 +64,22 @@ class SelfAttention(nn.Module):
 
         Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
         """
+        queries, keys, values = self.extend(x, keys, values, rotation)
+        return self.attend(queries, keys, values, mask), keys, values
+
+    def extend(
+        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The queries of x (N, H, T, D), and keys and values with those of x behind them."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
-        keys = torch.cat([keys, k], dim=2)
-        values = torch.cat([values, v], dim=2)
-        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return self.out(join_heads(y)), keys, values
+        return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """What queries (N, H, T, D), of now or earlier, hear: (N, T, C)."""
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return self.out(join_heads(y))
 
 
 class CrossAttention(nn.Module):

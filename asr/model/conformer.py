@@ -1,12 +1,15 @@
 """Conformer encoder (Gulati et al., arXiv:2005.08100) that trains at once and streams with any chunk.
 
-Causal convolutions, LayerNorm and rotary positions make a chunk depend on nothing but the past and itself, so
-streaming equals the masked whole utterance to rounding errors (tests/model/test_streaming.py).
+Causal convolutions, LayerNorm and rotary positions make a chunk depend on nothing but the past, itself, and
+what attention looks ahead to. With look-ahead a stream is a shift register: every layer holds back R frames,
+until the keys that they see are known, so that layer l is l * R frames behind. Streaming therefore equals the
+masked whole utterance to rounding errors (tests/model/test_streaming.py, test_look_ahead.py).
 
 N streams · T feature frames · T' encoder frames · F mel bins · C channels · L layers · H heads · D channels
-per head · W cached frames · P feature frames kept for the subsampling · K kernel
+per head · W cached frames · R frames held back · P feature frames kept for the subsampling · K kernel
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Self
 
@@ -17,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asr.errors import ConfigError
 from asr.model.attention import Rotation, SelfAttention
-from asr.model.layers import ConvModule, FeedForward, initialise, keep, start_small
+from asr.model.layers import ConvModule, FeedForward, append, initialise, keep, start_small
 from asr.model.masks import ChunkConfig, context_mask, valid_mask
 from asr.model.state import State
 from asr.model.subsampling import Subsampling
@@ -74,11 +77,17 @@ class ConformerState(State):
     values: Tensor
     """(N, L, H, W, D)."""
 
+    pending: Tensor
+    """(N, L, R, C): frames that are held back, behind the first feed-forward module, ..."""
+
+    queries: Tensor
+    """... and their queries (N, L, H, R, D), rotated. R is 0, or all the look-ahead of a layer."""
+
     conv: Tensor
     """(N, L, C, K - 1), behind the gate."""
 
     offset: Tensor
-    """(N,) int64: encoder frames so far."""
+    """(N,) int64: encoder frames so far, as the first layer counts them."""
 
     def widen(self, num_frames: int) -> Self:
         """Make room for num_frames more cached frames: before each call, left context without limit."""
@@ -86,16 +95,30 @@ class ConformerState(State):
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
 
-class Context(NamedTuple):
-    """What all layers of one call share."""
+class Sight(NamedTuple):
+    """Which frames a layer has in one call, and which of them see which."""
 
     lens: Tensor
-    """(N,) encoder frames that count."""
+    """(N,) new frames of the call that count."""
 
     mask: Tensor
-    """(N, 1, T', W + T')."""
+    """(N, 1, T', W + T'): frames of its output, frames of its input."""
+
+    exists: Tensor
+    """(N, T', 1): False for frames of its output before the utterance."""
 
     rotation: Rotation
+    """Of its input; shared, as a shift of all frames of a layer leaves their distances as they are."""
+
+
+class Past(NamedTuple):
+    """What a layer remembers: fields of ConformerState without L."""
+
+    keys: Tensor
+    values: Tensor
+    pending: Tensor
+    queries: Tensor
+    conv: Tensor
 
 
 class ConformerLayer(nn.Module):
@@ -114,19 +137,23 @@ class ConformerLayer(nn.Module):
         start_small(self.feed_forward_1[-2], self.attention.out)
         start_small(self.convolution.out, self.feed_forward_2[-2])
 
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all anew."""
-        width, conv_width = keys.shape[2], conv.shape[2]
+    def forward(self, x: Tensor, past: Past, sight: Sight) -> tuple[Tensor, Past]:
+        """x (N, T', C) -> y (N, T', C), R frames later than x, and what the next call needs."""
+        sizes = x.shape[1], past.pending.shape[1]
         x = x + 0.5 * self.feed_forward_1(x)
-        y, keys, values = self.attention(self.attention_norm(x), keys, values, context.rotation, context.mask)
-        x = x + self.dropout(y)
-        y, conv = self.convolution(x, conv)
+        normed = self.attention_norm(x)
+        queries, keys, values = self.attention.extend(normed, past.keys, past.values, sight.rotation)
+        x, pending = append(past.pending, x, 1).split(sizes, 1)
+        queries, waiting = append(past.queries, queries, 2).split(sizes, 2)
+        x = x + self.dropout(self.attention.attend(queries, keys, values, sight.mask))
+        y, conv = self.convolution(x, past.conv, sight.exists)
         x = x + y
         x = x + 0.5 * self.feed_forward_2(x)
-        keys, values = (keep(past, context.lens, width, dim=2) for past in (keys, values))
-        return self.norm(x), keys, values, keep(conv, context.lens, conv_width, dim=2)
+        keys, values, conv = (
+            keep(seen, sight.lens, before.shape[2], dim=2)
+            for seen, before in ((keys, past.keys), (values, past.values), (conv, past.conv))
+        )
+        return self.norm(x), Past(keys, values, pending, waiting, conv)
 
 
 class Conformer(nn.Module):
@@ -151,18 +178,27 @@ class Conformer(nn.Module):
         self.layers = nn.ModuleList(ConformerLayer(config) for _ in range(config.num_layers))
         self.front.apply(initialise)
 
-    def init_state(self, n: int, width: int) -> ConformerState:
-        """The state of n new streams that cache `width` encoder frames: left * chunk, or more."""
+    def init_state(self, n: int, width: int, delay: int = 0) -> ConformerState:
+        """The state of n new streams that cache `width` encoder frames: left * chunk + delay, or more.
+
+        delay: R, right * chunk; or 0 where one call has the whole utterance.
+        """
         config = self.config
         zeros = self.front.out.weight.new_zeros
-        cache = (n, config.num_layers, config.num_heads, width, self.head_dim)
+        heads = (n, config.num_layers, config.num_heads)
         return ConformerState(
             frames=zeros(n, self.front.past_frames, self.num_bins),
-            keys=zeros(cache),
-            values=zeros(cache),
+            keys=zeros(*heads, width, self.head_dim),
+            values=zeros(*heads, width, self.head_dim),
+            pending=zeros(n, config.num_layers, delay, config.dim),
+            queries=zeros(*heads, delay, self.head_dim),
             conv=zeros(n, config.num_layers, config.dim, config.kernel_size - 1),
             offset=zeros(n, dtype=torch.int64),
         )
+
+    def flush_frames(self, delay: int) -> int:
+        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        return self.config.num_layers * delay * self.subsampling
 
     def forward(
         self,
@@ -171,14 +207,18 @@ class Conformer(nn.Module):
         state: ConformerState | None = None,
         chunk: int | Tensor = 0,
         left: int | Tensor = -1,
+        right: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor, ConformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
         x (N, T, F): at least one frame, padded at the end.  x_lens (N,): frames that count; in a stream that
         goes on, a multiple of chunk * subsampling, 0 included.  state: what the previous call returned; None
         at the start of an utterance.  chunk: encoder frames per attention chunk, 0 for the whole utterance.
-        left: chunks of left context, -1 for all; the state must be wide enough for them. Both may be int64
-        scalar tensors.
+        left: chunks of left context, -1 for all; the state must be wide enough for them.  right: chunks that
+        every layer looks ahead.  The three may be int64 scalar tensors.
+
+        A stream with look-ahead holds back R = right * chunk frames a layer. While it goes on, x_lens must be
+        T; with the last call come `flush_frames` more frames that do not count, and T may be longer still.
 
         Returns y (N, ceil(T / subsampling), C), zero behind y_lens (N,), and the state for the next call.
         """
@@ -187,27 +227,65 @@ class Conformer(nn.Module):
         x = torch.where(valid_mask(x_lens, x.shape[1])[..., None], x, 0.0)
         frames = torch.cat([state.frames, x], dim=1)
         y = self.dropout(self.front(x, state.frames))
-        context = self._context(y, (x_lens + self.subsampling - 1) // self.subsampling, state, chunk, left)
+        lens = (x_lens + self.subsampling - 1) // self.subsampling
+        sights = self._sights(lens, y.shape[1], state, chunk, left, right)
         kept = []
-        pasts = zip(*(past.unbind(1) for past in (state.keys, state.values, state.conv)), strict=True)
-        for layer, past in zip(self.layers, pasts, strict=True):
-            y, *present = self._run(layer, y, *past, context)
+        for layer, past, sight in zip(self.layers, _unstack(state), sights, strict=True):
+            y, present = self._run(layer, y, past, sight)
             kept.append(present)
-        keys, values, conv = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
-        y = torch.where(valid_mask(context.lens, y.shape[1])[..., None], y, 0.0)
+        y, y_lens = self._shift(y, lens, state)
+        past = _stack(kept)
         frames = keep(frames, x_lens, self.front.past_frames, dim=1)
-        offset = state.offset + context.lens
-        return y, context.lens, ConformerState(frames, keys, values, conv, offset)
+        return y, y_lens, ConformerState(frames, *past, state.offset + lens)
 
-    def _context(
-        self, y: Tensor, y_lens: Tensor, state: ConformerState, chunk: int | Tensor, left: int | Tensor
-    ) -> Context:
-        length, width = y.shape[1], state.keys.shape[3]
-        mask = context_mask(state.offset, y_lens, width, length, chunk, left)
-        positions = state.offset[:, None] + torch.arange(length, device=y.device)
-        return Context(y_lens, mask[:, None], Rotation.at(positions, self.head_dim))
+    def _sights(
+        self,
+        lens: Tensor,
+        length: int,
+        state: ConformerState,
+        chunk: int | Tensor,
+        left: int | Tensor,
+        right: int | Tensor,
+    ) -> list[Sight]:
+        """What each layer sees; lens (N,) of `length` frames count in the first one.
 
-    def _run(self, layer: nn.Module, *args: Tensor | Context) -> tuple[Tensor, ...]:
+        The frames of the next layer are R earlier; so there are R more of them where a stream ends.
+        """
+        width, delay, num_layers = state.keys.shape[3], state.pending.shape[2], self.config.num_layers
+        step = torch.arange(length, device=lens.device)
+        rotation = Rotation.at(state.offset[:, None] + step, self.head_dim)
+        # without a delay all layers see the same, and share it
+        late = torch.arange(num_layers if delay else 1, device=lens.device) * delay
+        offsets = state.offset[:, None] - late
+        ends = (lens[:, None] + late).clamp(max=length)
+        mask = context_mask(offsets.flatten(), ends.flatten(), width, length, chunk, left, right, delay)
+        masks = mask.unflatten(0, ends.shape).expand(-1, num_layers, -1, -1).split(1, dim=1)
+        exists = (offsets[:, None] + step[:, None] >= delay).expand(-1, -1, num_layers).split(1, dim=2)
+        return [Sight(lens, *pair, rotation) for pair in zip(masks, exists, strict=True)]
+
+    def _shift(self, y: Tensor, lens: Tensor, state: ConformerState) -> tuple[Tensor, Tensor]:
+        """Drop frames before the utterance from y (N, T', C) of the last layer, and those behind its end."""
+        length = y.shape[1]
+        late = self.config.num_layers * state.pending.shape[2]
+        first = (late - state.offset).clamp(0, length)
+        y_lens = ((lens + late).clamp(max=length) - first).clamp(min=0)
+        y = keep(F.pad(y, (0, 0, 0, length)), first, length, dim=1)
+        return torch.where(valid_mask(y_lens, length)[..., None], y, 0.0), y_lens
+
+    def _run(self, layer: nn.Module, x: Tensor, past: Past, sight: Sight) -> tuple[Tensor, Past]:
         if self.config.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+            return checkpoint(layer, x, past, sight, use_reentrant=False)
+        return layer(x, past, sight)
+
+
+def _unstack(state: ConformerState) -> list[Past]:
+    """The past of each layer. In a graph, one split is faster than as many squeezes as layers, ..."""
+    fields = (state.keys, state.values, state.pending, state.queries, state.conv)
+    parts = (x.flatten(1, 2).split([x.shape[2]] * x.shape[1], dim=1) for x in fields)
+    return [Past(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def _stack(pasts: Sequence[Past]) -> Past:
+    """... and one reshape than as many unsqueezes."""
+    fields = zip(*pasts, strict=True)
+    return Past(*(torch.cat(x, dim=1).unflatten(1, (len(x), x[0].shape[1])) for x in fields))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asr.context import WHOLE, Context
 from asr.features import Cmvn, Fbank, FbankConfig
 from asr.losses import LossConfig, ctc_loss
 from asr.model.conformer import Conformer
@@ -63,13 +64,9 @@ class HybridModel(nn.Module):
         """Times in seconds -> the first encoder frame that begins at or behind each, int64."""
         return (times_s / self.frame_s - 1e-3).ceil().long()
 
-    def encode(self, x: Tensor, x_lens: Tensor, chunk: int = 0, left: int = -1) -> tuple[Tensor, Tensor]:
-        """x (N, T, F), x_lens (N,) -> y (N, T / subsampling, C), y_lens (N,), for whole utterances.
-
-        chunk: encoder frames per attention chunk, 0 for the whole utterance; left: chunks of left context, -1
-        for all.
-        """
-        y, y_lens, _ = self.encoder(x, x_lens, None, chunk, left)
+    def encode(self, x: Tensor, x_lens: Tensor, context: Context = WHOLE) -> tuple[Tensor, Tensor]:
+        """x (N, T, F), x_lens (N,) -> y (N, T / subsampling, C), y_lens (N,), for whole utterances."""
+        y, y_lens, _ = self.encoder(x, x_lens, None, *context)
         return y, y_lens
 
     def ctc_log_probs(self, y: Tensor) -> Tensor:
@@ -82,8 +79,7 @@ class HybridModel(nn.Module):
         x_lens: Tensor,
         tokens: Tensor,
         token_lens: Tensor,
-        chunk: int = 0,
-        left: int = -1,
+        context: Context = WHOLE,
         token_ends: Tensor | None = None,
     ) -> Loss:
         """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
@@ -91,7 +87,7 @@ class HybridModel(nn.Module):
         token_ends (N, U): the encoder frame behind each token, where there is an alignment.
         total = w_ctc * ctc + w_attention * attention, all summed over the utterances.
         """
-        y, y_lens = self.encode(x, x_lens, chunk, left)
+        y, y_lens = self.encode(x, x_lens, context)
         ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
         ends = tokens[:, :0] if token_ends is None else token_ends
         attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()

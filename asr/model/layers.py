@@ -41,16 +41,21 @@ class ConvModule(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C), past (N, C, K - 1).
+    def forward(self, x: Tensor, past: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, T, C), past (N, C, K - 1); exists (N, T, 1): False for frames before the utterance.
 
         Returns (N, T, C), and what the convolution saw, (N, C, K - 1 + T), of which a stream keeps the end.
         """
-        x = F.glu(self.gated(self.norm(x)), dim=-1)
+        x = torch.where(exists, F.glu(self.gated(self.norm(x)), dim=-1), 0.0)
         seen = torch.cat([past.transpose(1, 2), x], dim=1).transpose(1, 2)
         x = self.depthwise(seen[:, :, None])[:, :, 0].transpose(1, 2)
         x = self.out(F.silu(self.depthwise_norm(x)))
         return self.dropout(x), seen
+
+
+def append(past: Tensor, x: Tensor, dim: int) -> Tensor:
+    """past and x along `dim`, in the type of x: a state is float32, and autocast would make all of it so."""
+    return torch.cat([past.to(x.dtype), x], dim)
 
 
 def keep(x: Tensor, lens: Tensor, width: int, dim: int) -> Tensor:

@@ -1,19 +1,22 @@
 """Which frames may attend to which.
 
 One rule serves full context, chunked streaming and the decoder: time is cut into chunks of `chunk` encoder
-frames, and a frame sees its own chunk to the end, and `left` whole chunks before it. Look-ahead is therefore
-between 0 and `chunk - 1` frames: (chunk - 1) / 2 on average.
+frames, and a frame sees its own chunk to the end, `left` whole chunks before it and `right` behind it.
 
-    chunk = 2, left = 1        keys 0 1 2 3 4 5
-                    query 0 1       x x . . . .
-                    query 2 3       x x x x . .
-                    query 4 5       . . x x x x
+    chunk = 2, left = 1        keys 0 1 2 3 4 5      with right = 1     0 1 2 3 4 5
+                    query 0 1       x x . . . .                         x x x x . .
+                    query 2 3       x x x x . .                         x x x x x x
+                    query 4 5       . . x x x x                         . . x x x x
+
+Without `right`, look-ahead is between 0 and `chunk - 1` frames whatever the number of layers. With it, L
+layers add up to L * right * chunk frames more.
 
 Masks are boolean and True means "may attend", as in torch's scaled_dot_product_attention.
 
-N streams · T query frames · W frames of left context, so W + T keys
+N streams · T query frames · W cached frames, so W + T keys
 
-Zhang et al., "Unified Streaming and Non-streaming Two-pass End-to-end Model", arXiv:2012.05481.
+Zhang et al., "Unified Streaming and Non-streaming Two-pass End-to-end Model", arXiv:2012.05481; Zhang et al.,
+"Transformer Transducer", arXiv:2002.02562, whose limited context is chunks of one frame.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WHOLE = 1 << 40
+from asr.context import WHOLE, Context
+from asr.errors import ConfigError
+
+ENDLESS = 1 << 40
 """A chunk longer than any recording."""
 
 
@@ -38,6 +44,14 @@ class ChunkConfig:
     limit_left: bool = True
     """Limit the left context of half of the chunked batches to a random number of chunks."""
 
+    max_right: int = 0
+    """Let every layer look ahead by a random number of chunks, up to this one, in chunked batches."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_chunk", 1), ("max_right", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
+
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
     """lens (N,) -> (N, length): True before the end of each."""
@@ -51,45 +65,53 @@ def window_mask(start: Tensor, end: Tensor, length: int) -> Tensor:
 
 
 def context_mask(
-    offset: Tensor, lens: Tensor, width: int, length: int, chunk: int | Tensor, left: int | Tensor
+    offset: Tensor,
+    lens: Tensor,
+    width: int,
+    length: int,
+    chunk: int | Tensor,
+    left: int | Tensor,
+    right: int | Tensor = 0,
+    delay: int = 0,
 ) -> Tensor:
-    """Queries at offset .. offset + length - 1, keys from `width` frames before the first query on.
+    """`length` queries from offset - delay on, keys from offset - width to offset + length - 1.
 
     offset (N,): frames of each stream before this call, so that a cache which is not yet full is masked by
-    the rule that limits the context in training.  lens (N,): queries that count.  chunk: frames per chunk, 0
-    for one chunk of everything.  left: chunks before one's own, -1 for all.  Both may be int64 scalar
-    tensors.
+    the rule that limits the context in training.  lens (N,): keys from `offset` on that count.  chunk: frames
+    per chunk, 0 for one chunk of everything.  left: chunks before one's own, -1 for all.  right: chunks
+    behind it. The three may be int64 scalar tensors.  delay: frames that queries wait for keys, `width` at
+    most.
 
     Returns (N, length, width + length). Every query sees itself at least, so no softmax is empty.
     """
-    chunk = torch.as_tensor(chunk, device=offset.device)
-    left = torch.as_tensor(left, device=offset.device)
+    chunk, left, right = (torch.as_tensor(value, device=offset.device) for value in (chunk, left, right))
     step = torch.arange(-width, length, device=offset.device)
     keys = (offset[:, None] + step)[:, None, :]
-    queries = keys[..., width:].transpose(1, 2)
-    chunk = torch.where(chunk > 0, chunk, WHOLE)
+    queries = (offset[:, None] + torch.arange(length, device=offset.device) - delay)[:, :, None]
+    chunk = torch.where(chunk > 0, chunk, ENDLESS)
     distance = queries // chunk - keys // chunk
-    near = (distance >= 0) & ((left < 0) | (distance <= left))
+    near = (distance >= -right) & ((left < 0) | (distance <= left))
     exists = (keys >= 0) & (step < lens[:, None])[:, None, :]
     return (near & exists) | (queries == keys)
 
 
-def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfig) -> tuple[int, int]:
-    """(chunk, left) for one training batch, whose longest utterance has num_frames encoder frames.
+def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfig) -> Context:
+    """The context of one training batch, whose longest utterance has num_frames encoder frames.
 
     With u uniform in 1 .. num_frames - 1: the whole utterance if u > num_frames / 2, else chunks of
     (u mod max_chunk) + 1 frames, with unlimited left context or, half of the time, a uniform number of
-    chunks.
+    chunks, and a uniform number of chunks of look-ahead up to max_right.
     """
     if not config.dynamic or num_frames < 2:
-        return 0, -1
+        return WHOLE
     u = _uniform(1, num_frames - 1, generator)
     if u > num_frames / 2:
-        return 0, -1
-    chunk = u % config.max_chunk + 1
-    if not config.limit_left or _uniform(0, 1, generator):
-        return chunk, -1
-    return chunk, _uniform(0, (num_frames - 1) // chunk, generator)
+        return WHOLE
+    chunk, left = u % config.max_chunk + 1, -1
+    if config.limit_left and not _uniform(0, 1, generator):
+        left = _uniform(0, (num_frames - 1) // chunk, generator)
+    right = _uniform(0, config.max_right, generator) if config.max_right else 0
+    return Context(chunk, left, right)
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from asr.context import WHOLE, Context
 from asr.decode.scorer import Step, Window
 from asr.model.decoder import SOS_EOS, DecoderState, TransformerDecoder
 from asr.model.hybrid import HybridModel
@@ -93,9 +94,7 @@ class TorchScorer:
         self.word_starts = np.zeros(self.num_tokens, bool) if word_starts is None else word_starts
         self.frame_s = model.frame_s
 
-    def encode(
-        self, samples: Sequence[Floats], chunk: int = 0, left: int = -1
-    ) -> tuple[list[Floats], Memory]:
+    def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Memory]:
         """As Scorer.encode; the waveforms may have different lengths, and none of them changes another."""
         lens = torch.tensor([len(x) for x in samples], device=self.device)
         # zeros behind the end change nothing, and spare the encoder a batch without a frame
@@ -103,7 +102,7 @@ class TorchScorer:
         batch = pad_sequence([*map(torch.as_tensor, samples), shortest], batch_first=True)[:-1]
         with self._evaluating():
             x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
-            y, y_lens = self.model.encode(x, x_lens, chunk, left)
+            y, y_lens = self.model.encode(x, x_lens, context)
             log_probs = self.model.ctc_log_probs(y).cpu().numpy()
             memory = Memory(*self.model.decoder.memory(y), y, y_lens)
         return [a[:n] for a, n in zip(log_probs, y_lens.tolist(), strict=True)], memory

@@ -252,6 +252,7 @@ class WenetConformer(nn.Module):
             raise ConfigError(
                 f"encoder.kernel_size: {config.kernel_size} is even, expected odd where causal is false"
             )
+        _refuse_look_ahead("encoder.chunk.max_right", config.chunk.max_right)
         self.config = config
         self.dim = config.dim
         self.head_dim = config.dim // config.num_heads
@@ -279,6 +280,7 @@ class WenetConformer(nn.Module):
         state: WenetConformerState | None = None,
         chunk: int | Tensor = 0,
         left: int | Tensor = -1,
+        right: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor, WenetConformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
@@ -287,12 +289,13 @@ class WenetConformer(nn.Module):
         call, or less than a window, which is nothing.  state: what the previous call returned; None at the
         start of an utterance.  chunk: encoder frames per attention chunk, 0 for the whole utterance.  left:
         chunks of left context, -1 for all; the state must be wide enough for them. Both may be int64 scalar
-        tensors.
+        tensors.  right: 0.
 
         Returns y (N, T', C), zero behind y_lens (N,), and the state for the next call, where T' =
         (T - overlap_frames) // subsampling and at least 1.  Raises ConfigError where a stream goes on with a
-        symmetric convolution.
+        symmetric convolution, and for look-ahead.
         """
+        _refuse_look_ahead("right", int(right))
         if state is None:
             state = self._empty_state(x.shape[0], 0)
         else:
@@ -336,3 +339,11 @@ class WenetConformer(nn.Module):
             raise ConfigError(
                 "encoder.causal: false, and a symmetric convolution cannot stream; encode whole utterances"
             )
+
+
+def _refuse_look_ahead(name: str, chunks: int) -> None:
+    if chunks:
+        raise ConfigError(
+            f"{name}: {chunks}, and layers of wenet-conformer cannot look ahead; expected 0, or encoder.type "
+            "conformer"
+        )

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from asr.context import Context
 from asr.decode.modes import word_starts
 from asr.decode.scorer import Chunking
 from asr.errors import BundleError
@@ -52,7 +53,8 @@ class Features:
 class Field:
     """One tensor of a state: its shape for one stream, or one hypothesis.
 
-    A size is a number, or "W", encoder frames cached as left context, or "U", tokens so far.
+    A size is a number, or "W", encoder frames cached as left context, or "R", those that wait for their
+    look-ahead, or "U", tokens so far.
     """
 
     name: str
@@ -68,6 +70,10 @@ class Streaming:
     left_chunks: int
     chunk_choices_ms: tuple[int, ...]
     """Those that the model was trained on and the bundle was verified with."""
+
+    max_look_ahead: int
+    """Chunks of look-ahead of every layer that the model was trained on, at most. More is possible, but new
+    to it."""
 
     flush_samples: int
     """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
@@ -102,6 +108,9 @@ class ModelInfo:
 
     dim: int
     """C, of the encoder's output."""
+
+    num_layers: int
+    """Of the encoder: look-ahead adds up over them."""
 
     num_tokens: int
     tokens_sha256: str
@@ -143,6 +152,10 @@ class ModelInfo:
                 f"pass {max(chunk_ms // frame_ms, 1) * frame_ms}"
             )
         return chunk_ms // frame_ms
+
+    def late_frames(self, context: Context) -> int:
+        """Encoder frames by which outputs of a stream are late, as each layer waits for its look-ahead."""
+        return self.num_layers * context.delay
 
 
 @dataclass(frozen=True)
@@ -243,8 +256,9 @@ def read_info(folder: Path) -> ModelInfo:
     if not isinstance(version, int):
         raise BundleError(f"{path}: has no format number; this is not a bundle of asr export")
     if version != FORMAT:
+        remedy = "export again or update" if version > FORMAT else "export again"
         raise BundleError(
-            f"{folder}: model.json says format {version}, this version reads {FORMAT}; export again or update"
+            f"{folder}: model.json says format {version}, this version reads {FORMAT}; {remedy}"
         )
     try:
         return TypeAdapter(ModelInfo).validate_python(data)

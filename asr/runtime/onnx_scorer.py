@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from asr.context import WHOLE, Context
 from asr.decode.scorer import BLANK, Floats, Ints, Step, Window
 from asr.runtime.bundle import Bundle, Field
 from asr.runtime.framing import Framer
@@ -113,18 +114,25 @@ class OnnxScorer:
 
     # streams
 
-    def init_state(self, width: int) -> State:
-        """The state of one new stream that caches `width` encoder frames."""
-        return {field.name: _zeros(field, width) for field in self.bundle.info.encoder_state}
+    def init_state(self, context: Context) -> State:
+        """The state of one new stream; that of WHOLE for an utterance at once, in any context."""
+        sizes = {"W": context.width, "R": context.delay}
+        return {field.name: _zeros(field, sizes) for field in self.bundle.info.encoder_state}
 
-    def advance(self, windows: Floats, num_frames: Ints, chunk: int, left: int, state: State) -> Encoded:
-        """Encode the next num_frames (N,) feature frames of N streams, cut by `Framer`: windows (N, S)."""
-        inputs = {
-            "window": windows,
-            "num_frames": num_frames,
-            "chunk": np.array(chunk),
-            "left": np.array(left),
-        }
+    def advance(
+        self, windows: Floats, num_frames: Ints, context: Context, state: State, is_last: bool = False
+    ) -> Encoded:
+        """Encode the next num_frames (N,) feature frames of N streams, cut by `Framer`: windows (N, S).
+
+        Streams that look ahead give frames later than they take them: while they go on they take equally many
+        in a call, and where is_last, the frames that are still due come out, too.
+        """
+        if is_last:
+            info = self.bundle.info
+            flush = info.late_frames(context) * info.subsampling * info.features.shift_samples
+            windows = np.pad(windows, ((0, 0), (0, flush)))
+        inputs = {"window": windows, "num_frames": num_frames}
+        inputs |= {name: np.array(value) for name, value in context._asdict().items()}
         y, log_probs, y_lens, *states = self.bundle.encoder.run(None, inputs | dict(state))
         return Encoded(y, log_probs, y_lens, dict(zip(state, states, strict=True)))
 
@@ -139,13 +147,11 @@ class OnnxScorer:
 
     # the protocol
 
-    def encode(
-        self, samples: Sequence[Floats], chunk: int = 0, left: int = -1
-    ) -> tuple[list[Floats], Memory]:
-        encoded = [self._encode_one(x, chunk, left) for x in samples]
+    def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Memory]:
+        encoded = [self._encode_one(x, context) for x in samples]
         return [log_probs for _, log_probs in encoded], self.memory([y for y, _ in encoded])
 
-    def _encode_one(self, samples: Floats, chunk: int, left: int) -> tuple[Floats, Floats]:
+    def _encode_one(self, samples: Floats, context: Context) -> tuple[Floats, Floats]:
         framer = self.framer()
         framer.accept(samples)
         framer.finish()
@@ -154,11 +160,11 @@ class OnnxScorer:
             info = self.bundle.info
             return np.zeros((0, info.dim), np.float32), np.zeros((0, info.num_tokens), np.float32)
         window = framer.take(num_frames)[None]
-        out = self.advance(window, np.array([num_frames]), chunk, left, self.init_state(0))
+        out = self.advance(window, np.array([num_frames]), context, self.init_state(WHOLE))
         return out.y[0], out.log_probs[0]
 
     def start(self, memory: Memory, owner: Ints) -> DecoderState:
-        past = {field.name: _zeros(field, 0, len(owner)) for field in self.bundle.info.decoder_state}
+        past = {field.name: _zeros(field, {"U": 0}, len(owner)) for field in self.bundle.info.decoder_state}
         return DecoderState(memory, owner, None, past)
 
     def grow(self, memory: Memory | None, y: Floats) -> Memory:
@@ -249,9 +255,9 @@ def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
     return log_probs[np.arange(len(tokens)), list(tokens)]
 
 
-def _zeros(field: Field, size: int, n: int = 1) -> NDArray[Any]:
-    """A state of n streams or hypotheses, whose one variable size is given."""
-    shape = [size if isinstance(s, str) else s for s in field.shape]
+def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:
+    """A state of n streams or hypotheses, whose variable sizes are given."""
+    shape = [sizes[size] if isinstance(size, str) else size for size in field.shape]
     return np.zeros((n, *shape), field.dtype)
 
 

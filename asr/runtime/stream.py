@@ -1,7 +1,8 @@
 """Streams: samples of any block length in, partial and final texts out.
 
 A stream cuts its samples into chunks of fixed length and encodes one chunk a call, so what it hears, and
-hence its text, never depends on how the samples arrive. Of the past it keeps the encoder's state, and what
+hence its text, never depends on how the samples arrive. With look-ahead, what is heard of a frame comes later
+than the frame, and at the end all that is due at once. Of the past it keeps the encoder's state, and what
 the decoder needs of the present utterance: memory does not grow with time. Counts are integers, and times
 are made of them, so they are as exact after a day as at the start.
 
@@ -14,15 +15,20 @@ N streams · S samples
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from asr.context import Context
 from asr.decode.scorer import Floats
-from asr.errors import AudioError
+from asr.errors import AudioError, ConfigError
 from asr.runtime.bundle import Bundle
 from asr.runtime.events import Event
 from asr.runtime.onnx_scorer import OnnxScorer, State
 from asr.runtime.utterance import StreamConfig, Utterance
+
+MAX_LATE_S = 60.0
+"""A text that comes later than this is no stream's, and the state would fill the memory."""
 
 
 class Stream:
@@ -33,14 +39,18 @@ class Stream:
         config = config or StreamConfig()
         info = bundle.info
         self._scorer = OnnxScorer(bundle)
-        self.chunk = info.chunk_frames(
-            info.streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
-        )
-        self.left = info.streaming.left_chunks if config.left_chunks is None else config.left_chunks
-        self._chunk_frames = self.chunk * info.subsampling
-        self._call_frames = self._chunk_frames * config.chunks_per_call
+        chunk_ms = info.streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
+        left = info.streaming.left_chunks if config.left_chunks is None else config.left_chunks
+        self.context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
+        self._call_frames = self.context.chunk * info.subsampling * config.chunks_per_call
+        self._late_frames = info.late_frames(self.context) * info.subsampling
+        if (late_s := info.late_frames(self.context) * info.frame_s) > MAX_LATE_S:
+            what = f"look_ahead of {config.look_ahead} chunks in each of {info.num_layers} layers"
+            raise ConfigError(
+                f"{what} is {late_s:,.0f} s, expected at most {MAX_LATE_S:.0f}; lower it, or the chunk"
+            )
         self._framer = self._scorer.framer()
-        self._state = self._scorer.init_state(self.chunk * self.left)
+        self._state = self._scorer.init_state(self.context)
         self._utterance = Utterance(self._scorer, config)
         self._finished = False
 
@@ -53,7 +63,8 @@ class Stream:
     def encoded_s(self) -> float:
         """Seconds of audio encoded so far: what the events are about."""
         features = self._scorer.bundle.info.features
-        return self._framer.num_taken * features.shift_samples / features.sample_rate
+        num_frames = max(self._framer.num_taken - self._late_frames, 0)
+        return num_frames * features.shift_samples / features.sample_rate
 
     def accept(self, samples: Floats) -> list[Event]:
         """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
@@ -128,22 +139,33 @@ def _check(stream: Stream, samples: Floats) -> Floats:
 def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
     """Encode and search all that is complete, the next call of every stream at once."""
     while True:
-        ready = [(n, stream, frames) for n, stream in enumerate(streams) if (frames := _next_frames(stream))]
-        if not ready:
+        calls = [_next_call(stream) for stream in streams]
+        for is_last in (False, True):  # frames that are still due come out of a call of their own
+            ready = [(n, call.num_frames) for n, call in enumerate(calls) if call and call.is_last == is_last]
+            told = _encode([(streams[n], frames) for n, frames in ready], is_last) if ready else []
+            for (n, _), of_one in zip(ready, told, strict=True):
+                events[n] += of_one
+        if not any(calls):
             return
-        for n, told in zip((n for n, _, _ in ready), _encode([(s, f) for _, s, f in ready]), strict=True):
-            events[n] += told
 
 
-def _next_frames(stream: Stream) -> int:
-    """Feature frames of the next call: whole chunks, or at the end what is left."""
-    ready = stream._framer.ready()
-    if ready >= stream._call_frames or stream._finished:
-        return min(ready, stream._call_frames)
-    return 0
+class _Call(NamedTuple):
+    num_frames: int
+    """Feature frames: whole chunks, or at the end what is left."""
+    is_last: bool
+    """Whether frames that are held back come out with them."""
 
 
-def _encode(calls: Sequence[tuple[Stream, int]]) -> list[list[Event]]:
+def _next_call(stream: Stream) -> _Call | None:
+    """What to encode next, if there is something."""
+    ready, size = stream._framer.ready(), stream._call_frames
+    if ready > size or (ready == size and not stream._finished):
+        return _Call(size, False)
+    is_late = stream._late_frames > 0 and stream._framer.num_taken + ready > 0
+    return _Call(ready, is_late) if stream._finished and (ready or is_late) else None
+
+
+def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Event]]:
     windows = [stream._framer.take(num_frames) for stream, num_frames in calls]
     padded = np.zeros((len(calls), max(map(len, windows))), np.float32)
     for row, window in zip(padded, windows, strict=True):
@@ -152,10 +174,12 @@ def _encode(calls: Sequence[tuple[Stream, int]]) -> list[list[Event]]:
     first = streams[0]
     num_frames = np.array([frames for _, frames in calls])
     state = _join([stream._state for stream in streams])
-    out = first._scorer.advance(padded, num_frames, first.chunk, first.left, state)
+    out = first._scorer.advance(padded, num_frames, first.context, state, is_last)
     events = []
     for n, (stream, num) in enumerate(zip(streams, out.y_lens.tolist(), strict=True)):
         stream._state = {name: x[n : n + 1] for name, x in out.state.items()}
+        if is_last:
+            stream._late_frames = 0
         events.append(_chunks(stream, out.y[n, :num], out.log_probs[n, :num]))
     return events
 
@@ -163,8 +187,8 @@ def _encode(calls: Sequence[tuple[Stream, int]]) -> list[list[Event]]:
 def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:
     """Search chunk by chunk, so that the events do not depend on how many chunks one call had."""
     events: list[Event] = []
-    for start in range(0, len(y), stream.chunk):
-        chunk = slice(start, start + stream.chunk)
+    for start in range(0, len(y), stream.context.chunk):
+        chunk = slice(start, start + stream.context.chunk)
         events += stream._utterance.advance(y[chunk], log_probs[chunk])
     return events
 

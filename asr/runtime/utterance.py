@@ -33,6 +33,9 @@ class StreamConfig:
     left_chunks: int | None = None
     """Chunks of the past that attention sees. None: what model.json says."""
 
+    look_ahead: int = 0
+    """Chunks of the future that attention of every layer sees: later by as many times the layers."""
+
     mode: str = "ctc-prefix"
     """One of MODES, for the final text. Partial texts are by CTC in modes that search whole utterances."""
 
@@ -50,6 +53,8 @@ class StreamConfig:
             raise ConfigError(f"chunks_per_call is {self.chunks_per_call}, expected at least 1")
         if self.left_chunks is not None and self.left_chunks < 0:
             raise ConfigError(f"left_chunks is {self.left_chunks}; a stream needs a limit, 0 or more")
+        if self.look_ahead < 0:
+            raise ConfigError(f"look_ahead is {self.look_ahead}, expected 0 or more chunks")
 
 
 class Utterance:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from asr.config import ExperimentConfig
+from asr.context import Context
 from asr.data.augment import SpecAugment
 from asr.data.loader import Batch
 from asr.errors import TrainingError
@@ -55,8 +56,8 @@ def num_targets(batch: Batch) -> int:
     return 0 if batch.is_empty else int(batch.token_lens.sum()) + len(batch.ids)
 
 
-def context_of_step(config: ExperimentConfig, step: int, num_frames: int) -> tuple[int, int]:
-    """(chunk, left) for a step: the same on all ranks, and after a resume."""
+def context_of_step(config: ExperimentConfig, step: int, num_frames: int) -> Context:
+    """What may be attended to in a step: the same on all ranks, and after a resume."""
     generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
     return draw_context(num_frames, generator, config.encoder.chunk)
 
@@ -81,7 +82,7 @@ class Backward:
     device: torch.device
     bf16: bool
 
-    def __call__(self, batches: Sequence[Batch], shared: Shared, context: tuple[int, int]) -> Tensor:
+    def __call__(self, batches: Sequence[Batch], shared: Shared, context: Context) -> Tensor:
         """Add the gradients of a step's batches. Returns this rank's sums (3,): total, ctc, attention."""
         sums = torch.zeros(3, device=self.device)
         scale = distributed.world_size() / max(1, shared.num_tokens)
@@ -92,12 +93,12 @@ class Backward:
             sums += losses.detach()
         return sums
 
-    def _losses(self, batch: Batch, context: tuple[int, int]) -> Tensor:
+    def _losses(self, batch: Batch, context: Context) -> Tensor:
         x, x_lens = self.plain.features(batch.samples, batch.sample_lens)
         x = self.spec_augment(x, x_lens)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             ends = self.plain.frames_behind(batch.token_ends_s)
-            loss = self.model(x, x_lens, batch.tokens, batch.token_lens, *context, ends)
+            loss = self.model(x, x_lens, batch.tokens, batch.token_lens, context, ends)
         # a batch that lost every utterance takes part, as other ranks wait for it, and counts for nothing
         return torch.stack([loss.total, loss.ctc, loss.attention]) * (not batch.is_empty)
 

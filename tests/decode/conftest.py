@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from asr.context import WHOLE, Context
 from asr.decode.scorer import Floats, Ints, Step, Window
 
 BLANK, SOS_EOS = 0, 1
@@ -47,9 +48,7 @@ class Toy:
         table[BLANK] = -np.inf
         return normalised(table)
 
-    def encode(
-        self, samples: Sequence[Floats], chunk: int = 0, left: int = -1
-    ) -> tuple[list[Floats], list[int]]:
+    def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], list[int]]:
         pairs = [(int(seed), int(num_frames)) for seed, num_frames in samples]
         return [self.log_probs(*pair) for pair in pairs], [seed for seed, _ in pairs]
 

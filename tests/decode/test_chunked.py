@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
+from asr.context import WHOLE, Context
 from asr.decode.chunked import ChunkedSearch
 from asr.decode.config import SearchConfig
 from asr.decode.modes import check_mode, decode
@@ -34,7 +35,7 @@ def chunked(toy):
                 return self.table
             return self.following(zlib.crc32(np.array([seed, start, end]).tobytes()), tokens[1:])
 
-        def encode(self, samples, chunk=0, left=-1):
+        def encode(self, samples, context=WHOLE):
             return super().encode(samples)[0], [(int(seed), int(frames)) for seed, frames in samples]
 
         def view(self, memory, utterance, num_frames):
@@ -183,7 +184,7 @@ def test_how_frames_arrive_changes_nothing(chunked, step, window, left, recombin
         expected = decode(scorer, "chunked", [wave], config)[0]
         for sizes in ([], [1] * 20, [0, 2, 0, 5], rng.integers(0, 6, 30).tolist()):
             assert feed(scorer, wave, config, sizes) == expected
-        assert decode(scorer, "chunked", [wave], config, chunk=4)[0] == expected
+        assert decode(scorer, "chunked", [wave], config, Context(4))[0] == expected
 
 
 def test_a_chunk_is_written_as_soon_as_its_window_is_there(chunked):

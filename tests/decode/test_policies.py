@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from asr.context import WHOLE
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode, start_search, word_starts
 from asr.decode.policies import little_recent, outside_margin
@@ -28,7 +29,7 @@ def listener(toy):
     """
 
     class Listener(toy):
-        def encode(self, samples, chunk=0, left=-1):
+        def encode(self, samples, context=WHOLE):
             pairs = [(int(seed), int(num_frames)) for seed, num_frames in samples]
             return [self.log_probs(*pair) for pair in pairs], pairs
 

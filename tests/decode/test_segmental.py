@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from asr.context import WHOLE
 from asr.decode.config import SearchConfig
 from asr.decode.modes import NEEDS, decode, modes_for, start_search
 from asr.decode.scorer import Step
@@ -57,7 +58,7 @@ class Toy:
         self.heard = self.num_steps = self.num_rows = 0
         self.states = []
 
-    def encode(self, samples, chunk=0, left=-1):
+    def encode(self, samples, context=WHOLE):
         lens = [int(n) for _, n in samples]
         frames = [np.zeros((n, self.num_tokens), np.float32) for n in lens]
         return frames, Memory((int(seed), n) for (seed, _), n in zip(samples, lens, strict=True))

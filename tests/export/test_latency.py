@@ -70,11 +70,12 @@ def test_a_block_waits_for_its_sound_and_for_the_one_before(
     assert listener.computing_ms == pytest.approx(4 * step_ms)
 
 
-@pytest.mark.parametrize("chunk_ms", [160, 640])
+@pytest.mark.parametrize(("chunk_ms", "look_ahead"), [(160, 0), (640, 0), (160, 2)])
 def test_nothing_is_told_before_its_sound(
-    bundle: Bundle, sound: Floats, clock: SimpleNamespace, chunk_ms: int
+    bundle: Bundle, sound: Floats, clock: SimpleNamespace, chunk_ms: int, look_ahead: int
 ):
-    config = StreamConfig(mode="ctc-greedy", chunk_ms=chunk_ms, endpoint=PAUSES)
+    config = StreamConfig(mode="ctc-greedy", chunk_ms=chunk_ms, look_ahead=look_ahead, endpoint=PAUSES)
+    late_ms = chunk_ms * look_ahead * bundle.info.num_layers
     source_ms = 1000 * len(sound) / 16000
     stream, ends_ms = Stream(bundle, config), []
     for event in (*stream.accept(sound), *stream.finish()):
@@ -83,6 +84,8 @@ def test_nothing_is_told_before_its_sound(
     assert len(told) == len(ends_ms) > 5
     for text, end_ms in zip(told, ends_ms, strict=True):
         assert text.elapsed_ms == text.read_ms <= source_ms
+        if text.read_ms < source_ms:
+            assert end_ms <= text.read_ms - late_ms
         assert end_ms <= text.read_ms + 20  # the last frame may reach beyond the end
         # a chunk is complete with the 7.5 ms that its last frame reaches beyond it, so in the next block
         assert text.read_ms == source_ms or text.read_ms % chunk_ms == 20
@@ -200,8 +203,12 @@ def test_the_plot_has_a_line_for_each_mode(
 
     monkeypatch.setattr(Figure, "savefig", remember)
     settings = [
-        measure(bundle, [Spoken(sound, ("a",), (None,))], StreamConfig(mode=mode, chunk_ms=chunk_ms))
-        for mode, chunk_ms in (("ctc-greedy", 640), ("ctc-greedy", 160), ("rescore", 320))
+        measure(bundle, [Spoken(sound, ("a",), (None,))], StreamConfig(mode=mode, **context))
+        for mode, context in (
+            ("ctc-greedy", {"chunk_ms": 640}),
+            ("ctc-greedy", {"chunk_ms": 160}),
+            ("rescore", {"chunk_ms": 320, "look_ahead": 3}),
+        )
     ]
     draw(settings, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -210,4 +217,5 @@ def test_the_plot_has_a_line_for_each_mode(
     assert {mode: len(line.get_xdata()) for mode, line in lines.items()} == {"ctc-greedy": 2, "rescore": 1}
     assert list(lines["ctc-greedy"].get_xdata()) == sorted(x.latency.unaware.laal for x in settings[:2])
     assert set(lines["ctc-greedy"].get_ydata()) == {100 * x.latency.errors.rate for x in settings[:2]}
-    assert sorted(text.get_text() for text in axes.texts) == ["160 ms", "320 ms", "640 ms"]
+    late_ms = 320 * 3 * bundle.info.num_layers
+    assert sorted(text.get_text() for text in axes.texts) == ["160 ms", f"320 ms + {late_ms} ms", "640 ms"]

@@ -15,11 +15,11 @@ def graphs(tiny_bundles: Path) -> dict[str, onnx.ModelProto]:
 
 
 def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
-    state = ["frames", "keys", "values", "conv", "offset"]
+    state = ["frames", "keys", "values", "pending", "queries", "conv", "offset"]
     following = [f"next_{name}" for name in state]
     expected = {
         "encoder": (
-            ["window", "num_frames", "chunk", "left", *state],
+            ["window", "num_frames", "chunk", "left", "right", *state],
             ["y", "log_probs", "y_lens", *following],
         ),
         "memory": (["y"], ["cross_keys", "cross_values"]),
@@ -62,10 +62,15 @@ def test_nodes_are_named_after_modules(graphs: dict[str, onnx.ModelProto]):
     assert len({node.name for node in graphs["encoder"].graph.node}) == len(graphs["encoder"].graph.node)
 
 
-@pytest.mark.parametrize(("n", "width", "frames"), [(1, 0, 1), (1, 1, 4), (5, 7, 33)])
-def test_every_dynamic_size_is(graphs: dict[str, onnx.ModelProto], n: int, width: int, frames: int):
+@pytest.mark.parametrize(
+    ("n", "width", "delay", "frames"),
+    [(1, 0, 0, 1), (1, 1, 0, 4), (5, 7, 1, 33), (3, 9, 4, 32)],
+)
+def test_every_dynamic_size_is(
+    graphs: dict[str, onnx.ModelProto], n: int, width: int, delay: int, frames: int
+):
     session = onnxruntime.InferenceSession(graphs["encoder"].SerializeToString())
-    sizes = {"N": n, "W": width, "160*T + 240": 160 * frames + 240}
+    sizes = {"N": n, "W": width, "R": delay, "160*T + 240": 160 * frames + 240}
     inputs = {}
     for x in session.get_inputs():
         kind = np.float32 if x.type == "tensor(float)" else np.int64
@@ -75,5 +80,6 @@ def test_every_dynamic_size_is(graphs: dict[str, onnx.ModelProto], n: int, width
     y, log_probs, y_lens, *_, offset = session.run(None, inputs)
     assert y.shape == (n, -(-frames // 4), 32)
     assert log_probs.shape == (n, -(-frames // 4), 22)
-    assert y_lens.tolist() == offset.tolist() == [-(-frames // 4)] * n
+    assert offset.tolist() == [-(-frames // 4)] * n
+    assert y_lens.tolist() == [-(-frames // 4) - 2 * delay] * n
     np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)

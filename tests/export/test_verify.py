@@ -1,14 +1,15 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from asr.context import WHOLE, Context
 from asr.errors import BundleError
 from asr.runtime import Bundle
 from asr.runtime.onnx_scorer import OnnxScorer
 from export.targets import TARGETS
 from export.verify import (
-    WHOLE,
     Answers,
     Comparison,
     Utterance,
@@ -19,6 +20,7 @@ from export.verify import (
     compare,
     contexts,
     in_chunks,
+    looking_ahead,
     made_sound,
 )
 
@@ -32,7 +34,7 @@ def comparison(**values: object) -> Comparison:
 def test_every_target_streams_what_it_says_at_once(tiny_bundles: Path, target: str):
     bundle = Bundle.load(tiny_bundles / target)
     heard = [Utterance("a", made_sound(3.0, 16000), "the words")]
-    for context in contexts(bundle.info)[1:]:
+    for context in [*contexts(bundle.info)[1:], looking_ahead(bundle.info)]:
         once = answer(at_once(OnnxScorer(bundle), context), heard, bundle.tokenizer)
         found = compare(once, answer(in_chunks(bundle, context), heard, bundle.tokenizer))
         assert found.max_difference < (1e-4 if target == "cpu-fp32" else 10.0)
@@ -74,7 +76,14 @@ def test_limits_hold():
 
 def test_contexts_are_at_once_the_default_and_the_shortest(tiny_bundles: Path):
     info = Bundle.load(tiny_bundles / "cpu-fp32").info
-    assert contexts(info) == [WHOLE, (16, 4), (4, 4)]
+    assert contexts(info) == [WHOLE, Context(16, 4), Context(4, 4)]
+    assert looking_ahead(info) == Context(4, 4, 1)
+
+
+def test_what_was_trained_with_look_ahead_is_compared_with_it(tiny_bundles: Path):
+    info = Bundle.load(tiny_bundles / "cpu-fp32").info
+    trained = replace(info, streaming=replace(info.streaming, max_look_ahead=3))
+    assert contexts(trained) == [WHOLE, Context(16, 4), Context(4, 4), Context(4, 4, 3)]
 
 
 def test_made_sound_is_the_same_every_time_and_changes_in_loudness():

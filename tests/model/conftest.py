@@ -4,8 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from asr.context import Context
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.build import build_model
@@ -55,21 +58,28 @@ def tiny_model() -> HybridModel:
 
 @pytest.fixture
 def stream() -> Callable[..., tuple[Tensor, ConformerState]]:
-    """Feed an encoder `chunks_per_call` chunks at a time; the last call may be short."""
+    """Feed an encoder `chunks_per_call` chunks at a time; the last call may be short.
+
+    With look-ahead, all streams end with one call, which takes the rest of each.
+    """
 
     def feed(
-        encoder: Conformer, x: Tensor, x_lens: Tensor, chunk: int, left: int, chunks_per_call: int = 1
+        encoder: Conformer, x: Tensor, x_lens: Tensor, context: Context, chunks_per_call: int = 1
     ) -> tuple[Tensor, ConformerState]:
-        num_frames = chunk * chunks_per_call
-        state = encoder.init_state(len(x), max(left, 0) * chunk)
+        size = context.chunk * chunks_per_call * encoder.subsampling
+        state = encoder.init_state(len(x), context.width, context.delay)
         parts, done = [], 0
-        for part in x.split(num_frames * encoder.subsampling, dim=1):
-            if left < 0:
-                state = state.widen(num_frames)
+        while done < x.shape[1]:
+            is_last = bool(context.delay and x_lens.min() - done <= size)
+            part = x[:, done:] if is_last else x[:, done : done + size]
             lens = (x_lens - done).clamp(0, part.shape[1])
-            y, _, state = encoder(part, lens, state, chunk, left)
-            parts.append(y)
             done += part.shape[1]
-        return torch.cat(parts, dim=1), state
+            if is_last:
+                part = F.pad(part, (0, 0, 0, encoder.flush_frames(context.delay)), value=9.0)
+            if context.left < 0:
+                state = state.widen(-(-part.shape[1] // encoder.subsampling))
+            y, y_lens, state = encoder(part, lens, state, *context)
+            parts.append([row[:n] for row, n in zip(y, y_lens, strict=True)])
+        return pad_sequence([torch.cat(rows) for rows in zip(*parts, strict=True)], batch_first=True), state
 
     return feed

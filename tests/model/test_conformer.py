@@ -19,13 +19,13 @@ def test_there_is_an_encoder_frame_for_every_begun_group(tiny_encoder, subsampli
     assert y_lens.tolist() == [y.shape[1]]
 
 
-@pytest.mark.parametrize(("chunk", "left"), [(0, -1), (3, -1), (3, 1)])
-def test_an_utterance_is_the_same_alone_and_in_a_batch(tiny_encoder, chunk, left):
+@pytest.mark.parametrize("context", [(0, -1, 0), (3, -1, 0), (3, 1, 0), (3, 1, 2)])
+def test_an_utterance_is_the_same_alone_and_in_a_batch(tiny_encoder, context):
     encoder = tiny_encoder()
     x, x_lens = torch.randn(3, 90, 16) * 3, tensor([90, 33, 1])
-    y, y_lens, _ = encoder(x, x_lens, None, chunk, left)
+    y, y_lens, _ = encoder(x, x_lens, None, *context)
     for i, (n, t) in enumerate(zip(x_lens, y_lens, strict=True)):
-        alone, _, _ = encoder(x[i : i + 1, :n], x_lens[i : i + 1], None, chunk, left)
+        alone, _, _ = encoder(x[i : i + 1, :n], x_lens[i : i + 1], None, *context)
         close(y[i : i + 1, :t], alone)
         assert (y[i, t:] == 0).all()
 
@@ -39,7 +39,8 @@ def test_chunk_zero_is_a_chunk_longer_than_the_utterance(tiny_encoder):
 def test_the_context_may_be_given_as_tensors(tiny_encoder):
     encoder = tiny_encoder()
     x, x_lens = torch.randn(1, 50, 16), tensor([50])
-    close(encoder(x, x_lens, None, tensor(2), tensor(1))[0], encoder(x, x_lens, None, 2, 1)[0], atol=0)
+    given = encoder(x, x_lens, None, tensor(2), tensor(1), tensor(1))[0]
+    close(given, encoder(x, x_lens, None, 2, 1, 1)[0], atol=0)
 
 
 def test_checkpointed_activations_give_the_same_gradients(tiny_encoder):
@@ -86,25 +87,28 @@ class _Call(torch.nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, x, x_lens, chunk, left, state):
-        y, y_lens, state = self.encoder(x, x_lens, ConformerState(*state), chunk, left)
+    def forward(self, x, x_lens, chunk, left, right, state):
+        y, y_lens, state = self.encoder(x, x_lens, ConformerState(*state), chunk, left, right)
         return y, y_lens, state.tensors()
 
 
 def test_a_trace_serves_other_batches_lengths_and_widths(tiny_encoder):
     encoder = tiny_encoder(num_layers=1)
-    n, t, w = (torch.export.Dim(name) for name in "ntw")
-    args = torch.randn(2, 32, 16), tensor([32, 20]), tensor(4), tensor(2), encoder.init_state(2, 8).tensors()
-    state_shapes = {0: n}, {0: n, 3: w}, {0: n, 3: w}, {0: n}, {0: n}
+    n, t, w, r = (torch.export.Dim(name) for name in "ntwr")
+    state = encoder.init_state(2, 12, 4).tensors()
+    args = torch.randn(2, 32, 16), tensor([32, 20]), tensor(4), tensor(2), tensor(1), state
+    kept, held_back = {0: n, 3: w}, ({0: n, 2: r}, {0: n, 3: r})
+    state_shapes = {0: n}, kept, kept, *held_back, {0: n}, {0: n}
     traced = torch.export.export(
-        _Call(encoder), args, dynamic_shapes=({0: n, 1: 4 * t}, {0: n}, None, None, state_shapes)
+        _Call(encoder), args, dynamic_shapes=({0: n, 1: 4 * t}, {0: n}, None, None, None, state_shapes)
     ).module(check_guards=False)
 
-    x, x_lens = torch.randn(3, 48, 16), tensor([48, 0, 13])
-    _, _, state = encoder(x, tensor([48] * 3), encoder.init_state(3, 6), 3, 2)
-    y, y_lens, tensors = traced(x, x_lens, tensor(3), tensor(2), state.tensors())
-    expected, expected_lens, expected_state = encoder(x, x_lens, state, 3, 2)
-    close(y, expected)
-    assert torch.equal(y_lens, expected_lens)
-    for a, b in zip(tensors, expected_state.tensors(), strict=True):
-        close(a, b)
+    for context, lens in (((3, 2, 0), [48, 0, 13]), ((3, 2, 2), [48, 48, 48]), ((3, 2, 2), [24, 20, 3])):
+        x, x_lens, delay = torch.randn(3, 48, 16), tensor(lens), context[2] * 3
+        _, _, state = encoder(x, tensor([48] * 3), encoder.init_state(3, 6 + delay, delay), *context)
+        y, y_lens, tensors = traced(x, x_lens, *map(tensor, context), state.tensors())
+        expected, expected_lens, expected_state = encoder(x, x_lens, state, *context)
+        close(y, expected)
+        assert torch.equal(y_lens, expected_lens)
+        for a, b in zip(tensors, expected_state.tensors(), strict=True):
+            close(a, b)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
+from asr.context import Context
 from asr.losses import ctc_loss, label_smoothed_cross_entropy
 
 SAMPLES = torch.randn(3, 12000, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -19,9 +20,10 @@ def x(tiny_model):
 
 def test_the_loss_of_a_batch_is_the_sum_of_its_utterances(tiny_model, x):
     frames, x_lens = x
-    batch = tiny_model(frames, x_lens, TOKENS, TOKEN_LENS, 3, 1)
+    context = Context(3, 1)
+    batch = tiny_model(frames, x_lens, TOKENS, TOKEN_LENS, context)
     single = [
-        tiny_model(frames[i : i + 1, :n], x_lens[i : i + 1], TOKENS[i : i + 1, :u], tensor([u]), 3, 1)
+        tiny_model(frames[i : i + 1, :n], x_lens[i : i + 1], TOKENS[i : i + 1, :u], tensor([u]), context)
         for i, (n, u) in enumerate(zip(x_lens.tolist(), TOKEN_LENS.tolist(), strict=True))
     ]
     for name in ("total", "ctc", "attention"):
@@ -94,7 +96,7 @@ def test_a_few_steps_teach_a_batch(tiny_model, x):
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=5e-3)
     losses = []
     for _ in range(40):
-        loss = tiny_model(*x, TOKENS, TOKEN_LENS, 4, -1)
+        loss = tiny_model(*x, TOKENS, TOKEN_LENS, Context(4))
         optimizer.zero_grad()
         (loss.total / loss.num_tokens).backward()
         optimizer.step()

@@ -15,7 +15,7 @@ def test_keep_takes_what_ends_at_each_length():
 def test_the_convolution_is_causal_and_shows_what_it_saw():
     module = ConvModule(6, 3, 0.0)
     x, past = torch.randn(1, 5, 6), torch.randn(1, 6, 2)
-    y, seen = module(x, past)
+    y, seen = module(x, past, torch.ones(1, 5, 1, dtype=torch.bool))
     gated = F.glu(module.gated(module.norm(x)), -1)
     torch.testing.assert_close(seen, torch.cat([past, gated.transpose(1, 2)], 2))
     z = F.conv1d(seen, module.depthwise.weight[:, :, 0], module.depthwise.bias, groups=6).transpose(1, 2)

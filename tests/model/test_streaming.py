@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
+from asr.context import Context
 from asr.model.conformer import ConformerState
 from asr.model.state import join, select, split
 
@@ -34,7 +35,7 @@ def test_streaming_equals_masked_full_context(tiny_encoder, stream, subsampling,
         tensor([203, 150, 7]),
     )  # the last chunk is short, for each differently
     whole, _, _ = encoder(x, x_lens, None, chunk, left)
-    parts, _ = stream(encoder, x, x_lens, chunk, left)
+    parts, _ = stream(encoder, x, x_lens, Context(chunk, left))
     close(parts, whole)
 
 
@@ -43,26 +44,27 @@ def test_streaming_equals_masked_full_context(tiny_encoder, stream, subsampling,
 def test_several_chunks_in_a_call_equal_one(tiny_encoder, stream, chunks_per_call, left):
     encoder = tiny_encoder()
     x, x_lens = torch.randn(2, 150, 16), tensor([150, 99])
-    one, _ = stream(encoder, x, x_lens, 4, left)
-    several, _ = stream(encoder, x, x_lens, 4, left, chunks_per_call)
+    one, _ = stream(encoder, x, x_lens, Context(4, left))
+    several, _ = stream(encoder, x, x_lens, Context(4, left), chunks_per_call)
     close(several, one)
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(ConformerState)])
 @pytest.mark.parametrize("subsampling", [4, 8])
-def test_every_field_of_the_state_matters(tiny_encoder, stream, field, subsampling):
+def test_every_field_of_the_state_matters(tiny_encoder, field, subsampling):
     encoder = tiny_encoder(subsampling=subsampling)
-    x, x_lens = torch.randn(1, 64, 16), tensor([64])
-    _, state = stream(encoder, x, x_lens, 2, 2)
+    x, x_lens, context = torch.randn(1, 96, 16), tensor([96]), Context(2, 2, 1)
+    _, _, state = encoder(x, x_lens, encoder.init_state(1, context.width, context.delay), *context)
     without = replace(state, **{field: torch.zeros_like(getattr(state, field))})
-    y, without_y = (encoder(x, x_lens, s, 2, 2)[0] for s in (state, without))
+    y, without_y = (encoder(x, x_lens, s, *context)[0] for s in (state, without))
     assert (y - without_y).abs().max() > 1e-3
 
 
 def test_joined_streams_are_the_streams(tiny_encoder, stream):
     encoder = tiny_encoder()
     x = torch.randn(3, 48, 16)
-    states = [stream(encoder, x[i : i + 1, :n], tensor([n]), 2, 3)[1] for i, n in enumerate((16, 48, 8))]
+    parts = [(x[i : i + 1, :n], tensor([n])) for i, n in enumerate((16, 48, 8))]
+    states = [stream(encoder, *part, Context(2, 3))[1] for part in parts]
     alone = [encoder(x[i : i + 1], tensor([48]), s, 2, 3) for i, s in enumerate(states)]
     y, _, state = encoder(x, tensor([48] * 3), join(states), 2, 3)
     close(y, torch.cat([a[0] for a in alone]))
@@ -74,7 +76,7 @@ def test_joined_streams_are_the_streams(tiny_encoder, stream):
 def test_selected_streams_go_on_in_the_new_order(tiny_encoder, stream):
     encoder = tiny_encoder()
     x, x_lens = torch.randn(3, 32, 16), tensor([32] * 3)
-    _, state = stream(encoder, x, x_lens, 2, 3)
+    _, state = stream(encoder, x, x_lens, Context(2, 3))
     y, _, _ = encoder(x, x_lens, state, 2, 3)
     index = tensor([2, 0, 2])
     close(encoder(x[index], x_lens, select(state, index), 2, 3)[0], y[index])
@@ -84,7 +86,7 @@ def test_selected_streams_go_on_in_the_new_order(tiny_encoder, stream):
 def test_a_padded_call_leaves_the_state_of_the_call_alone(tiny_encoder, stream, num_frames):
     encoder = tiny_encoder()
     x = torch.randn(2, 40, 16)
-    _, state = stream(encoder, x, tensor([40, 40]), 2, 3)
+    _, state = stream(encoder, x, tensor([40, 40]), Context(2, 3))
     _, _, both = encoder(x, tensor([40, num_frames]), state, 2, 3)
     expected = split(state)[1]
     if num_frames:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode, modes_for
 from asr.model import torch_scorer
@@ -28,14 +29,14 @@ def waves():
     return [np.random.default_rng(n).normal(0, 0.1, n).astype(np.float32) for n in LENGTHS]
 
 
-@pytest.mark.parametrize(("chunk", "left"), [(0, -1), (4, 1)])
-def test_a_padded_batch_changes_nothing(scorer, waves, chunk, left):
-    log_probs, memory = scorer.encode(waves, chunk, left)
+@pytest.mark.parametrize("context", [WHOLE, Context(4, 1), Context(4, 1, 1)])
+def test_a_padded_batch_changes_nothing(scorer, waves, context):
+    log_probs, memory = scorer.encode(waves, context)
     assert [len(x) for x in log_probs] == [25, 8, 0, 0, 18]
     texts = [[3, 4], [5], [], [2, 2, 2], [9]]
     scores = scorer.score(memory, np.arange(5), texts)
     for n, wave in enumerate(waves):
-        (alone,), memory = scorer.encode([wave], chunk, left)
+        (alone,), memory = scorer.encode([wave], context)
         np.testing.assert_allclose(alone, log_probs[n], atol=1e-5)
         np.testing.assert_allclose(np.exp(alone).sum(1), 1, atol=1e-5)
         (score,) = scorer.score(memory, np.array([0]), texts[n : n + 1])

@@ -8,6 +8,7 @@ from torch import nn, tensor
 
 from asr.errors import CheckpointError, ConfigError
 from asr.model.decoder import DecoderConfig, TransformerDecoder
+from asr.model.masks import ChunkConfig
 from asr.model.state import join, select, split
 from asr.model.wenet import WenetConformer, WenetConformerConfig, WenetConformerState
 from asr.model.wenet_weights import load_wenet, wenet_names
@@ -140,6 +141,13 @@ def test_the_future_beyond_a_chunk_is_not_heard():
     assert (changed_y[:, 8] - y[:, 8]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("right", [1, tensor(2)])
+def test_no_layer_looks_ahead(right):
+    x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
+    with pytest.raises(ConfigError, match=r"^right: [12], and layers of wenet-conformer cannot look ahead"):
+        tiny()(x, x_lens, None, 4, 1, right)
+
+
 def test_a_symmetric_convolution_does_not_stream():
     encoder = tiny(causal=False, kernel_size=5)
     x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
@@ -153,6 +161,7 @@ def test_a_symmetric_convolution_does_not_stream():
     ("wrong", "message"),
     [
         ({"num_heads": 5}, r"encoder\.dim: 24 channels do not divide into 5 heads"),
+        ({"chunk": ChunkConfig(max_right=2)}, r"encoder\.chunk\.max_right: 2, .* expected 0"),
         ({"causal": False}, r"encoder\.kernel_size: 4 is even, expected odd"),
     ],
 )

@@ -96,6 +96,21 @@ def test_every_mode_with_every_chunk_is_a_line(asr, bundle: Path, tmp_path: Path
     assert out_file.with_suffix(".png").exists()
 
 
+def test_the_look_ahead_of_a_setting_is_said(asr, bundle: Path, tmp_path: Path):
+    manifest = write_manifest(tmp_path, texts(bundle))
+    settings = {}
+    for look_ahead in (0, 1):
+        context = ("--chunk-ms", 160, "--look-ahead", look_ahead, "--limit", 1)
+        status, out, _ = asr(bundle, manifest, "--latency", *context)
+        assert status == 0
+        assert ("160 ms  look-ahead 320 ms  WER" in out) == bool(look_ahead)
+        assert ("look-ahead" in out) == bool(look_ahead)
+        status, out, _ = asr(bundle, manifest, "--latency", *context, "--json")
+        (settings[look_ahead],) = json.loads(out)["settings"]
+    assert [settings[n]["config"]["look_ahead"] for n in (0, 1)] == [0, 1]
+    assert [settings[n]["look_ahead_ms"] for n in (0, 1)] == [0, 320]
+
+
 def test_another_bundle_may_align(asr, bundle: Path, tiny_bundles: Path, tmp_path: Path):
     manifest = write_manifest(tmp_path, ["ab", "ab qq ab"])
     cannot_spell = tiny_bundles / "cpu-fp32"

@@ -108,6 +108,10 @@ def test_batches_chunks_and_several_sets(exp, manifest, capsys):
     assert main(["decode", str(exp), *sets]) == 0
     whole = rows_of(exp / "decode" / "one_ctc-prefix" / "hyp.jsonl")
     assert [row["score"] for row in whole] != [row["score"] for row in together]
+    context = ["--chunk-ms", "160", "--left-chunks", "2", "--look-ahead", "1"]
+    assert main(["decode", str(exp), *sets, *context]) == 0
+    ahead = rows_of(exp / "decode" / "one_ctc-prefix_c160_l2_r1" / "hyp.jsonl")
+    assert [row["score"] for row in ahead] != [row["score"] for row in together]
 
 
 def test_bad_audio_is_listed_and_the_rest_decoded(exp, manifest, capsys):
@@ -148,6 +152,8 @@ def test_a_set_that_stops_leaves_the_earlier_result(exp, manifest, tmp_path, cap
     [
         (["--mode", "beam"], "--mode beam: no such mode; expected one of ctc-greedy"),
         (["--chunk-ms", "100"], "--chunk-ms 100: not a multiple of 40 ms"),
+        (["--look-ahead", "1"], "--look-ahead 1: expected 0 or more chunks, whose length --chunk-ms"),
+        (["--look-ahead", "-1", "--chunk-ms", "160"], "--look-ahead -1: expected 0 or more"),
         (["--beam", "0"], "beam is 0"),
         (["--batch-s", "0"], "--batch-s 0.0: expected more than 0"),
         (["--checkpoint", "none"], "none: no such file"),

@@ -56,7 +56,14 @@ def test_train_average_info(corpus: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "step-000001 to step-000003" in capsys.readouterr().out
 
     for path, expected in {
-        "exp/a": ["3, step-000001 to step-000003", "last valid", "wer", "average of", "M in"],
+        "exp/a": [
+            "3, step-000001 to step-000003",
+            "last valid",
+            "wer",
+            "0 of look-ahead",
+            "average of",
+            "M in",
+        ],
         "exp/a/checkpoints/step-000002": ["step          2", "verified", "conformer"],
         "exp/a/average.safetensors": ["step-000001", "parameters"],
     }.items():

@@ -121,6 +121,8 @@ def test_modes_and_context_can_be_chosen(asr, folder: Path):
         for options in ([], ["--mode", "rescore"], ["--chunk-ms", "160"], ["--left-chunks", "0"])
     }
     assert len(outs) > 1
+    chunk = ("--chunk-ms", "80")
+    assert asr(folder / "a.wav", *chunk, "--look-ahead", "2")[1] != asr(folder / "a.wav", *chunk)[1]
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,7 @@ def test_modes_and_context_can_be_chosen(asr, folder: Path):
         (["missing.wav"], "missing.wav: not found"),
         (["a.wav", "--mode", "magic"], "no such mode"),
         (["a.wav", "--left-chunks", "x"], "left-chunks"),
+        (["a.wav", "--look-ahead", "-1"], "look_ahead is -1, expected 0 or more"),
     ],
 )
 def test_mistakes_are_one_line(

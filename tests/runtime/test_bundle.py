@@ -45,11 +45,14 @@ def test_model_json_says_what_a_runtime_needs(tiny_bundles: Path):
         "frames": (3, 80),
         "keys": (2, 2, "W", 16),
         "values": (2, 2, "W", 16),
+        "pending": (2, "R", 32),
+        "queries": (2, 2, "R", 16),
         "conv": (2, 32, 14),
         "offset": (),
     }
-    assert [f.dtype for f in info.encoder_state] == ["float32"] * 4 + ["int64"]
+    assert [f.dtype for f in info.encoder_state] == ["float32"] * 6 + ["int64"]
     assert info.streaming.left_chunks > 0
+    assert (info.num_layers, info.streaming.max_look_ahead) == (2, 0)
     assert info.streaming.chunk_ms in info.streaming.chunk_choices_ms
     assert set(info.files) == {f"{x}.onnx" for x in (*GRAPHS, "reverse")} | {"tokens.txt"}
 
@@ -81,10 +84,16 @@ def test_a_folder_that_is_not_there(tmp_path: Path):
     assert "no such folder" in message(tmp_path / "nothing")
 
 
-def test_another_format_is_refused_whatever_else_it_holds(copy: Path):
+def test_a_newer_format_is_refused_whatever_else_it_holds(copy: Path):
     edit(copy, format=FORMAT + 1, something_new=[1])
-    expected = f"model.json says format {FORMAT + 1}, this version reads {FORMAT}; export again or update"
-    assert message(copy) == f"{copy}: {expected}"
+    said = f"{copy}: model.json says format {FORMAT + 1}, this version reads {FORMAT}; export again or update"
+    assert message(copy) == said
+
+
+def test_an_older_format_is_refused_before_its_fields_are_read(copy: Path):
+    edit(copy, format=FORMAT - 1, something_old=[1])
+    said = f"{copy}: model.json says format {FORMAT - 1}, this version reads {FORMAT}; export again"
+    assert message(copy) == said
 
 
 @pytest.mark.parametrize(

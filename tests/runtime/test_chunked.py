@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from asr.context import Context
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.decode.scorer import Chunking
@@ -52,20 +53,26 @@ def test_what_is_heard_is_in_the_bundle(model, bundle):
 def test_the_graphs_find_what_torch_finds(model, bundle, sound):
     samples = [sound[:48000], np.zeros(0, np.float32), sound[:320], sound[30000:50000]]
     scorers = TorchScorer(model, "cpu"), OnnxScorer(bundle)
-    expected, found = (decode(scorer, "chunked", samples, SEARCH, CHUNK, LEFT) for scorer in scorers)
+    expected, found = (decode(scorer, "chunked", samples, SEARCH, Context(CHUNK, LEFT)) for scorer in scorers)
     for a, b in zip(expected, found, strict=True):
         assert [(x.tokens, x.frames) for x in a] == [(x.tokens, x.frames) for x in b]
         np.testing.assert_allclose([x.score for x in a], [x.score for x in b], rtol=1e-4, atol=1e-3)
     assert len(found[0][0].tokens) > 5
 
 
+@pytest.mark.parametrize("right", [0, 1])
 @pytest.mark.parametrize("block", [4000, 48000])
-def test_a_stream_says_what_is_found_at_once(bundle, sound, block):
+def test_a_stream_says_what_is_found_at_once(bundle, sound, block, right):
     """And says the beginning of it before the end."""
-    (nbest,) = decode(OnnxScorer(bundle), "chunked", [sound[:48000]], SEARCH, CHUNK, LEFT)
+    (nbest,) = decode(OnnxScorer(bundle), "chunked", [sound[:48000]], SEARCH, Context(CHUNK, LEFT, right))
     never = EndpointConfig(trailing_s=100, silence_s=100, max_s=100)
     config = StreamConfig(
-        mode="chunked", chunk_ms=40 * CHUNK, left_chunks=LEFT, search=SEARCH, endpoint=never
+        mode="chunked",
+        chunk_ms=40 * CHUNK,
+        left_chunks=LEFT,
+        look_ahead=right,
+        search=SEARCH,
+        endpoint=never,
     )
     stream = Stream(bundle, config)
     events = [

@@ -79,3 +79,13 @@ def test_samples_are_counted_exactly_beyond_what_32_bits_hold():
     framer.accept(block)
     assert framer.ready() == (1000 - 280) // 160 + 1
     np.testing.assert_array_equal(framer.take(1)[120:], block[:280])
+
+
+@pytest.mark.parametrize("snip_edges", [False, True])
+@pytest.mark.parametrize("num_samples", [400, 1000, 1600])
+def test_no_frames_are_a_window_that_frames_can_be_appended_to(snip_edges: bool, num_samples: int):
+    framer = Framer(160, 400, snip_edges)
+    framer.accept(np.ones(num_samples, np.float32))
+    framer.finish()
+    framer.take(framer.ready())
+    assert len(framer.take(0)) == 400 - 160

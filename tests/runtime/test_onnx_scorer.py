@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode, modes_for
 from asr.decode.scorer import Floats, Window
@@ -9,9 +10,10 @@ from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle
 from asr.runtime.onnx_scorer import OnnxScorer
-from export.verify import Context, at_once, in_chunks
+from export.verify import at_once, in_chunks
 
-CONTEXTS = [(chunk, left) for chunk in (4, 8, 16) for left in (0, 2, 4)]
+CONTEXTS = [Context(chunk, left) for chunk in (4, 8, 16) for left in (0, 2, 4)]
+CONTEXTS += [Context(1, 10, 2), Context(1, 10, 10), Context(4, 2, 1), Context(8, 0, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,9 @@ def scorers(tiny_model: HybridModel, float32: Bundle) -> tuple[TorchScorer, Onnx
     return TorchScorer(tiny_model, "cpu", float32.word_starts), OnnxScorer(float32)
 
 
-@pytest.mark.parametrize("context", [(0, -1), (8, -1), *CONTEXTS])
+@pytest.mark.parametrize("context", [WHOLE, Context(8), Context(8, -1, 1), *CONTEXTS])
 def test_at_once_it_is_the_model(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats, context):
-    expected, found = (at_once(scorer, Context(*context))(sound) for scorer in scorers)
+    expected, found = (at_once(scorer, context)(sound) for scorer in scorers)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -30,8 +32,8 @@ def test_at_once_it_is_the_model(scorers: tuple[TorchScorer, OnnxScorer], sound:
 def test_chunk_by_chunk_it_is_the_model(
     scorers: tuple[TorchScorer, OnnxScorer], float32: Bundle, sound: Floats, context, num_samples: int
 ):
-    expected = at_once(scorers[0], Context(*context))(sound[:num_samples])
-    found = in_chunks(float32, Context(*context))(sound[:num_samples])
+    expected = at_once(scorers[0], context)(sound[:num_samples])
+    found = in_chunks(float32, context)(sound[:num_samples])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
@@ -42,34 +44,34 @@ def test_real_speech_too(scorers: tuple[TorchScorer, OnnxScorer], float32: Bundl
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("field", ["frames", "keys", "values", "conv", "offset"])
+@pytest.mark.parametrize("field", ["frames", "keys", "values", "pending", "queries", "conv", "offset"])
 def test_every_field_of_the_state_is_heard(float32: Bundle, sound: Floats, field: str):
     """Or the tests above could pass with a state that nobody reads."""
     scorer = OnnxScorer(float32)
-    framer, state = scorer.framer(), scorer.init_state(16)
+    context = Context(8, 2, 1)
+    framer, state = scorer.framer(), scorer.init_state(context)
     framer.accept(sound)
-    for _ in range(3):
-        state = scorer.advance(framer.take(32)[None], np.array([32]), 8, 2, state).state
+    for _ in range(4):
+        state = scorer.advance(framer.take(32)[None], np.array([32]), context, state).state
     window, num_frames = framer.take(32)[None], np.array([32])
-    whole = scorer.advance(window, num_frames, 8, 2, state).log_probs
+    whole = scorer.advance(window, num_frames, context, state).log_probs
     other = {**state, field: np.zeros_like(state[field])}
-    assert np.abs(scorer.advance(window, num_frames, 8, 2, other).log_probs - whole).max() > 1e-3
+    assert np.abs(scorer.advance(window, num_frames, context, other).log_probs - whole).max() > 1e-3
 
 
 def test_streams_in_a_batch_are_what_they_are_alone(float32: Bundle, sound: Floats):
     """Also where one has fewer frames, and none at all."""
-    scorer, rng = OnnxScorer(float32), np.random.default_rng(1)
+    scorer, rng, context = OnnxScorer(float32), np.random.default_rng(1), Context(8, 2)
     windows = rng.normal(0, 0.1, (4, 31 * 160 + 400)).astype(np.float32)
     num_frames = np.array([32, 17, 0, 32])
-    state = {
-        name: rng.normal(0, 1, (4, *x.shape[1:])).astype(x.dtype) for name, x in scorer.init_state(16).items()
-    }
+    fresh = scorer.init_state(context).items()
+    state = {name: rng.normal(0, 1, (4, *x.shape[1:])).astype(x.dtype) for name, x in fresh}
     state["offset"] = np.array([40, 8, 0, 2**40])
-    together = scorer.advance(windows, num_frames, 8, 2, state)
+    together = scorer.advance(windows, num_frames, context, state)
     assert together.y_lens.tolist() == [8, 5, 0, 8]
     for n in range(4):
         one = {name: x[n : n + 1] for name, x in state.items()}
-        alone = scorer.advance(windows[n : n + 1], num_frames[n : n + 1], 8, 2, one)
+        alone = scorer.advance(windows[n : n + 1], num_frames[n : n + 1], context, one)
         num = together.y_lens[n]
         np.testing.assert_allclose(together.log_probs[n, :num], alone.log_probs[0, :num], rtol=0, atol=1e-4)
         for name, x in alone.state.items():
@@ -82,7 +84,7 @@ def test_every_mode_gives_the_same_from_torch_and_from_onnx(
 ):
     config = SearchConfig(beam=4, nbest=2)
     samples = [x[:48000] for x in speech] + [np.zeros(0, np.float32), speech[0][:320]]
-    expected, found = (decode(scorer, mode, samples, config, 8, 4) for scorer in scorers)
+    expected, found = (decode(scorer, mode, samples, config, Context(8, 4)) for scorer in scorers)
     for a, b in zip(expected, found, strict=True):
         assert [x.tokens for x in a] == [x.tokens for x in b]
         np.testing.assert_allclose([x.score for x in a], [x.score for x in b], rtol=1e-4, atol=1e-3)

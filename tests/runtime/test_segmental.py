@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.modes import NEEDS, decode
 from asr.decode.scorer import Floats, Window
@@ -117,13 +118,13 @@ def test_hypotheses_of_several_states_are_what_they_were(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize("context", [WHOLE, Context(4, 4), Context(4, 4, 1)], ids=str)
 def test_every_mode_gives_the_same_from_torch_and_from_onnx(
-    scorers: tuple[TorchScorer, OnnxScorer], sound: Floats, mode: str, chunk: int
+    scorers: tuple[TorchScorer, OnnxScorer], sound: Floats, mode: str, context: Context
 ):
     config = SearchConfig(beam=3, nbest=2)
     samples = [sound[:32000], sound[10000:20000], np.zeros(0, np.float32), sound[:320]]
-    expected, found = (decode(scorer, mode, samples, config, chunk, 4) for scorer in scorers)
+    expected, found = (decode(scorer, mode, samples, config, context) for scorer in scorers)
     for a, b in zip(expected, found, strict=True):
         assert [x.tokens for x in a] == [x.tokens for x in b]
         np.testing.assert_allclose([x.score for x in a], [x.score for x in b], rtol=1e-4, atol=1e-3)
@@ -131,13 +132,14 @@ def test_every_mode_gives_the_same_from_torch_and_from_onnx(
     assert len(found[0][0].tokens) > 5
 
 
+@pytest.mark.parametrize("right", [0, 2])
 @pytest.mark.parametrize("mode", ["segmental", "segmental-simple"])
-def test_a_stream_writes_while_it_hears(bundles: Path, sound: Floats, mode: str):
+def test_a_stream_writes_while_it_hears(bundles: Path, sound: Floats, mode: str, right: int):
     bundle = Bundle.load(bundles / "cpu-fp32")
-    config = StreamConfig(mode=mode, chunk_ms=320, left_chunks=4, endpoint=NO_ENDPOINTS)
+    config = StreamConfig(mode=mode, chunk_ms=320, left_chunks=4, look_ahead=right, endpoint=NO_ENDPOINTS)
     stream = Stream(bundle, config)
     events = [event for part in np.array_split(sound, 10) for event in stream.accept(part)] + stream.finish()
     (final,) = [event for event in events if event.final]
-    expected = decode(OnnxScorer(bundle), mode, [sound], config.search, 8, 4)[0][0]
+    expected = decode(OnnxScorer(bundle), mode, [sound], config.search, Context(8, 4, right))[0][0]
     assert final.text == bundle.tokenizer.decode(expected.tokens)
     assert len({event.text for event in events if not event.final}) > 3

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from asr.context import Context
 from asr.decode.modes import decode, modes_for, words
 from asr.decode.scorer import Floats
 from asr.errors import AudioError, BundleError, ConfigError
@@ -29,12 +30,12 @@ def run(bundle: Bundle, samples: Floats, config: StreamConfig, sizes: Iterable[i
 
 
 @pytest.mark.parametrize("sizes", [[160], [1, 333, 7], [4000, 0, 1], [10240], [50000]])
-@pytest.mark.parametrize("target", ["float32", "int8"])
+@pytest.mark.parametrize(("target", "look_ahead"), [("float32", 0), ("int8", 0), ("float32", 2)])
 def test_events_do_not_depend_on_how_the_samples_arrive(
-    request: pytest.FixtureRequest, sound: Floats, target: str, sizes: list[int]
+    request: pytest.FixtureRequest, sound: Floats, target: str, look_ahead: int, sizes: list[int]
 ):
     bundle = request.getfixturevalue(target)
-    config = StreamConfig(mode="rescore", chunk_ms=320)
+    config = StreamConfig(mode="rescore", chunk_ms=320, look_ahead=look_ahead)
     expected = run(bundle, sound, config, [len(sound)])
     assert run(bundle, sound, config, sizes) == expected
     assert any(event.final for event in expected)
@@ -42,33 +43,40 @@ def test_events_do_not_depend_on_how_the_samples_arrive(
 
 
 @pytest.mark.parametrize("mode", modes_for("transformer"))
-@pytest.mark.parametrize(("chunk_ms", "left"), [(160, 2), (640, 0), (320, 4)])
+@pytest.mark.parametrize(("chunk_ms", "left", "right"), [(160, 2, 0), (640, 0, 0), (320, 4, 0), (160, 2, 3)])
 def test_without_endpoints_a_stream_says_what_decoding_says(
-    float32: Bundle, sound: Floats, mode: str, chunk_ms: int, left: int
+    float32: Bundle, sound: Floats, mode: str, chunk_ms: int, left: int, right: int
 ):
-    config = StreamConfig(mode=mode, chunk_ms=chunk_ms, left_chunks=left, endpoint=NO_ENDPOINTS)
+    config = StreamConfig(
+        mode=mode, chunk_ms=chunk_ms, left_chunks=left, look_ahead=right, endpoint=NO_ENDPOINTS
+    )
     (found,) = [event for event in run(float32, sound, config, [5000]) if event.final]
     chunk = float32.info.chunk_frames(chunk_ms)
-    expected = decode(OnnxScorer(float32), mode, [sound], config.search, chunk, left)[0][0]
+    expected = decode(OnnxScorer(float32), mode, [sound], config.search, Context(chunk, left, right))[0][0]
     assert found.text == float32.tokenizer.decode(expected.tokens)
     assert len(found.words) == len(float32.tokenizer.words(expected.tokens))
     spoken = words(expected, float32.tokenizer.words, 0.04)
     assert found.words[0].start_s == pytest.approx(spoken[0].start_s)
 
 
-def test_the_last_word_is_never_lost(float32: Bundle, sound: Floats):
+@pytest.mark.parametrize("right", [0, 1])
+def test_the_last_word_is_never_lost(float32: Bundle, sound: Floats, right: int):
     """Whatever the length: the frames of the mirrored end are decoded as they are at once."""
-    config = StreamConfig(mode="ctc-greedy", chunk_ms=640, endpoint=NO_ENDPOINTS)
+    config = StreamConfig(mode="ctc-greedy", chunk_ms=640, look_ahead=right, endpoint=NO_ENDPOINTS)
+    scorer, context = OnnxScorer(float32), Context(16, 4, right)
     for num_samples in [1, 79, 80, 200, 320, 1000, 10119, 10120, 10121, 10240, 10400, 20000]:
         samples = sound[30000 : 30000 + num_samples]
-        expected = decode(OnnxScorer(float32), "ctc-greedy", [samples], config.search, 16, 4)[0][0]
+        expected = decode(scorer, "ctc-greedy", [samples], config.search, context)[0][0]
         texts = [event.text for event in run(float32, samples, config, [160]) if event.final]
         assert texts == [text for text in [float32.tokenizer.decode(expected.tokens)] if text]
 
 
 @pytest.mark.parametrize("calls", [2, 5])
-def test_several_chunks_a_call_tell_the_same_events(float32: Bundle, sound: Floats, calls: int):
-    config = StreamConfig(chunk_ms=320, mode="rescore")
+@pytest.mark.parametrize("look_ahead", [0, 2])
+def test_several_chunks_a_call_tell_the_same_events(
+    float32: Bundle, sound: Floats, calls: int, look_ahead: int
+):
+    config = StreamConfig(chunk_ms=320, mode="rescore", look_ahead=look_ahead)
     expected = run(float32, sound, config, [len(sound)])
     assert run(float32, sound, replace(config, chunks_per_call=calls), [160]) == expected
 
@@ -101,6 +109,24 @@ def test_partial_texts_come_while_the_utterance_lasts_and_never_twice(float32: B
     (final,) = stream.finish()[-1:]
     assert final.final
     assert final.text.startswith(texts[-1])
+
+
+def test_look_ahead_is_later_and_its_times_are_right(float32: Bundle, sound: Floats):
+    """Two layers that look ahead by a chunk of 160 ms each: nothing is told of the last 320 ms."""
+    config = replace(GREEDY, chunk_ms=160, look_ahead=1, endpoint=NO_ENDPOINTS)
+    stream, ends, told = Stream(float32, config), [], []
+    for start in range(0, len(sound), 1600):
+        events = stream.accept(sound[start : start + 1600])
+        assert stream.encoded_s <= max(stream.duration_s - 0.32, 0)
+        assert all(event.end_s <= stream.encoded_s + 1e-6 for event in events)
+        ends += [stream.encoded_s]
+        told += events
+    assert ends[2] == 0 < ends[8] < stream.duration_s - 0.32 + 0.001
+    final = stream.finish()[-1]
+    assert stream.encoded_s == pytest.approx(stream.duration_s, abs=0.01)
+    starts = [word.start_s for word in told[-1].words[:-1]]
+    assert len(starts) > 3
+    assert [word.start_s for word in final.words[: len(starts)]] == pytest.approx(starts)
 
 
 def test_the_decoder_hears_the_silence_before_an_utterance_but_not_all_of_it(float32: Bundle, sound: Floats):
@@ -141,10 +167,12 @@ def test_samples_of_another_kind_are_refused(float32: Bundle):
         stream.accept(np.zeros(10, np.float32))
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 320])
-def test_almost_nothing_is_no_error(float32: Bundle, num_samples: int):
+@pytest.mark.parametrize("num_samples", [0, 1, 79, 320])
+@pytest.mark.parametrize("look_ahead", [0, 3])
+def test_almost_nothing_is_no_error(float32: Bundle, num_samples: int, look_ahead: int):
     for mode in ("ctc-prefix", "rescore"):
-        events = run(float32, np.zeros(num_samples, np.float32), StreamConfig(mode=mode), [160])
+        config = StreamConfig(mode=mode, look_ahead=look_ahead)
+        events = run(float32, np.zeros(num_samples, np.float32), config, [160])
         assert all(event.text for event in events if event.final)
 
 
@@ -160,6 +188,12 @@ def test_settings_that_are_not_possible(float32: Bundle):
         Stream(float32, StreamConfig(chunk_ms=100))
     with pytest.raises(ConfigError, match="needs a limit"):
         StreamConfig(left_chunks=-1)
+    with pytest.raises(ConfigError, match="look_ahead is -1"):
+        StreamConfig(look_ahead=-1)
+    with pytest.raises(ConfigError, match=r"look_ahead of 1000 chunks in each of 2 layers is 1,280 s"):
+        Stream(float32, StreamConfig(chunk_ms=640, look_ahead=1000))
+    with pytest.raises(BundleError, match="a chunk of 0 ms"):
+        Stream(float32, StreamConfig(chunk_ms=0, look_ahead=1))
     with pytest.raises(ConfigError, match="no such mode: magic"):
         StreamConfig(mode="magic")
     with pytest.raises(ConfigError, match="chunks_per_call"):

@@ -115,5 +115,12 @@ def test_the_context_is_drawn_from_seed_and_step_alone(lab: Any) -> None:
     torch.manual_seed(99)
     assert [context_of_step(config, step, 40) for step in range(50)] == first
     assert len(set(first)) > 10
+    config.encoder.chunk.max_right = 2
+    assert {context.right for context in (context_of_step(config, step, 40) for step in range(50))} == {
+        0,
+        1,
+        2,
+    }
+    config.encoder.chunk.max_right = 0
     config.train.seed = 2
     assert [context_of_step(config, step, 40) for step in range(50)] != first
