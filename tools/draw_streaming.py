@@ -246,7 +246,9 @@ def timeline() -> Figure:
             kept = all(b <= n for a, b in zip(first, for_good, strict=True) if n in (a, b))
             face = HEARD if kept else "white"
             axes.plot(n * FRAME_S, y + 0.42, "o", color=HEARD, markerfacecolor=face, markersize=6)
-            axes.text(n * FRAME_S, y + 0.28, " ".join(new), ha="center", va="bottom", fontsize=8)
+            place = {"ha": "center", "va": "bottom", "fontsize": 8}
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.text(n * FRAME_S, y + 0.26, " ".join(new), bbox=behind, **place)
     axes.set_yticks([-0.5, *(y + 0.42 for y in range(len(rows)))], ["spoken", *(x.modes for x in rows)])
     axes.set(xlim=(0, last * FRAME_S + 0.25), ylim=(len(rows) + 0.1, -1.0))
     axes.set_xlabel(
