@@ -56,14 +56,9 @@ Bools = NDArray[np.bool_]
 
 
 def look_ahead_mask(num_frames: int, chunk: int, left: int, right: int = 0) -> Bools:
-    """(T, T): which frames (columns) a frame (row) attends to in one layer of the encoder.
-
-    With look-ahead a frame asks when `right` chunks more have arrived, as the frame does that comes so much
-    later, which sees as much more of the past.
-    """
-    late, lens = right * chunk, torch.tensor([num_frames + right * chunk])
-    mask = context_mask(torch.tensor([0]), lens, 0, int(lens), chunk, left + right)[0]
-    return mask[late:, :num_frames].numpy()
+    """(T, T): which frames (columns) a frame (row) attends to in one layer of the encoder."""
+    mask = context_mask(torch.tensor([0]), torch.tensor([num_frames]), 0, num_frames, chunk, left, right)
+    return mask[0].numpy()
 
 
 def through_layers(mask: Bools, num_layers: int) -> Bools:
