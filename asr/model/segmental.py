@@ -113,11 +113,9 @@ class SegmentalDecoder(TransformerDecoder):
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> of each token, its log-probability given that the sequence does not end here; of
         sos/eos, that it does, if this is the last frame; of blank, -inf."""
-        ends = end_odds(logits)
-        never = torch.full_like(ends, -torch.inf)
-        return torch.cat(
-            [never[..., None], F.logsigmoid(ends)[..., None], logits[..., FIRST_UNIT:].log_softmax(-1)], -1
-        )
+        eos = logits[..., SOS_EOS:].log_softmax(-1)[..., :1]
+        never = torch.full_like(eos, -torch.inf)
+        return torch.cat([never, eos, logits[..., FIRST_UNIT:].log_softmax(-1)], -1)
 
     def loss(
         self,
