@@ -211,9 +211,11 @@ class TorchScorer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = self.model.training
-        self.model.eval()
+        if training:  # it visits every module, which costs as much as a small step
+            self.model.eval()
         try:
             with torch.inference_mode():
                 yield
         finally:
-            self.model.train(training)
+            if training:
+                self.model.train()
