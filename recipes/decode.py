@@ -109,7 +109,7 @@ class Recogniser:
     def row(self, cut: Cut, nbest: Sequence[Hypothesis]) -> dict[str, Any]:
         """What hyp.jsonl says of an utterance."""
         from asr.data.cuts import cut_speaker, cut_text
-        from asr.decode.modes import words
+        from asr.decode.words import words
 
         best = nbest[0]
         found = words(best, self.tokenizer.words, self.scorer.frame_s)
@@ -189,7 +189,7 @@ def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchCo
         return Recogniser(
             OnnxScorer(bundle), bundle.tokenizer, bundle.info.features.sample_rate, mode, search
         )
-    from asr.decode.modes import word_starts
+    from asr.decode.words import word_starts
     from asr.model.torch_scorer import TorchScorer
     from asr.train.checkpoint import load_model
     from asr.train.distributed import device_of

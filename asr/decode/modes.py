@@ -8,10 +8,9 @@ alone in modes attention and chunked).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asr.context import WHOLE, Context
 from asr.decode.chunked import ChunkedSearch
@@ -21,7 +20,7 @@ from asr.decode.joint import search
 from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.policies import align_att, ed_att
 from asr.decode.rescore import rescore
-from asr.decode.scorer import UNK, Floats, Hypothesis, Scorer
+from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
 from asr.decode.triggered import Triggered
 from asr.decode.unbounded import unbounded
@@ -167,34 +166,3 @@ def start_search(mode: str, scorer: Scorer, config: SearchConfig) -> OnlineSearc
     """The search of any mode for one utterance that arrives piece by piece; ConfigError as `check_mode`."""
     check_mode(mode, scorer.decoder_type)
     return ONLINE[mode](scorer, config) if mode in ONLINE else AtEnd(mode, scorer, config)
-
-
-class Word(NamedTuple):
-    """A word, and where it is."""
-
-    word: str
-    start_s: float
-    end_s: float
-    confidence: float
-    """That of its least certain token."""
-
-
-Spell = Callable[[Sequence[int]], list[tuple[str, int, int]]]
-"""Token ids -> (word, its first token, the one behind its last), as Tokenizer.words."""
-
-
-def word_starts(spell: Spell, num_tokens: int) -> NDArray[np.bool_]:
-    """Units before which a word is complete (V,): they part two others."""
-    return np.array([len(spell((UNK, unit, UNK))) > 1 for unit in range(num_tokens)])
-
-
-def words(hypothesis: Hypothesis, spell: Spell, frame_s: float) -> list[Word]:
-    """The words of a hypothesis, from the frame of the first token to the end of that of the last.
-
-    frame_s: seconds per encoder frame.
-    """
-    frames, confidence = hypothesis.frames, hypothesis.confidence
-    return [
-        Word(word, frames[first] * frame_s, (frames[end - 1] + 1) * frame_s, min(confidence[first:end]))
-        for word, first, end in spell(hypothesis.tokens)
-    ]

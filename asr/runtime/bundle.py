@@ -28,8 +28,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from asr.context import Context
-from asr.decode.modes import word_starts
 from asr.decode.scorer import Chunking
+from asr.decode.words import word_starts
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 

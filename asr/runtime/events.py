@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from asr.decode.modes import Word, words
 from asr.decode.scorer import Hypothesis
+from asr.decode.words import Word, words
 from asr.tokens import Tokenizer
 
 

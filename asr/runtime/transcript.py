@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from asr.decode.modes import Word
+from asr.decode.words import Word
 from asr.runtime.events import Event
 
 MAX_LETTERS = 84

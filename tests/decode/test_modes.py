@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import Word, decode, modes_for, words
+from asr.decode.modes import decode, modes_for
+from asr.decode.words import Word, words
 from asr.errors import ConfigError
 
 WIDE = SearchConfig(beam=400, nbest=8, tokens_per_frame=4, length_margin=100, max_repeats=100)

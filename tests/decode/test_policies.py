@@ -8,9 +8,10 @@ import pytest
 
 from asr.context import WHOLE
 from asr.decode.config import SearchConfig
-from asr.decode.modes import decode, start_search, word_starts
+from asr.decode.modes import decode, start_search
 from asr.decode.policies import little_recent, outside_margin
 from asr.decode.scorer import Step
+from asr.decode.words import word_starts
 from asr.errors import ConfigError
 
 POLICIES = ["alignatt", "edatt"]

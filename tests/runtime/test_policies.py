@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import word_starts
 from asr.decode.scorer import Floats
+from asr.decode.words import word_starts
 from asr.runtime import Bundle, EndpointConfig, Event, Stream, StreamConfig
 
 MODES = ["alignatt", "edatt", "triggered"]

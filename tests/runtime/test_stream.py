@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from asr.context import Context
-from asr.decode.modes import decode, modes_for, words
+from asr.decode.modes import decode, modes_for
 from asr.decode.scorer import Floats
+from asr.decode.words import words
 from asr.errors import AudioError, BundleError, ConfigError
 from asr.runtime import Bundle, EndpointConfig, Event, Stream, StreamConfig
 from asr.runtime.onnx_scorer import OnnxScorer

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from asr.decode.modes import Word
+from asr.decode.words import Word
 from asr.runtime import Event
 from asr.runtime.transcript import FORMATS, MAX_CUE_S, MAX_LETTERS, as_dict, clock, cues
 
