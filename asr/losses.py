@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from asr.errors import ConfigError
+
 BLANK = 0
 
 
@@ -29,6 +31,14 @@ class LossConfig:
 
     label_smoothing: float = 0.1
     """Probability that the decoder's target spreads evenly over all units."""
+
+    quantity: float = 0.0
+    """Weight of the loss of a head that counts words (asr/model/fire.py); 0 builds none. It learns the same
+    with a small one such as 0.01, which keeps its gradient out of the norm that optim.clip_norm limits."""
+
+    def __post_init__(self) -> None:
+        if not self.quantity >= 0:
+            raise ConfigError(f"quantity is {self.quantity}; expected 0 or more")
 
 
 def ctc_loss(log_probs: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     decoder   a whole token sequence at once, or one token with the state of those before it
     reverse   a whole token sequence from right to left, for models with a second decoder
     length    where segments end, and how long they were in training, for models with a segmental decoder
+    fire      weights of frames that add up to the number of words, for models with a head that counts them
 
 Batch, samples, cached frames, tokens: all dynamic. Opset 18 and IR version 10, which onnxruntime 1.20 reads.
 """
@@ -26,6 +27,7 @@ from asr.context import Context
 from asr.errors import ConfigError
 from asr.model.conformer import ConformerState
 from asr.model.decoder import DecoderState, TransformerDecoder
+from asr.model.fire import Fire
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import LengthModel, SegmentalDecoder
 
@@ -120,6 +122,8 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
         traces["reverse"] = reverse_trace(model, model.reverse_decoder)
     if isinstance(model.decoder, SegmentalDecoder):
         traces["length"] = length_trace(model, model.decoder.length)
+    if model.fire is not None:
+        traces["fire"] = fire_trace(model.fire)
     return {name: export(trace, name) for name, trace in traces.items()}
 
 
@@ -191,6 +195,11 @@ def length_trace(model: HybridModel, length: LengthModel) -> Trace:
         ["log_odds", "log_lengths"],
         0,
     )
+
+
+def fire_trace(fire: Fire) -> Trace:
+    inputs = {"y": torch.randn(1, 7, fire.weight.shape[1])}
+    return Trace(fire.eval(), inputs, {"y": {1: Dim("T")}}, ["alpha"], 0)
 
 
 def state_names(state: ConformerState | DecoderState) -> list[str]:

@@ -45,6 +45,10 @@ class SearchConfig:
     recent_frames: int = 2
     """... so many encoder frames that have arrived."""
 
+    detect_truncation: bool = False
+    """Modes alignatt and edatt ask a head of the model whether what has arrived ends with a word: then they
+    write all that they may, and otherwise never the last word of a text that seems to have ended."""
+
     trigger_frames: int = 8
     """Encoder frames behind its CTC spike that a token hears in mode triggered."""
 

@@ -14,6 +14,11 @@ them). Their place among the frames says how old the sound is that the token was
 
 The very last frame is left out: decoders rest their attention there, whatever they write.
 
+A decoder that hears half a word often writes another word, and ends. A model with a head that counts words
+(Scorer.fire) can be asked, `detect_truncation`, whether what has arrived ends with a word. If it does, every
+token that is allowed is written, whatever seems to come next. If not, the last word of a hypothesis is never
+written, even where the hypothesis has ended; nor is a last word that silence follows, until more is heard.
+
 B hypotheses · T encoder frames
 
 Papi et al., "AlignAtt", arXiv:2305.11408, and "Attention as a Guide for Simultaneous Speech Translation",
@@ -31,6 +36,10 @@ from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy
 from asr.decode.joint import NOTHING, Finished, Search
 from asr.decode.scorer import Floats, Hypothesis, Scorer
+from asr.errors import ConfigError
+
+BOUNDARY_FRAMES = 2
+"""A word that ends in the last so many frames ends with what has arrived."""
 
 Policy = Callable[[Floats, SearchConfig], NDArray[np.bool_]]
 """Attention (B, T) without the last frame -> which hypotheses may write their next token (B,)."""
@@ -47,6 +56,32 @@ def little_recent(attention: Floats, config: SearchConfig) -> NDArray[np.bool_]:
     return recent < config.recent_share * np.maximum(attention.sum(1), np.finfo(np.float32).tiny)
 
 
+def ends_with_a_word(alpha: Floats) -> bool:
+    """Whether the last word counted by the weights alpha (T,) of what has arrived ends in its last frames.
+
+    The weights are scaled so that they add up to a whole number; word k ends where their running sum passes
+    k - 1/2, the middle of its rise from k - 1 to k. (The last k itself is reached at the very last frame,
+    however long ago the word ended.)
+    """
+    sums = np.cumsum(alpha, dtype=np.float64)
+    if not len(sums) or np.rint(sums[-1]) < 1:
+        return False
+    counts = np.floor(sums * np.rint(sums[-1]) / sums[-1] + 0.5)
+    before = counts[-1 - BOUNDARY_FRAMES] if len(counts) > BOUNDARY_FRAMES else 0
+    return bool(counts[-1] > before)
+
+
+def check_detection(scorer: Scorer) -> None:
+    """ConfigError where a model cannot be asked whether what has arrived ends with a word."""
+    if not scorer.has_fire:
+        raise ConfigError(
+            "detect_truncation: this model has no head that counts words; train one with loss.quantity=0.01, "
+            "from train.init if it is to be this model otherwise, or leave detect_truncation out"
+        )
+    if not scorer.word_starts.any():
+        raise ConfigError("detect_truncation: the units do not say where words begin; leave it out")
+
+
 class Guided:
     """The OnlineSearch of one utterance by a policy."""
 
@@ -56,6 +91,10 @@ class Guided:
         self._memory: Any = None
         self._log_probs: list[Floats] = []
         self._written = self._before = NOTHING
+        self._whole: bool | None = None
+        """Whether what has arrived ends with a word, where that is asked."""
+        if config.detect_truncation:
+            check_detection(scorer)
 
     def advance(self, memory: Any, log_probs: Floats) -> None:
         """As OnlineSearch.advance. As long as CTC heard nothing, nothing is searched."""
@@ -93,6 +132,8 @@ class Guided:
 
         The search ends as soon as all hypotheses agree on them, mostly at its first step.
         """
+        if self._config.detect_truncation:
+            self._whole = ends_with_a_word(self._scorer.fire(self._memory))
         search = self._search(self._written, allowed_only=True)
         agreed = False
         while search.live and not agreed:
@@ -112,13 +153,16 @@ class Guided:
         return len({x.tokens[: self._cut(x)] for x in (*search.answers[0].finished, *growing)}) == 1
 
     def _cut(self, found: Finished) -> int:
-        """How many tokens of a hypothesis may be written. One that ended, ended with a word."""
+        """How many tokens of a hypothesis may be written. One that ended, ended with a word, unless what has
+        arrived does not."""
         starts, end = self._scorer.word_starts, found.free
-        if not starts.any() or end == len(found.tokens):
+        has_ended = end == len(found.tokens)
+        if self._whole or not starts.any() or (has_ended and self._whole is None):
             return end
+        end -= has_ended
         while end > len(self._written.tokens) and not starts[found.tokens[end]]:
             end -= 1
-        return end
+        return max(end, len(self._written.tokens))
 
     def _placed(self, found: Finished) -> Hypothesis:
         """The tokens that may be written, with their frames and confidences."""

@@ -86,6 +86,9 @@ class Scorer(Protocol):
     has_reverse: bool
     """Whether there is a second decoder, from right to left, to score with."""
 
+    has_fire: bool
+    """Whether there is a head that counts words."""
+
     word_starts: NDArray[np.bool_]
     """Units before which a word is complete (V,); where units do not say, none is."""
 
@@ -132,6 +135,11 @@ class Scorer(Protocol):
     def log_lengths(self) -> Floats:
         """log p(length | token) (V, M) of segments of 1 to M frames, as counted in the training of a
         segmental decoder. Of longer ones it hears the last M."""
+        ...
+
+    def fire(self, memory: Any) -> Floats:
+        """Weights alpha (T,) of the frames of one utterance, of which there is one at least: they add up to
+        the number of words that are complete in it."""
         ...
 
     def score(

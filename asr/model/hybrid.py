@@ -13,6 +13,7 @@ from asr.features import Cmvn, Fbank, FbankConfig
 from asr.losses import LossConfig, ctc_loss
 from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder, reverse
+from asr.model.fire import Fire
 from asr.model.layers import initialise
 
 
@@ -22,12 +23,16 @@ class Loss(NamedTuple):
     total: Tensor
     ctc: Tensor
     attention: Tensor
+    quantity: Tensor
+    """Of the head that counts words, in words; 0 without one."""
+
     num_tokens: Tensor
     """Tokens and one sos/eos per utterance."""
 
 
 class HybridModel(nn.Module):
-    """An encoder with two heads, or three: CTC, the decoder, and one from right to left (U2++)."""
+    """An encoder with heads: CTC, the decoder, and perhaps one from right to left (U2++), and one that counts
+    words."""
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class HybridModel(nn.Module):
         self.ctc = nn.Linear(encoder.dim, num_tokens)
         self.decoder = decoder
         self.reverse_decoder = reverse_decoder
+        self.fire = Fire(encoder.dim) if loss.quantity > 0 else None
         self.ctc.apply(initialise)
 
     @torch.no_grad()
@@ -85,14 +91,17 @@ class HybridModel(nn.Module):
         """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
 
         token_ends (N, U): the encoder frame behind each token, where there is an alignment.
-        total = w_ctc * ctc + w_attention * attention, all summed over the utterances.
+        total = w_ctc * ctc + w_attention * attention + w_quantity * quantity, all summed over the utterances.
         """
         y, y_lens = self.encode(x, x_lens, context)
         ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
         ends = tokens[:, :0] if token_ends is None else token_ends
         attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()
-        total = self.loss.ctc * ctc + self.loss.attention * attention
-        return Loss(total, ctc, attention, token_lens.sum() + len(token_lens))
+        total, quantity = self.loss.ctc * ctc + self.loss.attention * attention, torch.zeros_like(ctc)
+        if self.fire:
+            quantity = self.fire.loss(y, y_lens, tokens, token_lens, ends, chunk).sum()
+            total = total + self.loss.quantity * quantity
+        return Loss(total, ctc, attention, quantity, token_lens.sum() + len(token_lens))
 
     def _attention_loss(
         self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, token_ends: Tensor

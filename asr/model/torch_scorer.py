@@ -91,6 +91,7 @@ class TorchScorer:
         self.decoder_type: str = model.decoder.config.type
         self.chunking = model.decoder.chunking
         self.has_reverse = model.reverse_decoder is not None
+        self.has_fire = model.fire is not None
         self.word_starts = np.zeros(self.num_tokens, bool) if word_starts is None else word_starts
         self.frame_s = model.frame_s
 
@@ -175,6 +176,12 @@ class TorchScorer:
         """As Scorer.log_lengths."""
         assert isinstance(self.model.decoder, SegmentalDecoder)
         return self.model.decoder.length.log_lengths().cpu().numpy()
+
+    def fire(self, memory: Memory) -> Floats:
+        """As Scorer.fire."""
+        assert self.model.fire is not None
+        with self._evaluating():
+            return self.model.fire(memory.y)[0].cpu().numpy()
 
     def score(
         self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False

@@ -8,6 +8,7 @@
     reverse.onnx    (tokens from right to left, y) -> log-probabilities; of models with a second decoder
     length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and counted
                     lengths; of segmental decoders
+    fire.onnx       y -> weights of its frames, that add up to the number of words; of models that count them
     tokens.txt      the units; tokens.model or lexicon.txt beside it where text is to be encoded
 
 A flipped byte in the weights would load without complaint and only cost accuracy, hence the hashes. Graphs
@@ -139,6 +140,11 @@ class ModelInfo:
         return "reverse.onnx" in self.files
 
     @property
+    def has_fire(self) -> bool:
+        """Whether there is a head that counts words."""
+        return "fire.onnx" in self.files
+
+    @property
     def frame_s(self) -> float:
         """Seconds of audio per encoder frame."""
         return self.subsampling * self.features.shift_samples / self.features.sample_rate
@@ -206,6 +212,10 @@ class Bundle:
     @cached_property
     def length(self) -> ort.InferenceSession:
         return self._session("length")
+
+    @cached_property
+    def fire(self) -> ort.InferenceSession:
+        return self._session("fire")
 
     def _session(self, name: str) -> ort.InferenceSession:
         """Open a graph, and free its bytes."""

@@ -110,6 +110,7 @@ class OnnxScorer:
         self.decoder_type = bundle.info.decoder_type
         self.chunking = bundle.info.chunking
         self.has_reverse = bundle.info.has_reverse
+        self.has_fire = bundle.info.has_fire
         self.word_starts = bundle.word_starts
 
     # streams
@@ -204,6 +205,9 @@ class OnnxScorer:
         none = np.zeros(0, np.int64)
         inputs = {"y": np.zeros((0, self.bundle.info.dim), np.float32), "labels": none, "durations": none}
         return self.bundle.length.run(["log_lengths"], inputs)[0]
+
+    def fire(self, memory: Memory) -> Floats:
+        return self.bundle.fire.run(None, {"y": memory.ys[0][None]})[0][0]
 
     def score(
         self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False

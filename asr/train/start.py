@@ -9,9 +9,11 @@ from torch import Tensor
 from asr.config import ExperimentConfig
 from asr.data.augment import SpecAugment
 from asr.data.loader import Loader, build_loader
+from asr.decode.words import word_starts
+from asr.errors import ConfigError
 from asr.features import Cmvn
 from asr.model.hybrid import HybridModel
-from asr.tokens import tokens_hash
+from asr.tokens import Tokenizer, tokens_hash
 from asr.train import distributed
 from asr.train.checkpoint import AVERAGE, about_weights, check_tokens_hash, take_weights
 from asr.train.learner import Learner
@@ -43,6 +45,7 @@ def start(run: Run, loader: Loader) -> Learner:
     """A learner as the last checkpoint left it, or a fresh one with its features normalised."""
     config, device = run.config, run.device
     learner = Learner.fresh(config, len(run.tokenizer.symbols), device)
+    mark_words(learner.model, run.tokenizer)
     if not run.resume(learner):
         taken = begin_from_another(run, learner.model) if config.train.init else []
         if config.train.cmvn and "cmvn.mean" not in taken:
@@ -52,6 +55,19 @@ def start(run: Run, loader: Loader) -> Learner:
     learner.model.train()
     run.say(describe_model(learner.model, config, device))
     return learner
+
+
+def mark_words(model: HybridModel, tokenizer: Tokenizer) -> None:
+    """Tell the head that counts words, where there is one, which units begin them. Raises ConfigError."""
+    if model.fire is None:
+        return
+    starts = word_starts(tokenizer.words, len(tokenizer.symbols))
+    if not starts.any():
+        raise ConfigError(
+            "loss.quantity: words cannot be counted, as the units of data.tokens do not say where they "
+            "begin; set it to 0, or train on other units"
+        )
+    model.fire.word_starts = torch.from_numpy(starts).to(model.fire.weight.device)
 
 
 def begin_from_another(run: Run, model: HybridModel) -> list[str]:

@@ -23,6 +23,7 @@ class Toy:
     frame_s = 0.04
     decoder_type = "transformer"
     has_reverse = False
+    has_fire = False
 
     def __init__(
         self, num_tokens: int = 4, decoder: Callable[[tuple[int, ...]], Floats] | None = None
