@@ -99,7 +99,7 @@ class HybridModel(nn.Module):
         attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()
         total, quantity = self.loss.ctc * ctc + self.loss.attention * attention, torch.zeros_like(ctc)
         if self.fire:
-            quantity = self.fire.loss(y, y_lens, tokens, token_lens, ends, chunk).sum()
+            quantity = self.fire.loss(y, y_lens, tokens, token_lens, ends, context.chunk).sum()
             total = total + self.loss.quantity * quantity
         return Loss(total, ctc, attention, quantity, token_lens.sum() + len(token_lens))
 
