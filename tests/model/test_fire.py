@@ -112,6 +112,7 @@ def test_prefixes_are_whole_chunks_of_every_length(chunk):
 
 def test_no_gradient_reaches_anything_else():
     fired, plain = model_of(0.5), model_of()
+    torch.nn.init.normal_(fired.fire.weight)
     for model in (fired, plain):
         model(**batch(), token_ends=ENDS).total.backward()
     assert fired.fire is not None
