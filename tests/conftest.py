@@ -68,12 +68,12 @@ def tiny_model() -> "HybridModel":
     from asr.losses import LossConfig
     from asr.model.build import build_model
     from asr.model.conformer import ConformerConfig
-    from asr.model.decoder import DecoderConfig
+    from asr.model.decoder import DecoderConfig, TransformerDecoder
 
     with torch.random.fork_rng():
         torch.manual_seed(7)
         encoder = ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8)
-        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64, reverse_layers=1)
+        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64)
         model = build_model(FbankConfig(), encoder, decoder, LossConfig(), len(TINY_SYMBOLS)).eval()
         with torch.no_grad():
             model.cmvn.mean += -6.0
@@ -84,6 +84,8 @@ def tiny_model() -> "HybridModel":
             model.ctc.bias -= model.ctc(y).mean((0, 1))
             model.ctc.bias[0] += 4
             model.decoder.out.bias[1] -= 4  # it does not stop at once
+        model.reverse_decoder = TransformerDecoder(decoder, len(TINY_SYMBOLS), encoder.dim).eval()
+        decoder.reverse_layers = 1
     return model
 
 

@@ -25,8 +25,9 @@ def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
         "memory": (["y"], ["cross_keys", "cross_values"]),
         "decoder": (
             ["tokens", "cross_keys", "cross_values", "y_lens", "keys", "values"],
-            ["log_probs", "next_keys", "next_values"],
+            ["log_probs", "attention", "next_keys", "next_values"],
         ),
+        "reverse": (["tokens", "y"], ["log_probs"]),
     }
     for name, graph in graphs.items():
         found = [x.name for x in graph.graph.input], [x.name for x in graph.graph.output]
