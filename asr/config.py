@@ -36,6 +36,9 @@ class TrainConfig:
     of the same name are taken, with them the normalisation of the features, the rest is fresh; "" is off. A
     training that goes on does not read it."""
 
+    init_parts: list[str] = field(default_factory=list)
+    """Take these parts only, as [cmvn, encoder, ctc] where the decoder shall be another; [] takes all."""
+
     seed: int = 1
     """Of initial parameters, dropout, SpecAugment and the contexts that are drawn; data.seed is another."""
 

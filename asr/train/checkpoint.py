@@ -183,11 +183,14 @@ class Taken(NamedTuple):
 def take_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: ExperimentConfig) -> Taken:
     """Copy the tensors that a file and a model both have; the others stay as they are.
 
-    Arguments as of `load_weights`. Raises CheckpointError where there is none, or one is of another shape.
+    Arguments as of `load_weights`; of the file only the parts train.init_parts. Raises CheckpointError where
+    there is none, or one is of another shape.
     """
-    weights, own = read_weights(file), model.state_dict()
-    taken = {name: tensor for name, tensor in weights.items() if name in own}
-    reason = _other_shapes(weights, own)
+    weights, own, parts = read_weights(file), model.state_dict(), config.train.init_parts
+    taken = {
+        name: x for name, x in weights.items() if name in own and (not parts or name.split(".")[0] in parts)
+    }
+    reason = _other_shapes(taken, own)
     if not taken:
         reason = f"nothing to begin with: none of {_tensors(len(weights))} is in the model"
     if reason:

@@ -95,6 +95,18 @@ def test_another_shape_is_refused_with_both(lab: Any, other: Path) -> None:
         begun(lab, f"train.init={other}", "encoder.kernel_size=5")
 
 
+def test_parts_are_taken_alone(lab: Any, other: Path) -> None:
+    """So that a decoder of another shape can stand on the encoder."""
+    there = read_weights(other / "average.safetensors")
+    parts = "train.init_parts=[cmvn, encoder, ctc]"
+    new = begun(lab, f"train.init={other}", parts, "decoder.num_layers=2")
+    taken = [name for name in there if name.startswith(("cmvn.", "encoder.", "ctc."))]
+    assert all(torch.equal(new[name], there[name]) for name in taken)
+    assert f"{len(taken)} taken" in line(lab)
+    with pytest.raises(CheckpointError, match="nothing to begin with"):
+        lab.train("none", *NO_STEP, f"train.init={other}", "train.init_parts=[encodr]")
+
+
 @pytest.mark.parametrize("name", ["", "average.safetensors", "unnamed"])
 def test_other_units_are_refused(lab: Any, other: Path, name: str) -> None:
     if name == "unnamed":  # its folder says what the file does not
