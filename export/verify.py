@@ -22,7 +22,10 @@ from asr.decode.modes import decode
 from asr.decode.scorer import Floats, Scorer
 from asr.errors import BundleError
 from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.endpoint import EndpointConfig
 from asr.runtime.onnx_scorer import OnnxScorer
+from asr.runtime.stream import Stream
+from asr.runtime.utterance import StreamConfig
 from asr.tokens import Tokenizer
 from asr.wer import total, word_errors
 
@@ -180,6 +183,28 @@ def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Se
         found = [decode(scorer, mode, [utterance.samples], SearchConfig()) for scorer in (first, second)]
         a, b = (nbest[0].tokens for (nbest,) in found)
         same += a == b
+    return same
+
+
+def count_same_streams(
+    mode: str, first: Scorer, bundle: Bundle, utterances: Sequence[Utterance], context: Context
+) -> int:
+    """Utterances in which a stream of a bundle, chunk by chunk, writes what a decoding mode finds with a model
+    in the same context."""
+    config = StreamConfig(
+        mode=mode,
+        chunk_ms=round(1000 * context.chunk * bundle.info.frame_s),
+        left_chunks=context.left,
+        look_ahead=context.right,
+        endpoint=EndpointConfig(trailing_s=1e6, silence_s=1e6, max_s=1e6),
+    )
+    same = 0
+    for utterance in utterances:
+        stream = Stream(bundle, config)
+        events = stream.accept(utterance.samples) + stream.finish()
+        found = " ".join(event.text for event in events if event.final)
+        ((expected, *_),) = decode(first, mode, [utterance.samples], config.search, context)
+        same += found == bundle.tokenizer.decode(expected.tokens)
     return same
 
 

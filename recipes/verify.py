@@ -66,6 +66,8 @@ def verify(
                 check_int8(found, f"{name}, {context}")
         if searches:
             _compare_searches(models["torch"].scorer, models["onnx float32"].scorer, heard)
+            float32 = Bundle.load(Path(folder) / "float32")
+            _compare_streams(models["torch"].scorer, float32, heard, contexts(bundle.info)[1])
     _print_sizes(bundle)
 
 
@@ -110,6 +112,18 @@ def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -
     for mode in modes_for(torch.decoder_type):
         same = count_same_searches(mode, torch, onnx, heard)
         print(f"  {mode:<18}same units {same}/{len(heard)}", flush=True)
+        check_searches(mode, same, len(heard))
+
+
+def _compare_streams(torch: Scorer, float32: Bundle, heard: Sequence[Utterance], context: Context) -> None:
+    """BundleError where a stream of the float32 graphs writes another text than the checkpoint finds."""
+    from asr.decode.modes import modes_for
+    from export.verify import check_searches, count_same_streams
+
+    print(f"streams of onnx float32 and searches of torch, {context}, {len(heard)} utterances")
+    for mode in modes_for(torch.decoder_type):
+        same = count_same_streams(mode, torch, float32, heard, context)
+        print(f"  {mode:<18}same text {same}/{len(heard)}", flush=True)
         check_searches(mode, same, len(heard))
 
 
