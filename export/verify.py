@@ -189,8 +189,8 @@ def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Se
 def count_same_streams(
     mode: str, first: Scorer, bundle: Bundle, utterances: Sequence[Utterance], context: Context
 ) -> int:
-    """Utterances in which a stream of a bundle, chunk by chunk, writes what a decoding mode finds with a model
-    in the same context."""
+    """Utterances for which a stream of a bundle writes what a decoding mode finds with a model in the same
+    context."""
     config = StreamConfig(
         mode=mode,
         chunk_ms=round(1000 * context.chunk * bundle.info.frame_s),
