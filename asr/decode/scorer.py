@@ -113,11 +113,6 @@ class Scorer(Protocol):
         None for everything. The cost grows with the window, not with the utterance."""
         ...
 
-    def hear(self, state: Any, memory: Any) -> Any:
-        """The state of hypotheses whose utterances' memory has grown; what they heard so far stays as it
-        was."""
-        ...
-
     def select(self, state: Any, index: Ints) -> Any:
         """The state of hypotheses index (B',), which may repeat, drop and reorder."""
         ...

@@ -96,7 +96,7 @@ class Triggered:
             state = self._scorer.start(self._memory, np.zeros(1, np.int64))
             beam = _Beam(np.zeros((1, 0), np.int64), np.zeros((1, 0)), np.zeros((1, 0)), state)
         else:
-            state = self._scorer.hear(beam.state, self._memory)
+            state = self._scorer.join([beam.state], self._memory)
             beam = _Beam(beam.tokens, beam.attention, beam.ctc, state)
         for frame, spike in zip(frames[done:], self._spikes[done:], strict=False):
             heard = min(frame + self._config.trigger_frames + 1, self._ctc.num_frames)

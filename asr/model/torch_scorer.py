@@ -147,10 +147,6 @@ class TorchScorer:
         state = replace(state, past=past)
         return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
 
-    def hear(self, state: Hypotheses, memory: Memory) -> Hypotheses:
-        """As Scorer.hear."""
-        return replace(state, memory=memory, heard=None)
-
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""
         owner = state.owner[index]

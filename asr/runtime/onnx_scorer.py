@@ -182,9 +182,6 @@ class OnnxScorer:
         ids, values = _best(log_probs[:, -1], k)
         return Step(ids, values, attention[:, -1], replace(state, past=past))
 
-    def hear(self, state: DecoderState, memory: Memory) -> DecoderState:
-        return replace(state, memory=memory, cross=None)
-
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]
         is_same = np.array_equal(owner, state.owner)

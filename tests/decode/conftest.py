@@ -59,10 +59,10 @@ class Toy:
     def start(self, memory: list[int], owner: Ints) -> list[tuple[int, tuple[int, ...]]]:
         return [(memory[n], ()) for n in owner]
 
-    def hear(
-        self, state: list[tuple[int, tuple[int, ...]]], memory: list[int]
+    def join(
+        self, states: Sequence[list[tuple[int, tuple[int, ...]]]], memory: list[int]
     ) -> list[tuple[int, tuple[int, ...]]]:
-        return state
+        return [x for state in states for x in state]
 
     def step(
         self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int, window: Window | None = None

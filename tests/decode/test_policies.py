@@ -41,8 +41,8 @@ def listener(toy):
         def start(self, memory, owner):
             return [(memory[n], (), 0) for n in owner]
 
-        def hear(self, state, memory):
-            return [(memory[0], past, key) for _, past, key in state]
+        def join(self, states, memory):
+            return [(memory[0], past, key) for state in states for _, past, key in state]
 
         def step(self, state, tokens, k, window=None):
             ends = window.end if window else [frames for (_, frames), _, _ in state]
