@@ -55,6 +55,8 @@ class ChunkedConfig(DecoderConfig):
             )
         if self.left_frames < 0:
             raise ConfigError(f"left_frames is {self.left_frames}, expected at least 0")
+        if self.left_tokens >= 0 and not self.hears_eoc:
+            raise ConfigError(f"left_tokens is {self.left_tokens}, expected -1 where hears_eoc is false")
         if self.reverse_layers:
             raise ConfigError(
                 f"reverse_layers is {self.reverse_layers}, expected 0: nothing rescores what a chunked "

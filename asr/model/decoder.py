@@ -54,6 +54,10 @@ class DecoderConfig:
     dropout: float = 0.1
     """Behind the embedding and every module of a layer, and within the feed-forward modules."""
 
+    left_tokens: int = -1
+    """Tokens before it that a token sees in each layer; -1: all. Positions are relative, so a limit may also
+    be set after training, and keeps a decoder that writes for minutes to texts as long as it has learnt."""
+
     reverse_layers: int = 0
     """L of a second decoder, from right to left, that takes part in rescoring (U2++); 0 is none."""
 
@@ -201,7 +205,7 @@ class TransformerDecoder(nn.Module):
         """
         if state is None:
             state = self.init_state(tokens.shape[0])
-        positions, visible = order or in_order(tokens, state.keys.shape[3])
+        positions, visible = order or in_order(tokens, state.keys.shape[3], self.config.left_tokens)
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
         heard = window_mask(*window, cross_keys.shape[3])[:, None]
         x = self.embedding(tokens) * math.sqrt(self.config.dim)
@@ -251,11 +255,12 @@ class TransformerDecoder(nn.Module):
         )
 
 
-def in_order(tokens: Tensor, width: int) -> Order:
-    """Of tokens (N, U) behind `width` others, each of which sees all up to itself; one row for all."""
+def in_order(tokens: Tensor, width: int, left: int = -1) -> Order:
+    """Of tokens (N, U) behind `width` others, each of which sees itself and `left` before it, -1 for all; one
+    row for all."""
     offset = tokens.new_full((1,), width)
     length = tokens.shape[1]
-    visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=-1)
+    visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=left)
     return Order(offset[:, None] + torch.arange(length, device=tokens.device), visible)
 
 

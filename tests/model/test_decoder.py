@@ -127,3 +127,20 @@ def test_reversing_leaves_padding_where_it_is():
     tokens = tensor([[5, 6, 7, 0], [8, 9, 0, 0], [0, 0, 0, 0]])
     expected = [[7, 6, 5, 0], [9, 8, 0, 0], [0, 0, 0, 0]]
     assert reverse(tokens, tensor([3, 2, 0])).tolist() == expected
+
+
+def test_a_token_sees_so_many_before_it(y):
+    config = DecoderConfig(dim=16, num_layers=1, num_heads=2, ff_dim=32, left_tokens=2)
+    decoder = TransformerDecoder(config, 11, memory_dim=24).eval()
+    memory = decoder.memory(y)
+    whole = decoder(TOKENS, *memory, Y_LENS).logits
+    changed = TOKENS.clone()
+    changed[:, 1] = 10
+    found = decoder(changed, *memory, Y_LENS).logits
+    close(found[:, 4], whole[:, 4], atol=0)
+    assert (found[:, 3] - whole[:, 3]).abs().max() > 1e-4
+    parts, state = [], None
+    for tokens in TOKENS.split(1, dim=1):
+        logits, _, state = decoder(tokens, *memory, Y_LENS, state)
+        parts.append(logits)
+    close(torch.cat(parts, dim=1), whole)
