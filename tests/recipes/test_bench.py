@@ -83,7 +83,7 @@ def test_every_mode_with_every_chunk_is_a_line(asr, bundle: Path, tmp_path: Path
     assert all(name in line for name in ("AL ", "LAAL ", "DAL ", "first ", "last ", "RTF ") for line in lines)
     report = json.loads(out_file.read_text(encoding="utf-8"))
     assert (report["utterances"], report["audio_s"]) == (2, 7)
-    assert report["command"].startswith("asr ")
+    assert report["command"].startswith("asr")
     assert report["machine"]["threads"] == 1
     assert report["machine"]["cores"] > 0
     assert [(s["config"]["mode"], s["config"]["chunk_ms"]) for s in report["settings"]] == [

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 
+from asr.context import Context
 from asr.decode.config import SearchConfig
 from asr.decode.scorer import Floats
 from asr.errors import ConfigError
@@ -55,7 +56,7 @@ def test_the_bundle_says_what_the_checkpoint_says(model: HybridModel, bundle: Bu
     assert onnxes.has_fire
     found = []
     for scorer in (torches, onnxes):
-        _, memory = scorer.encode([sound[:30000]], 8, 2)
+        _, memory = scorer.encode([sound[:30000]], Context(8, 2))
         found.append(scorer.fire(scorer.view(memory, 0, 30)))
     assert found[0].shape == (30,)
     assert found[0].std() > 0.01
