@@ -5,7 +5,7 @@ done; how long that takes is measured, the waiting is not waited for. When the w
 alignment of the reference says, made by a bundle that hears the whole utterance at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -149,17 +149,20 @@ class Listener:
         self.told += [Told(available_ms, self._done_ms, event.text, event.final) for event in events]
 
 
-def draw(settings: Sequence[Setting], file: Path) -> None:
-    """Word error rate against latency, a line for each mode; points say their chunk, and look-ahead."""
+def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Word error rate against latency, a line for each mode; points say their chunk, and look-ahead.
+
+    rows: settings as `Setting.as_dict` has them, also of several reports.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
-    for mode in dict.fromkeys(setting.config.mode for setting in settings):
+    for mode in dict.fromkeys(row["config"]["mode"] for row in rows):
         points = sorted(
-            (laal, 100 * setting.latency.errors.rate, _label(setting))
-            for setting in settings
-            if setting.config.mode == mode and (laal := setting.latency.unaware.laal) is not None
+            (row["unaware"]["laal"], row["wer"], _label(row))
+            for row in rows
+            if row["config"]["mode"] == mode and row["unaware"]["laal"] is not None
         )
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=mode)
         for x, y, label in points:
@@ -170,6 +173,6 @@ def draw(settings: Sequence[Setting], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def _label(setting: Setting) -> str:
-    ahead = f" + {setting.look_ahead_ms} ms" if setting.look_ahead_ms else ""
-    return f"{setting.chunk_ms} ms{ahead}"
+def _label(row: Mapping[str, Any]) -> str:
+    ahead = f" + {row['look_ahead_ms']} ms" if row["look_ahead_ms"] else ""
+    return f"{row['config']['chunk_ms']} ms{ahead}"

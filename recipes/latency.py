@@ -65,7 +65,7 @@ def bench_latency(
         print(json.dumps(report))
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draw(settings, out.with_suffix(".png"))
+        draw([setting.as_dict() for setting in settings], out.with_suffix(".png"))
 
 
 def _manifest(sound: Path | None) -> Path:

@@ -211,7 +211,7 @@ def test_the_plot_has_a_line_for_each_mode(
             ("rescore", {"chunk_ms": 320, "look_ahead": 3}),
         )
     ]
-    draw(settings, tmp_path / "a.png")
+    draw([setting.as_dict() for setting in settings], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line for line in axes.lines}
