@@ -169,7 +169,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points")
     axes.margins(0.12)  # for the labels
     axes.set(xlabel="LAAL, computation-unaware (ms)", ylabel="word error rate (%)")
-    axes.legend(title="mode")
+    figure.legend(title="mode", loc="outside right upper")
     figure.savefig(file, dpi=100)
 
 
