@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import FIRST_PASS, MODES, start_search
+from asr.decode.modes import FIRST_PASS, MODES, ONLINE, start_search
 from asr.decode.scorer import BLANK, Floats, Hypothesis
 from asr.errors import ConfigError
 from asr.runtime.endpoint import Ending, EndpointConfig, Endpointer
@@ -86,8 +86,9 @@ class Utterance:
 
     def end(self) -> list[Event]:
         """The final event of the utterance, if it has a text; the next frame is the first of the next one."""
-        is_speech = self._endpointer.has_speech
-        hypothesis = self._search.finish()[0] if is_speech else self._search.best()
+        # no decoder is asked about what CTC hears nothing in, unless it has listened all along
+        is_worth_it = self._endpointer.has_speech or self._config.mode in ONLINE
+        hypothesis = self._search.finish()[0] if is_worth_it else self._search.best()
         event = self._event(hypothesis, final=True)
         self._restart()
         return [event] if event.text else []
