@@ -118,13 +118,14 @@ def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -
 def _compare_streams(torch: Scorer, float32: Bundle, heard: Sequence[Utterance], context: Context) -> None:
     """BundleError where a stream of the float32 graphs writes another text than the checkpoint finds."""
     from asr.decode.modes import modes_for
-    from export.verify import check_searches, count_same_streams
+    from export.verify import MAX_OTHER, check_searches, count_same_streams
 
     print(f"streams of onnx float32 and searches of torch, {context}, {len(heard)} utterances")
     for mode in modes_for(torch.decoder_type):
         same = count_same_streams(mode, torch, float32, heard, context)
         print(f"  {mode:<18}same text {same}/{len(heard)}", flush=True)
-        check_searches(mode, same, len(heard))
+        if len(heard) - same > max(MAX_OTHER * len(heard), 1):
+            check_searches(mode, same, len(heard))
 
 
 def _print(name: str, found: Comparison) -> None:
