@@ -179,7 +179,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {text}: expected a path and a value, as in optim.lr=1e-3")
-    nested = _parse(value, f"--set {text}")
+    nested: Any = _parse(value, f"--set {text}") if value else ""
     for key in reversed(path.strip().split(".")):
         nested = {key: nested}
     return nested

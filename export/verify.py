@@ -41,10 +41,6 @@ MAX_UNITS = 5.0
 MAX_WER = 0.5
 """... and per cent of words by which it may be worse."""
 
-MAX_OTHER = 0.02
-"""Share of utterances, or one of few, whose text a stream may write otherwise: thresholds of policies are
-passed or not by rounding."""
-
 MIN_WORDS = 1000
 """Fewer reference words than this say nothing about half a per cent."""
 

@@ -61,8 +61,8 @@ def align(
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise ConfigError(f"-o {out}: not the name of a manifest; expected one that ends in .jsonl.gz")
     model, tokenizer, config = load_model(exp, checkpoint)
-    aligner = CtcAligner(model, device_of(device))
-    aligner.context = Context(chunk_frames(chunk_ms, aligner.frame_s))
+    context = Context(chunk_frames(chunk_ms, model.frame_s))
+    aligner = CtcAligner(model, device_of(device), context)
     work = Work(aligner, tokenizer, config.features.sample_rate)
     count = save_cuts(work.aligned(manifests, batch_s), out)
     failures = out.with_name(f"{set_name(out)}.failures.jsonl")

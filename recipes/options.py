@@ -46,7 +46,10 @@ def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}=...?" if near else f"there are {', '.join(names)}"
             raise ConfigError(f"--search {setting}: expected a field and a value; {hint}")
-        given[name] = yaml.safe_load(value)
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--search {setting}: {value} is no value") from None
     try:
         return TypeAdapter(SearchConfig).validate_python(given)
     except ValidationError as error:

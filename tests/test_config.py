@@ -73,6 +73,13 @@ def test_an_error_names_the_file_that_made_it(tmp_path: Path) -> None:
         load_config([first], ["optim.lr=fast"])
 
 
+def test_an_override_without_a_value_is_no_text() -> None:
+    """As a recipe passes on an option that was not given."""
+    assert load_config([], ["augment.noise="]).augment.noise == ""
+    with pytest.raises(ConfigError, match=r'optim.lr: "" is not a number'):
+        load_config([], ["optim.lr="])
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-3", 0.001), ("1.5E-4", 0.00015), (".5e2", 50.0), ("3", 3.0), ("-2e+3", -2000.0)]
 )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from asr.context import WHOLE
+from asr.context import WHOLE, Context
 from asr.losses import BLANK, ctc_feasible
 from asr.model.hybrid import HybridModel
 
@@ -75,12 +75,12 @@ def _align_one(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
 class CtcAligner:
     """A trained model that aligns by its CTC head."""
 
-    def __init__(self, model: HybridModel, device: torch.device | str) -> None:
+    def __init__(self, model: HybridModel, device: torch.device | str, context: Context = WHOLE) -> None:
+        """context: what attention sees, as in a stream."""
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.frame_s = model.frame_s
-        self.context = WHOLE
-        """What attention sees, as in a stream."""
+        self.context = context
 
     @torch.inference_mode()
     def __call__(

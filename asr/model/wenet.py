@@ -99,7 +99,7 @@ class WenetConformerState(State):
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
 
-class Context(NamedTuple):
+class Sight(NamedTuple):
     """What all layers of one call share."""
 
     lens: Tensor
@@ -158,9 +158,7 @@ class KeyPositionAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(num_heads, dim // num_heads))
         self.out = nn.Linear(dim, dim)
 
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, context: Context
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T', C); keys, values (N, H, W, D) of the past.
 
         Returns y (N, T', C), and keys and values with those of x behind them, (N, H, W + T', D).
@@ -168,11 +166,11 @@ class KeyPositionAttention(nn.Module):
         q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
         keys = torch.cat([keys, k], dim=2)
         values = torch.cat([values, v], dim=2)
-        p = split_heads(self.position(context.positions), self.num_heads)
+        p = split_heads(self.position(sight.positions), self.num_heads)
         # (q + u) k + (q + v) p is one product of twice as many channels
         queries = torch.cat([q + self.content_bias[:, None], q + self.position_bias[:, None]], dim=-1)
         y = F.scaled_dot_product_attention(
-            queries, torch.cat([keys, p], dim=-1), values, context.mask, scale=q.shape[-1] ** -0.5
+            queries, torch.cat([keys, p], dim=-1), values, sight.mask, scale=q.shape[-1] ** -0.5
         )
         return self.out(join_heads(y)), keys, values
 
@@ -225,18 +223,18 @@ class WenetConformerLayer(nn.Module):
         start_small(self.convolution.out, self.feed_forward_2[-2])
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, context: Context
+        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, sight: Sight
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all anew."""
         width, conv_width = keys.shape[2], conv.shape[2]
         x = x + 0.5 * self.feed_forward_1(x)
-        y, keys, values = self.attention(self.attention_norm(x), keys, values, context)
+        y, keys, values = self.attention(self.attention_norm(x), keys, values, sight)
         x = x + self.dropout(y)
-        y, conv = self.convolution(x, conv, context.valid)
+        y, conv = self.convolution(x, conv, sight.valid)
         x = x + y
         x = x + 0.5 * self.feed_forward_2(x)
-        keys, values = (keep(past, context.lens, width, dim=2) for past in (keys, values))
-        return self.norm(x), keys, values, keep(conv, context.lens, conv_width, dim=2)
+        keys, values = (keep(past, sight.lens, width, dim=2) for past in (keys, values))
+        return self.norm(x), keys, values, keep(conv, sight.lens, conv_width, dim=2)
 
 
 class WenetConformer(nn.Module):
@@ -302,25 +300,25 @@ class WenetConformer(nn.Module):
             self._require_causal()
         x = torch.where(valid_mask(x_lens, x.shape[1])[..., None], x, 0.0)
         y = self.front(x) * math.sqrt(self.dim)
-        context = self._context(y, self.front.num_frames(x_lens), state, chunk, left)
+        sight = self._sight(y, self.front.num_frames(x_lens), state, chunk, left)
         y = self.dropout(y)
         kept = []
         pasts = zip(*(past.unbind(1) for past in (state.keys, state.values, state.conv)), strict=True)
         for layer, past in zip(self.layers, pasts, strict=True):
-            y, *present = layer(y, *past, context)
+            y, *present = layer(y, *past, sight)
             kept.append(present)
         keys, values, conv = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
-        y = torch.where(context.valid, self.norm(y), 0.0)
-        return y, context.lens, WenetConformerState(keys, values, conv, state.offset + context.lens)
+        y = torch.where(sight.valid, self.norm(y), 0.0)
+        return y, sight.lens, WenetConformerState(keys, values, conv, state.offset + sight.lens)
 
-    def _context(
+    def _sight(
         self, y: Tensor, y_lens: Tensor, state: WenetConformerState, chunk: int | Tensor, left: int | Tensor
-    ) -> Context:
+    ) -> Sight:
         length, width = y.shape[1], state.keys.shape[3]
         mask = context_mask(state.offset, y_lens, width, length, chunk, left)
         keys = state.offset[:, None] + torch.arange(-width, length, device=y.device)
         positions = sinusoids(keys, self.dim).to(y.dtype)
-        return Context(y_lens, valid_mask(y_lens, length)[..., None], mask[:, None], positions)
+        return Sight(y_lens, valid_mask(y_lens, length)[..., None], mask[:, None], positions)
 
     def _empty_state(self, n: int, width: int) -> WenetConformerState:
         config = self.config

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from asr.context import Context
+from asr.context import WHOLE, Context
 from asr.decode.align import align
 from asr.losses import ctc_feasible
 from asr.model.align import CtcAligner, forced_alignment
@@ -97,11 +97,9 @@ def test_too_short_audio_has_no_alignment(tiny_model):
 
 
 def test_chunks_are_heard_as_a_stream_hears_them(tiny_model):
-    aligner = CtcAligner(tiny_model, "cpu")
     tokens = [[4, 5, 6, 7] * 4]
-    whole = aligner(waveforms()[:1], tokens)
-    aligner.context = Context(2)
-    assert [span.score for span in aligner(waveforms()[:1], tokens)[0]] != [span.score for span in whole[0]]
+    whole, chunks = (CtcAligner(tiny_model, "cpu", x)(waveforms()[:1], tokens) for x in (WHOLE, Context(2)))
+    assert [span.score for span in chunks[0]] != [span.score for span in whole[0]]
 
 
 @pytest.mark.gpu
