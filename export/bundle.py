@@ -112,10 +112,13 @@ def write_bundle(graphs: dict[str, onnx.ModelProto], info: ModelInfo, tokens: Pa
     return info
 
 
-def check_out(out: Path) -> None:
-    """BundleError unless a bundle can be written to `out`; asked before the minutes that an export takes."""
-    if out.exists() and not (out.is_dir() and ((out / "model.json").exists() or not any(out.iterdir()))):
-        raise BundleError(f"{out}: exists and is not a bundle; choose another folder with -o")
+def check_out(out: Path, marker: str = "model.json") -> None:
+    """BundleError unless a bundle can be written to `out`; asked before the minutes that an export takes.
+
+    marker: the file by which a folder of an earlier export is known.
+    """
+    if out.exists() and not (out.is_dir() and ((out / marker).exists() or not any(out.iterdir()))):
+        raise BundleError(f"{out}: exists and has no {marker}; choose another folder with -o")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

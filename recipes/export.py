@@ -11,7 +11,10 @@ from asr.errors import ConfigError
 
 if TYPE_CHECKING:
     from asr.runtime.bundle import ModelInfo
+    from export.sherpa_bundle import Written
     from export.verify import Comparison
+
+SHERPA = "sherpa-onnx"
 
 UTTERANCES = 20
 """Of the first validation set, to compare on."""
@@ -19,9 +22,12 @@ UTTERANCES = 20
 
 def export(
     experiment: Annotated[Path, typer.Argument(help="folder of the experiment")],
-    target: Annotated[str, typer.Option(help="cpu-int8, or cpu-fp32 as the reference")] = "cpu-int8",
+    target: Annotated[
+        str, typer.Option(help="cpu-int8, cpu-fp32 as the reference, or sherpa-onnx")
+    ] = "cpu-int8",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="folder to write; EXPERIMENT/bundle if not given")
+        Path | None,
+        typer.Option("--out", "-o", help="folder to write; EXPERIMENT/bundle, or sherpa, if not given"),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     licence: Annotated[str, typer.Option(help="of the weights, noted in model.json")] = "not stated",
@@ -29,28 +35,33 @@ def export(
     """Write an ONNX bundle that runs without torch, and compare it with the checkpoint.
 
     The float32 graphs must be the checkpoint up to rounding. What 8-bit matrices change is printed: on some
-    utterances of the validation set, or on made sound where there is none.
+    utterances of the validation set, or on made sound where there is none. The target sherpa-onnx is a folder
+    of graphs for that runtime instead, in float32 and 8 bits, with a README that says how it loads each.
 
     Example: asr export exp/conformer-s --target cpu-int8 -o bundle
     """
     from asr.train.checkpoint import load_model
     from export.build import SOUND_S, build
     from export.bundle import Origin, check_out
+    from export.sherpa_bundle import MARKER, write_sherpa
     from export.targets import TARGETS
     from export.verify import Utterance, made_sound, read_utterances
 
-    if target not in TARGETS:
-        raise ConfigError(f"--target {target}: no such target; there are {', '.join(TARGETS)}")
-    out = out or experiment / "bundle"
-    check_out(out)
+    if target not in (*TARGETS, SHERPA):
+        raise ConfigError(f"--target {target}: no such target; there are {', '.join([*TARGETS, SHERPA])}")
+    out = out or experiment / ("sherpa" if target == SHERPA else "bundle")
+    check_out(out, MARKER if target == SHERPA else "model.json")
     model, _, config = load_model(experiment, checkpoint)
+    origin = Origin(f"{experiment.name}, {checkpoint} checkpoint", licence)
+    if target == SHERPA:
+        _print_sherpa(write_sherpa(model, experiment / "tokens", origin, out), out)
+        return
     rate = config.features.sample_rate
     found = [Path(path) for path in config.data.valid if Path(path).exists()]
     where = "made sound"
     utterances = [Utterance("made", made_sound(SOUND_S, rate), "")]
     if found:
         utterances, where = read_utterances(found[0], UTTERANCES, rate), found[0].name
-    origin = Origin(f"{experiment.name}, {checkpoint} checkpoint", licence)
     built = build(model, experiment / "tokens", target, origin, utterances, out)
     _print_files(built.info)
     print(
@@ -74,6 +85,15 @@ def _print_files(info: ModelInfo) -> None:
     }
     for name, role in ((name, role) for name, role in roles.items() if name in info.files):
         print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<6}{role}")
+
+
+def _print_sherpa(written: Written, out: Path) -> None:
+    for name, size in written.sizes.items():
+        if name.endswith(".onnx"):
+            print(f"{name:<30}{size / 1e6:6.1f} MB")
+    for name, why in written.left_out.items():
+        print(f"{name:<30}left out: {why}")
+    print(f"{out}/ written; its README.md says how sherpa-onnx loads each")
 
 
 def _print_quantized(found: Comparison, where: str) -> None:

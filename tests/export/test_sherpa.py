@@ -1,0 +1,271 @@
+"""Released sherpa-onnx, in a process of its own as it ends on errors, hears what our models hear."""
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.export import Dim
+
+from asr.audio import read
+from asr.context import Context
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
+from asr.decode.scorer import Floats
+from asr.errors import BundleError, ConfigError
+from asr.features import FbankConfig
+from asr.losses import LossConfig
+from asr.model.build import build_model
+from asr.model.conformer import ConformerConfig
+from asr.model.hybrid import HybridModel
+from asr.model.torch_scorer import TorchScorer
+from asr.tokens import load_tokenizer
+from export.bundle import Origin
+from export.onnx import Trace, export
+from export.sherpa import CONTRACTS, artefacts
+from export.sherpa_bundle import check, write_sherpa
+from export.sherpa_graphs import OnlineCtc, rescaled
+from export.verify import made_sound
+
+RECOGNIZE = """
+import json, sys
+import numpy as np, sherpa_onnx
+name, folder, end, audio = sys.argv[1], sys.argv[2], sys.argv[3], np.load(sys.argv[4])
+samples = [audio[f"arr_{i}"] for i in range(len(audio.files))]
+tokens, model = f"{folder}/tokens.txt", f"{folder}/model{end}"
+pair = {"encoder": f"{folder}/encoder{end}", "decoder": f"{folder}/decoder{end}", "tokens": tokens}
+if name == "streaming":
+    recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
+        model=model, tokens=tokens, chunk_size=8, num_left_chunks=2)
+else:
+    recognizer = {
+        "ctc": lambda: sherpa_onnx.OfflineRecognizer.from_zipformer_ctc(model=model, tokens=tokens),
+        "aed": lambda: sherpa_onnx.OfflineRecognizer.from_moonshine_v2(**pair),
+        "fire_red": lambda: sherpa_onnx.OfflineRecognizer.from_fire_red_asr(**pair),
+    }[name]()
+streams = [recognizer.create_stream() for _ in samples]
+for stream, x in zip(streams, samples):
+    stream.accept_waveform(16000, x)
+if name == "streaming":
+    for stream in streams:
+        while recognizer.is_ready(stream):
+            recognizer.decode_stream(stream)
+    print(json.dumps([recognizer.get_result(stream) for stream in streams]))
+else:
+    recognizer.decode_streams(streams)
+    print(json.dumps([stream.result.text for stream in streams]))
+"""
+
+
+def recognized(name: str, folder: Path, samples: Sequence[Floats], end: str = ".onnx") -> list[str]:
+    """What sherpa-onnx hears, spaces and letters' cases aside, which it sets in its own way."""
+    pytest.importorskip("sherpa_onnx")
+    path = folder / "samples.npz"
+    np.savez(path, *samples)
+    command = [sys.executable, "-c", RECOGNIZE, name, str(folder / name), end, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [_plain(text) for text in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _plain(text: str) -> str:
+    return "".join(text.replace("▁", " ").lower().split())
+
+
+def spelt(folder: Path, tokens: Sequence[int]) -> str:
+    """All units as they stand, which is how sherpa-onnx writes those that are no text, too."""
+    return _plain("".join(load_tokenizer(folder).symbols[token] for token in tokens))
+
+
+@pytest.fixture(scope="module")
+def utterances(request: pytest.FixtureRequest) -> list[Floats]:
+    """20 real ones of one to four seconds, or made ones where there are none."""
+    try:
+        folder: Path = request.getfixturevalue("speech_data")
+    except pytest.skip.Exception:
+        return [made_sound(1 + 0.3 * i, 16000) for i in range(20)]
+    paths = sorted((folder / "librispeech_mini").rglob("*.opus"))
+    return [
+        read(path, 16000)[: 16000 * (1 + i % 4)] for i, path in enumerate(paths[:: len(paths) // 20][:20])
+    ]
+
+
+@pytest.fixture(scope="module")
+def sherpa(tiny_model: HybridModel, tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sherpa") / "tiny"
+    written = write_sherpa(tiny_model, tiny_bundles, Origin("tiny", "Apache-2.0"), out)
+    assert set(written.left_out) == {"fire_red"}
+    return out
+
+
+def heard(
+    model: HybridModel, folder: Path, mode: str, samples: Sequence[Floats], context: Context
+) -> list[str]:
+    scorer = TorchScorer(model, "cpu")
+    found = [decode(scorer, mode, [x], SearchConfig(beam=1), context)[0][0] for x in samples]
+    return [spelt(folder, x.tokens) for x in found]
+
+
+def greedy(model: HybridModel, x: torch.Tensor, num_tokens: int) -> list[int]:
+    """The decoder's best token, step by step, of normalised features x (1, T, F)."""
+    tokens = [1]
+    with torch.inference_mode():
+        y, y_lens = model.encode(x, torch.tensor([x.shape[1]]))
+        memory = model.decoder.memory(y)
+        while len(tokens) <= num_tokens:
+            logits = model.decoder(torch.tensor([tokens]), *memory, y_lens).logits[0, -1]
+            logits[2] = -torch.inf
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] == 1:
+                break
+    return [x for x in tokens[1:] if x != 1]
+
+
+def test_offline_ctc(sherpa, tiny_model, tiny_bundles, utterances):
+    expected = heard(tiny_model, tiny_bundles, "ctc-greedy", utterances, Context(0, -1, 0))
+    assert recognized("ctc", sherpa, utterances) == expected  # utterances of different lengths in one batch
+
+
+def test_online_ctc(sherpa, tiny_model, tiny_bundles, utterances):
+    padded = [np.pad(x, (0, 16000)) for x in utterances]
+    found = recognized("streaming", sherpa, padded)
+    expected = heard(tiny_model, tiny_bundles, "ctc-greedy", padded, Context(8, 2, 0))
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours.startswith(theirs)  # silence that fills no chunk is not decoded
+        assert len(ours) - len(theirs) < 8 + 2
+
+
+def test_attention_decoder_from_samples(sherpa, tiny_model, tiny_bundles, utterances):
+    for samples, theirs in zip(utterances, recognized("aed", sherpa, utterances), strict=True):
+        x, _ = tiny_model.features(torch.tensor(samples)[None], torch.tensor([len(samples)]))
+        ours = spelt(tiny_bundles, greedy(tiny_model, x, 100))
+        assert len(theirs) >= 5
+        assert ours.startswith(theirs)  # its limit is 15 tokens for each 0.6 s of what it takes for frames
+
+
+@pytest.mark.parametrize("name", ["ctc", "streaming", "aed"])
+def test_8_bit_graphs_are_heard(sherpa, utterances, name):
+    """Random weights are no measure of what 8 bits cost; that they run, and say about the same, is."""
+    exact, quantized = (recognized(name, sherpa, utterances[:4], end) for end in (".onnx", ".int8.onnx"))
+    assert all(quantized)
+    lengths = [len("".join(texts)) for texts in (exact, quantized)]
+    assert 0.5 < lengths[1] / lengths[0] < 2
+
+
+def test_attention_decoder_of_fire_red(tiny_model, tiny_bundles, utterances, tmp_path):
+    """With features as that runtime makes them, here by the library that it makes them with."""
+    fbank = pytest.importorskip("kaldi_native_fbank")
+    model = variant(tiny_model, FbankConfig(high_freq_hz=0.0, snip_edges=True, scale=32768.0))
+    assert "fire_red" not in artefacts(tiny_model)[0]
+    artefact = CONTRACTS["fire_red"][1](model)
+    (tmp_path / "fire_red").mkdir()
+    (tmp_path / "fire_red" / "tokens.txt").write_bytes((tiny_bundles / "tokens.txt").read_bytes())
+    for stem, trace in artefact.graphs.items():
+        graph = export(trace, stem)
+        onnx.helper.set_model_props(graph, {key: str(value) for key, value in artefact.metadata.items()})
+        onnx.save(graph, tmp_path / "fire_red" / f"{stem}.onnx")
+    options = fbank.FbankOptions()
+    options.mel_opts.num_bins, options.frame_opts.dither, options.mel_opts.high_freq = 80, 0.0, 0.0
+    for samples, theirs in zip(utterances, recognized("fire_red", tmp_path, utterances), strict=True):
+        features = fbank.OnlineFbank(options)
+        features.accept_waveform(16000, (samples * 32768).tolist())
+        features.input_finished()
+        frames = [features.get_frame(i) for i in range(features.num_frames_ready)]
+        ours = spelt(tiny_bundles, greedy(model, model.cmvn(torch.tensor(np.array(frames))[None]), 100))
+        assert theirs
+        assert ours.startswith(theirs)
+
+
+def variant(model: HybridModel, features: FbankConfig) -> HybridModel:
+    config = replace(model.decoder.config, reverse_layers=0)
+    other = build_model(features, model.encoder.config, config, LossConfig(), model.ctc.out_features).eval()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "reverse" not in k})
+    with torch.no_grad():
+        other.cmvn.mean += 2 * np.log(features.scale)
+    return other
+
+
+@pytest.mark.parametrize("subsampling", [4, 8])
+def test_caches_of_sherpa_hold_the_whole_state(subsampling):
+    """Its loop, in torch: chunk after chunk with its caches, zeros at first, equals the masked whole."""
+    encoder = ConformerConfig(
+        dim=32, num_layers=2, num_heads=2, ff_dim=32, subsampling=subsampling, subsampling_channels=4
+    )
+    from asr.model.decoder import DecoderConfig
+
+    decoder = DecoderConfig(dim=16, num_layers=1, num_heads=2, ff_dim=16)
+    model = build_model(FbankConfig(), encoder, decoder, LossConfig(), 9).eval()
+    trace = CONTRACTS["streaming"][1](model)
+    chunk, left, num_chunks = 8, 2, 5
+    x = torch.randn(1, num_chunks * chunk * 4, 80) - 8
+    caches = [
+        torch.zeros(2, 2, chunk * left, 2 * model.encoder.head_dim),
+        torch.zeros(2, 1, 32, int(trace.metadata["cnn_module_kernel"]) - 1),
+    ]
+    module, required, found = OnlineCtc(model).eval(), torch.tensor([chunk * left]), []
+    with torch.inference_mode():
+        for i in range(num_chunks):
+            part = x[:, i * chunk * 4 : (i + 1) * chunk * 4] + 2 * np.log(32768)
+            mask = torch.ones(1, 1, chunk * (left + 1), dtype=torch.bool)
+            log_probs, *caches = module(part, required + i * chunk, required, *caches, mask)
+            found.append(log_probs)
+        context = Context(chunk * 4 // subsampling, left, 0)
+        y, _ = model.encode(model.cmvn(x), torch.tensor([x.shape[1]]), context)
+        expected = model.ctc_log_probs(y).repeat_interleave(subsampling // 4, dim=1)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
+
+
+def test_quiet_bins_have_the_floor_of_training():
+    x = torch.tensor([-15.942385, -10.0, 3.0]) + 2 * np.log(32768)
+    torch.testing.assert_close(rescaled(x, 32768.0, 1.0), torch.tensor([-15.942385, -10.0, 3.0]))
+    assert rescaled(torch.tensor(-15.9), 32768.0, 1.0) == pytest.approx(np.log(np.finfo(np.float32).eps))
+
+
+def test_a_folder_says_how_it_is_used(sherpa):
+    readme = (sherpa / "README.md").read_text()
+    for name in ("ctc", "streaming", "aed"):
+        assert f"## {name}" in readme
+        assert f'"{name}/' in readme
+    listed = json.loads((sherpa / "sherpa.json").read_text())
+    assert listed["left_out"] == {"fire_red": "features.high_freq_hz is -400.0, its runtime has 0.0"}
+    assert set(listed["files"]) >= {"ctc/model.onnx", "aed/decoder.int8.onnx", "README.md"}
+    symbol, token = (sherpa / "aed" / "tokens.txt").read_text().splitlines()[3].split()
+    assert (base64.b64decode(symbol), token) == (b" ", "3")
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+class Otherwise(torch.nn.Module):
+    """The same to three frames."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x if x.shape[1] <= 3 else 3 * x
+
+
+def test_a_graph_that_is_not_the_model_is_refused():
+    trace = Trace(Twice(), {"x": torch.full((2, 3), 5.0)}, {"x": {1: Dim("T")}}, ["y"], 0)
+    graph = export(trace, "twice")
+    check(trace, graph)
+    for other in (torch.nn.Identity(), Otherwise()):
+        with pytest.raises(BundleError, match=r"twice.onnx: y is 5.0e\+00 from the checkpoint's"):
+            check(replace(trace, module=other), graph)
+
+
+def test_what_sherpa_cannot_run_is_refused_with_reasons(tiny_model):
+    model = variant(tiny_model, FbankConfig(sample_rate=8000, high_freq_hz=0.0))
+    found, left_out = artefacts(model)
+    assert list(found) == ["aed"]
+    assert left_out["ctc"] == "features.sample_rate is 8000, its runtime has 16000"
+    model.decoder.config.type = "chunked"
+    with pytest.raises(ConfigError, match=r"nothing that sherpa-onnx can run: ctc: features\.sample_rate"):
+        artefacts(model)
