@@ -34,6 +34,7 @@ MAY_IMPORT = {  # layer: what it may import of this repository, besides itself a
     "asr.losses": set(),
     "asr.optim": set(),
     "asr.model": {"asr.features", "asr.losses", "asr.decode"},
+    "asr.convert": {"asr.model", "asr.features", "asr.config", "asr.tokens"},
     "asr.data": {"asr.audio", "asr.tokens"},
     "asr.decode": set(),
     "asr.config": TRAINING,
