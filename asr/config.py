@@ -152,7 +152,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -163,7 +163,7 @@ def _parse(text: str, source: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError:
@@ -179,7 +179,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {text}: expected a path and a value, as in optim.lr=1e-3")
-    nested: Any = _parse(value, f"--set {text}") if value else ""
+    nested: Any = parse_yaml(value, f"--set {text}") if value else ""
     for key in reversed(path.strip().split(".")):
         nested = {key: nested}
     return nested

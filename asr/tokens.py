@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from asr.errors import TokensError
+from asr.pieces import makes_units, open_pieces
 
 BLANK, SOS_EOS, UNK = 0, 1, 2
 SPECIAL = ("<blk>", "<sos/eos>", "<unk>")
@@ -156,37 +157,29 @@ class Phones(Units):
 
 
 class SentencePiece(Units):
-    """Units of tokens.model, which is opened (and sentencepiece imported) at the first encode."""
+    """Units of tokens.model, which is opened (and sentencepiece imported) at the first encode.
+
+    tokens.txt may have the pieces in another order, leave out a few, and have units `<...>` besides them.
+    """
 
     kind = "sentencepiece"
 
     def __init__(self, symbols: Sequence[str], folder: Path) -> None:
         super().__init__(symbols, folder)
         self._processor: Any = None
+        self._of_piece: list[int] = []
 
     def encode(self, text: str) -> list[int]:
-        return list(self._load().EncodeAsIds(normalise(text)))
-
-    def _load(self) -> Any:
         if self._processor is None:
-            self._processor = _open_model(self.folder / "tokens.model", self.symbols)
-        return self._processor
-
-
-def _open_model(path: Path, symbols: list[str]) -> Any:
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=_read_bytes(path))
-        pieces = [processor.IdToPiece(i) for i in range(processor.GetPieceSize())]
-    except (RuntimeError, UnicodeDecodeError) as error:
-        raise TokensError(f"{path}: not a SentencePiece model ({error})") from None
-    if pieces != symbols:
-        raise TokensError(
-            f"{path}: its {len(pieces)} units are not the {len(symbols)} of tokens.txt; "
-            "the two files are of different tokenizers"
-        )
-    return processor
+            path = self.folder / "tokens.model"
+            self._processor, pieces = open_pieces(_read_bytes(path), str(path))
+            if not makes_units(pieces, self.symbols[len(SPECIAL) :]):
+                raise TokensError(
+                    f"{path}: its {len(pieces)} units are not the {len(self.symbols)} of tokens.txt; "
+                    "the two files are of different tokenizers"
+                )
+            self._of_piece = [self._ids.get(piece, UNK) for piece in pieces]
+        return [self._of_piece[i] for i in self._processor.EncodeAsIds(normalise(text))]
 
 
 # Reading
@@ -385,6 +378,12 @@ def _explain(error: str, vocab_size: int) -> str:
             f"vocabulary size {vocab_size} is too small for this text; its characters alone need {match[1]}"
         )
     return f"sentencepiece: {' '.join(error.split())}"
+
+
+def write_tokens(folder: Path, symbols: Sequence[str], model: bytes | None = None) -> Tokenizer:
+    """Make a tokenizer directory of symbols, and of the SentencePiece model that cuts text into them."""
+    files = {"tokens.txt": _tokens_text(symbols).encode()} | ({"tokens.model": model} if model else {})
+    return _write(folder, files)
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> Tokenizer:

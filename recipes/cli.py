@@ -31,6 +31,7 @@ VERBS = {
     "heads": "find the heads of the decoder that guide streaming",
     "decode": "write hypotheses for manifests",
     "score": "word or character error rate, with the commonest errors",
+    "convert": "an experiment of a public checkpoint",
     "export": "write an ONNX bundle",
     "verify": "compare torch, ONNX and int8 on audio",
     "transcribe": "a file, a folder, standard input, or the microphone",
@@ -55,6 +56,7 @@ EXTRAS = {
     "matplotlib": "train",
     "onnx": "export",
     "onnxscript": "export",
+    "huggingface_hub": "hub",
     "sounddevice": "mic",
     "espeakng_loader": "made",
 }

@@ -11,6 +11,7 @@ from asr.errors import ConfigError
 
 if TYPE_CHECKING:
     from asr.runtime.bundle import ModelInfo
+    from export.bundle import Origin
     from export.sherpa_bundle import Written
     from export.verify import Comparison
 
@@ -30,7 +31,9 @@ def export(
         typer.Option("--out", "-o", help="folder to write; EXPERIMENT/bundle, or sherpa, if not given"),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
-    licence: Annotated[str, typer.Option(help="of the weights, noted in model.json")] = "not stated",
+    licence: Annotated[
+        str, typer.Option(help="of the weights, noted in model.json; a converted model states its own")
+    ] = "",
 ) -> None:
     """Write an ONNX bundle that runs without torch, and compare it with the checkpoint.
 
@@ -42,7 +45,7 @@ def export(
     """
     from asr.train.checkpoint import load_model
     from export.build import SOUND_S, build
-    from export.bundle import Origin, check_out
+    from export.bundle import check_out
     from export.sherpa_bundle import MARKER, write_sherpa
     from export.targets import TARGETS
     from export.verify import Utterance, made_sound, read_utterances
@@ -52,7 +55,7 @@ def export(
     out = out or experiment / ("sherpa" if target == SHERPA else "bundle")
     check_out(out, MARKER if target == SHERPA else "model.json")
     model, _, config = load_model(experiment, checkpoint)
-    origin = Origin(f"{experiment.name}, {checkpoint} checkpoint", licence)
+    origin = _origin(experiment, checkpoint, licence)
     if target == SHERPA:
         _print_sherpa(write_sherpa(model, experiment / "tokens", origin, out), out)
         return
@@ -71,6 +74,17 @@ def export(
     if built.quantized:
         _print_quantized(built.quantized, where)
     print(f"{out}/ written, model.json format {built.info.format}, from {origin.source}")
+
+
+def _origin(experiment: Path, checkpoint: str, licence: str) -> Origin:
+    """With that of a converted checkpoint, where the experiment is one."""
+    from asr.convert.origin import NOT_STATED, read_origin
+    from export.bundle import Origin
+
+    source, converted = f"{experiment.name}, {checkpoint} checkpoint", read_origin(experiment)
+    if converted:
+        source += f", from {converted.family} {converted.source}"
+    return Origin(source, licence or (converted.licence if converted else NOT_STATED))
 
 
 def _print_files(info: ModelInfo) -> None:

@@ -62,12 +62,17 @@ def _plain(value: Any) -> str:
 
 def _experiment(path: Path) -> dict[str, Any]:
     from asr.config import load_config
+    from asr.convert.origin import read_origin
     from asr.train.checkpoint import AVERAGE, about_weights, checkpoints, pointed
     from asr.train.report import read_metrics
 
     config = load_config([path / "config.yaml"])
     found = checkpoints(path)
     about: dict[str, Any] = {"experiment": path, "encoder": config.encoder.type}
+    if origin := read_origin(path):
+        about["converted"] = f"from {origin.family} {origin.source}, by asr {origin.asr}"
+        about["licence"] = origin.licence
+        about |= {f"note {i}": note for i, note in enumerate(origin.notes, 1)}
     chunk = config.encoder.chunk
     about["trained in"] = (
         f"chunks up to {chunk.max_chunk} frames, {chunk.max_right} of look-ahead"
@@ -81,6 +86,7 @@ def _experiment(path: Path) -> dict[str, Any]:
         about |= _size(found[-1] / "model.safetensors")
     if (path / AVERAGE).is_file():
         about["average of"] = ", ".join(about_weights(path / AVERAGE)["sources"])
+        about |= {} if found else _size(path / AVERAGE)
     rows = read_metrics(path / "metrics.jsonl")
     for kind in ("train", "valid"):
         last = next((row for row in reversed(rows) if row["kind"] == kind), None)

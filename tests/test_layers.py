@@ -27,17 +27,18 @@ MAY_IMPORT = {  # layer: what it may import of this repository, besides itself a
     "asr.containers": set(),
     "asr.audio": {"asr.containers"},
     "asr.microphone": {"asr.audio"},
-    "asr.tokens": set(),
+    "asr.pieces": set(),
+    "asr.tokens": {"asr.pieces"},
     "asr.wer": set(),
     "asr.latency": {"asr.wer"},
     "asr.features": set(),
     "asr.losses": set(),
     "asr.optim": set(),
     "asr.model": {"asr.features", "asr.losses", "asr.decode"},
-    "asr.convert": {"asr.model", "asr.features", "asr.config", "asr.tokens"},
     "asr.data": {"asr.audio", "asr.tokens"},
     "asr.decode": set(),
     "asr.config": TRAINING,
+    "asr.convert": {"asr.model", "asr.features", "asr.losses", "asr.config", "asr.tokens", "asr.pieces"},
     "asr.train": TRAINING | {"asr.config", "asr.decode", "asr.wer", "asr.tokens"},
     "asr.runtime": {"asr.decode", "asr.audio", "asr.tokens"},
     "export": {"asr.*"},
@@ -47,7 +48,17 @@ MAY_IMPORT = {  # layer: what it may import of this repository, besides itself a
 }
 TORCH_FREE = {"asr", "asr.decode", "asr.runtime"} | {
     f"asr.{name}"
-    for name in ("errors", "context", "containers", "audio", "microphone", "tokens", "wer", "latency")
+    for name in (
+        "errors",
+        "context",
+        "containers",
+        "audio",
+        "microphone",
+        "pieces",
+        "tokens",
+        "wer",
+        "latency",
+    )
 }
 NOT_IN_THE_LIBRARY = {"argparse", "typer", "click", "rich"}
 OURS = {"asr", "recipes", "export", "egs", "tools", "tests"}

@@ -243,10 +243,17 @@ def average_checkpoints(exp_dir: Path, paths: Sequence[Path]) -> Path:
             # in double precision the mean of equal numbers is that number
             total[name] = total.get(name, 0) + tensor.double()
     mean = {name: (tensor / len(paths)).to(weights[name].dtype) for name, tensor in total.items()}
-    about = {key: metas[-1][key] for key in ("format", "asr", "tokens_sha256", "config")}
-    about["sources"] = [path.name for path in paths]
+    return write_average(exp_dir, mean, metas[-1], [path.name for path in paths])
+
+
+def write_average(
+    exp_dir: Path, weights: Mapping[str, Tensor], about: dict[str, Any], sources: Sequence[str]
+) -> Path:
+    """Write average.safetensors. about: as of `describe`; sources: names of what it was made of."""
+    kept = {key: about[key] for key in ("format", "asr", "tokens_sha256", "config")} | {"sources": sources}
     file = exp_dir / AVERAGE
-    write_file(file, safetensors.torch.save(mean, {key: json.dumps(value) for key, value in about.items()}))
+    head = {key: json.dumps(value) for key, value in kept.items()}
+    write_file(file, safetensors.torch.save(_contiguous(weights), head))
     return file
 
 

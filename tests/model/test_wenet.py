@@ -4,14 +4,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from torch import nn, tensor
+from torch import tensor
 
-from asr.errors import CheckpointError, ConfigError
+from asr.errors import ConfigError
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.masks import ChunkConfig
 from asr.model.state import join, select, split
 from asr.model.wenet import WenetConformer, WenetConformerConfig, WenetConformerState
-from asr.model.wenet_weights import load_wenet, wenet_names
 from export.onnx import export_graphs
 
 NUM_BINS = 20
@@ -198,50 +197,3 @@ def test_a_decoder_of_odd_size_is_refused():
     config = DecoderConfig(dim=15, num_heads=5, positions="sinusoid")
     with pytest.raises(ConfigError, match=r"decoder\.dim: 15 channels .* are odd"):
         TransformerDecoder(config, 11, memory_dim=24)
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A checkpoint of theirs that is the model."""
-    weights = {}
-    for name, names in wenet_names(list(model.state_dict()), []).items():
-        weights.update(zip(names, model.state_dict()[name].clone().chunk(len(names)), strict=True))
-    return weights
-
-
-@pytest.fixture
-def model():
-    """What a checkpoint with one decoder becomes."""
-    config = DecoderConfig(
-        dim=24, num_layers=2, num_heads=3, ff_dim=16, activation="relu", positions="sinusoid"
-    )
-    decoder = TransformerDecoder(config, 11, memory_dim=24)
-    return nn.ModuleDict({"encoder": tiny(), "ctc": nn.Linear(24, 11), "decoder": decoder})
-
-
-def test_a_checkpoint_loads_in_the_order_of_units_that_is_asked_for(model):
-    weights = weights_of(model) | {"encoder.embed.pos_enc.pe": torch.zeros(1, 9, 24)}
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    order = [0, 10, *range(1, 10)]
-    for x in model.state_dict().values():
-        x.zero_()
-    load_wenet(model, weights, "final.pt", order)
-    per_unit = ("ctc.", "decoder.embedding.", "decoder.out.")
-    for name, x in model.state_dict().items():
-        close(x, before[name][order] if name.startswith(per_unit) else before[name], atol=0)
-
-
-def test_all_that_does_not_fit_is_named_with_its_shape(model):
-    weights = weights_of(model)
-    weights["encoder.encoders.0.self_attn.linear_k.lost"] = torch.zeros(3, 4)
-    del weights["encoder.encoders.1.norm_mha.weight"]
-    weights["ctc.ctc_lo.bias"] = torch.zeros(12)
-    with pytest.raises(CheckpointError) as error:
-        load_wenet(model, weights, "final.pt")
-    message = str(error.value)
-    assert message.startswith("final.pt: 3 tensors do not fit: ")
-    for part in (
-        "encoder.encoders.0.self_attn.linear_k.lost (3, 4) is unused",
-        "encoder.encoders.1.norm_mha.weight is missing for encoder.layers.1.attention_norm.weight (24,)",
-        "ctc.ctc_lo.bias (12,) does not fit ctc.bias (11,)",
-    ):
-        assert part in message

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn, tensor
 
+from asr.convert.names import Units, load
+from asr.convert.wenet import wenet_names
 from asr.decode.align import align
 from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam
@@ -32,7 +34,6 @@ from asr.model.hybrid import HybridModel
 from asr.model.masks import valid_mask
 from asr.model.torch_scorer import Memory, TorchScorer
 from asr.model.wenet import WenetConformer, WenetConformerConfig
-from asr.model.wenet_weights import load_wenet
 
 SETS = ["wenet_u2pp_conformer", "wenet_conformer_noncausal"]
 LAYER = {  # theirs: ours
@@ -131,7 +132,8 @@ def wenet(golden: Path, request: pytest.FixtureRequest) -> Iterator[Golden]:
     order = [0, config["eos"]]
     order += [i for i in range(config["vocab_size"]) if i not in order]
     model = build(config)
-    load_wenet(model, load_file(folder / "weights.safetensors"), request.param, order)
+    weights = load_file(folder / "weights.safetensors")
+    load(model, weights, wenet_names(weights), request.param, Units(order, order))
     with np.load(folder / "io.npz") as arrays:
         found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     with torch.no_grad():
@@ -391,7 +393,7 @@ def test_a_published_model_has_our_tensors(golden):
             sizes = {name: [int(n) for n in shape.split("x") if n != "scalar"] for name, shape, _ in rows}
             weights = {name: torch.empty(size) for name, size in sizes.items()}
             parts = parts_of(model["options"])
-            load_wenet(parts, weights, model["name"])
+            load(parts, weights, wenet_names(weights), model["name"])
         assert sum(p.numel() for p in parts.parameters()) == model["params"]
 
 

@@ -1,0 +1,90 @@
+"""The options of another toolkit's configuration, each read with its default and its kind.
+
+What was not read and is not known to be without effect is refused: a model that looks like ours and computes
+something else must not be converted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from asr.errors import CheckpointError
+
+LARGEST = 1_000_000
+"""A size beyond it is no size of a model."""
+
+
+class Options:
+    """A mapping of one configuration file, with the dotted path of its parts for errors."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, path: str = "") -> None:
+        self.values = values
+        self.where = where
+        self.path = path
+        self.used: set[str] = set()
+
+    def part(self, *names: str) -> "Options":
+        """The first of some parts that is there, and an empty one where none is."""
+        for name in names:
+            value = self._get(name, None)
+            if value is not None:
+                if not isinstance(value, Mapping):
+                    raise self._wrong(name, value, "options by name")
+                return Options(value, self.where, f"{self.path}{name}.")
+        return Options({}, self.where, f"{self.path}{names[0]}.")
+
+    def count(self, name: str, default: int) -> int:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= LARGEST:
+            raise self._wrong(name, value, "a whole number")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, value, "a number")
+        return float(value)
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            raise self._wrong(name, value, "true or false")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise self._wrong(name, value, "text")
+        return value
+
+    def choice(self, name: str, default: str, known: Sequence[str]) -> Any:
+        """One of some words; any other is of a model that ours cannot be."""
+        value = self._get(name, default)
+        if value not in known:
+            raise self._wrong(name, value, f"{' or '.join(known)}, as others cannot be represented")
+        return value
+
+    def expect(self, name: str, value: Any) -> None:
+        """Refuse any other value than the one that is ours."""
+        found = self._get(name, value)
+        if found != value:
+            raise self._wrong(name, found, f"{value!r}, as others cannot be represented")
+
+    def only(self, fixed: Mapping[str, Any], without_effect: Sequence[str]) -> None:
+        """Refuse every option that was not read, but for those of a value that is ours, and those that do
+        nothing to a trained model."""
+        for name, value in fixed.items():
+            self.expect(name, value)
+        for name, value in self.values.items():
+            if name not in self.used and name not in without_effect:
+                raise CheckpointError(
+                    f"{self.where}: {self.path}{name}: {value!r}, an option that is not known here and may "
+                    "change what the model computes"
+                )
+
+    def _get(self, name: str, default: Any) -> Any:
+        self.used.add(name)
+        value = self.values.get(name)
+        return default if value is None else value
+
+    def _wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {self.path}{name}: {repr(value)[:60]}, expected {expected}")

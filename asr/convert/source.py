@@ -1,0 +1,135 @@
+"""Where a public checkpoint is: a folder, one file with others beside it, or an archive."""
+
+import hashlib
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from asr.config import parse_yaml
+from asr.convert.archive import unpack
+from asr.convert.tensors import Tensors, read_checkpoint, state_dict
+from asr.errors import CheckpointError
+
+ARCHIVES = (".nemo", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
+
+MAX_TEXT = 64 * 2**20
+"""Configurations, units and statistics above this are refused: the largest in use are below 10 MB."""
+
+
+@dataclass
+class Source:
+    """The files of one checkpoint, read by name; remembers which were used."""
+
+    folder: Path
+    label: str
+    """What the user, and the hub, call it."""
+
+    main: Path | None = None
+    """The file of the weights, where it was named."""
+
+    archive: Path | None = None
+    """What the folder was unpacked from."""
+
+    used: list[Path] = field(default_factory=list)
+
+    def weights_file(self, *names: str) -> Path:
+        """The file that was named, or the first of some names that is there."""
+        return self._use(self.main) if self.main else self.file(*names)
+
+    def file(self, *names: str) -> Path:
+        """The first of some names that is there; CheckpointError where none is."""
+        if path := self.maybe(*names):
+            return path
+        more = "" if len(names) == 1 else "one of "
+        raise CheckpointError(f"{self.label}: incomplete, expected {more}{', '.join(names)} in it")
+
+    def maybe(self, *names: str) -> Path | None:
+        """The first of some names (or patterns) that is there, in the folder or below it.
+
+        CheckpointError where there are several and none is nearer.
+        """
+        for name in names:
+            for found in (sorted(self.folder.glob(name)), sorted(self.folder.rglob(name))):
+                files = [path for path in found if path.is_file()]
+                if len(files) > 1:
+                    shown = ", ".join(str(path.relative_to(self.folder)) for path in files[:5])
+                    raise CheckpointError(f"{self.label}: {len(files)} files {name}: {shown}; name one")
+                if files:
+                    return self._use(files[0])
+        return None
+
+    def text(self, path: Path) -> str:
+        data = self.data(path)
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{path}: not UTF-8 text") from None
+
+    def data(self, path: Path) -> bytes:
+        try:
+            if (size := path.stat().st_size) > MAX_TEXT:
+                raise CheckpointError(f"{path}: {size:,} bytes, at most {MAX_TEXT:,} are read")
+            return path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+    def yaml(self, path: Path) -> dict[str, Any]:
+        found = parse_yaml(self.text(path), str(path))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path}: {type(found).__name__}, expected options by name")
+        return found
+
+    def tensors(self, path: Path, *keys: str) -> Tensors:
+        """The state dict of a file, as asr/convert/tensors.py reads it."""
+        return state_dict(read_checkpoint(path), path, *keys)
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every file that was used, or of the archive."""
+        files = {path.relative_to(self.folder).as_posix(): path for path in self.used}
+        if self.archive:
+            files = {self.archive.name: self.archive}
+        found = {}
+        for name, path in files.items():
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+    def licence(self) -> str:
+        """What the head of the model card in README.md states; "" for nothing."""
+        card = self.folder / "README.md"
+        if not card.is_file():
+            return ""
+        _, opening, rest = self.text(card).partition("---\n")
+        head, closing, _ = rest.partition("\n---")
+        found = parse_yaml(head, str(card)) if opening and closing else None
+        stated = found.get("license") if isinstance(found, dict) else None
+        return stated if isinstance(stated, str) else ""
+
+    def _use(self, path: Path) -> Path:
+        self.used.append(path)
+        return path
+
+
+def open_source(path: Path, scratch: Path, label: str = "") -> Source:
+    """The source at a local path; an archive is unpacked into the folder `scratch`, which is there.
+
+    label: what to call it; its path if not given. Raises CheckpointError where there is nothing.
+    """
+    label = label or str(path)
+    if path.is_dir():
+        return Source(path, label)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if _is_archive(path):
+        unpack(path, scratch / "archive")
+        return Source(scratch / "archive", label, archive=path)
+    return Source(path.parent, label, path)
+
+
+def _is_archive(path: Path) -> bool:
+    """By its name, so that a damaged one is called so, or by its content. model.pth.tar is neither."""
+    try:
+        return path.name.endswith(ARCHIVES) or tarfile.is_tarfile(path)
+    except (OSError, EOFError):
+        return False

@@ -1,0 +1,129 @@
+"""The tensors of a checkpoint file, and nothing that could run: weights_only pickles and safetensors."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from asr.errors import CheckpointError
+
+
+class Plain:
+    """Stands for what trainers save beside tensors, and only holds values."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+HARMLESS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
+"""Classes that are read as `Plain`; a Namespace then has its values as attributes."""
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What torch.save or safetensors wrote. Raises CheckpointError for code, damage, and other formats.
+
+    Nothing of the file runs: its pickle may name tensors and plain types, all else is refused by name.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: not safetensors, or not all: {error}; download it again"
+            ) from None
+    is_zip = _is_stored_zip(path)
+    try:
+        with torch.serialization.safe_globals([(Plain, name) for name in HARMLESS]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {_explain(path, str(error))}") from None
+    except (AttributeError, IndexError, MemoryError, AssertionError, UnicodeError, ImportError):
+        raise CheckpointError(f"{path}: damaged; download it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _is_stored_zip(path: Path) -> bool:
+    """Whether it is a zip of torch, whose members are never compressed: so it holds no more than its size."""
+    try:
+        with zipfile.ZipFile(path) as opened:
+            squeezed = [x.filename for x in opened.infolist() if x.compress_type != zipfile.ZIP_STORED]
+    except (OSError, zipfile.BadZipFile, NotImplementedError):
+        return False
+    if squeezed:
+        raise CheckpointError(f"{path}: {squeezed[0]} in it is compressed, which torch never does; refused")
+    return True
+
+
+def _explain(path: Path, error: str) -> str:
+    if code := re.search(r"(?:GLOBAL|global|type|class) ([\w.]+\.[\w.]+)", error):
+        return f"refused: it holds {code[1]}, which is code; expected tensors and plain values only"
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer to a file that git lfs has not fetched; run git lfs pull"
+    if start.lstrip()[:1] == b"<":
+        return "a web page; download the file itself"
+    if start.startswith(b"PK"):
+        return "damaged or only half there; download it again"
+    return "not a checkpoint that torch.save wrote, or only half there; download it again"
+
+
+class Tensors(NamedTuple):
+    """A state dict, ready to be mapped."""
+
+    weights: dict[str, Tensor]
+    """In float32 where they were floating point."""
+
+    notes: tuple[str, ...]
+    """What was changed or left out."""
+
+
+def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
+    """The state dict in what `read_checkpoint` found: below the first key that is there, or all of it.
+
+    Raises CheckpointError where something in it is no tensor, or a tensor that a model cannot have.
+    """
+    notes: list[str] = []
+    key = next((k for k in keys if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
+    if key is not None:
+        if others := sorted(str(name) for name in found if name != key):
+            notes.append(f"not carried over: {', '.join(others)}")
+        found = found[key]
+    if not isinstance(found, Mapping) or not found:
+        kind = type(found).__name__ if not isinstance(found, Mapping) else "nothing"
+        raise CheckpointError(f"{where}: {kind} in it, expected tensors by name")
+    for problem in _problems(found):
+        raise CheckpointError(f"{where}: {problem}")
+    halves = {name: x for name, x in found.items() if x.dtype in HALVES}
+    if halves:
+        kinds = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in halves.values()}))
+        notes.append(f"{len(halves)} tensors were {kinds}, now float32")
+    # strip what compiling and training on several ranks put before every name
+    prefix = next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in found)), "")
+    weights = {
+        name.removeprefix(prefix): x.detach().float() if x.is_floating_point() else x.detach()
+        for name, x in found.items()
+    }
+    return Tensors(weights, tuple(notes))
+
+
+def _problems(found: Mapping[Any, Any]) -> Iterator[str]:
+    for name, x in found.items():
+        if not isinstance(name, str) or not isinstance(x, Tensor):
+            yield f"{name!r} is {type(x).__name__}, expected tensors by name; name the file of the weights"
+        elif x.layout != torch.strided or x.is_quantized or x.is_complex():
+            yield f"{name} {tuple(x.shape)} is {x.dtype}, {x.layout}; expected plain floating point numbers"
+        elif x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            yield f"{name} {tuple(x.shape)} has fewer numbers in the file than its shape says"
+        elif x.is_floating_point() and not bool(x.isfinite().all()):
+            yield f"{name} {tuple(x.shape)} holds what is no finite number; damaged, or its training diverged"

@@ -1,0 +1,60 @@
+"""The symbols of a public checkpoint's units, as our tokens.txt writes them."""
+
+from collections.abc import Iterator, Sequence
+
+from asr.convert.names import MADE_UP, Units
+from asr.errors import CheckpointError
+from asr.pieces import makes_units, open_pieces
+from asr.tokens import SPACE, SPECIAL
+
+
+def read_units(text: str, where: str) -> list[str]:
+    """Lines `symbol id`, in any order, as several toolkits write them -> symbols in the order of ids.
+
+    Raises CheckpointError with the number of the line that is wrong.
+    """
+    symbols: dict[int, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        symbol, _, i = line.rstrip(" \t\r").rpartition(" ")
+        if not (i.isascii() and i.isdigit()) or int(i) in symbols:
+            raise CheckpointError(f"{where}:{number}: {line[:40]!r}, expected a unit and an id of its own")
+        symbols[int(i)] = symbol.rstrip(" \t") or SPACE
+    if sorted(symbols) != list(range(len(symbols))):
+        gap = next(i for i in range(len(symbols)) if i not in symbols)
+        raise CheckpointError(f"{where}: no unit has id {gap}; ids must be 0, 1, 2, ... without a gap")
+    return [symbols[i] for i in range(len(symbols))]
+
+
+def find_unit(theirs: Sequence[str], where: str, *names: str) -> int:
+    """The id of the first of some names that is a unit; CheckpointError where none is."""
+    for name in names:
+        if name in theirs:
+            return theirs.index(name)
+    raise CheckpointError(f"{where}: no unit {' or '.join(names)} among {len(theirs)}")
+
+
+def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
+    """The symbol of each of our units; CheckpointError where tokens.txt cannot hold them."""
+    kept = [theirs[i].replace(" ", SPACE) if i != MADE_UP else "" for i in units.outputs]
+    symbols = [*SPECIAL, *kept[len(SPECIAL) :]]
+    for problem in _problems(symbols):
+        raise CheckpointError(f"{where}: {problem}")
+    return symbols
+
+
+def splits_into(model: bytes, symbols: Sequence[str], where: str) -> bool:
+    """Whether a SentencePiece model cuts text into these units; TokensError where it is no such model."""
+    _, pieces = open_pieces(model, where)
+    return makes_units(pieces, symbols[len(SPECIAL) :])
+
+
+def _problems(symbols: Sequence[str]) -> Iterator[str]:
+    seen: set[str] = set()
+    for symbol in symbols:
+        if symbol in seen:
+            yield f"two units would be {symbol!r}"
+        if not symbol or "\0" in symbol or symbol.split() != [symbol]:
+            yield f"a unit is {symbol!r}, which tokens.txt cannot hold"
+        seen.add(symbol)
