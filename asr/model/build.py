@@ -12,12 +12,14 @@ from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import SegmentalConfig, SegmentalDecoder
 from asr.model.wenet import WenetConformer, WenetConformerConfig
+from asr.model.zipformer import Zipformer, ZipformerConfig
 
-EncoderConfig = ConformerConfig | WenetConformerConfig
+EncoderConfig = ConformerConfig | WenetConformerConfig | ZipformerConfig
 
 ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
     "conformer": (ConformerConfig, Conformer),
     "wenet-conformer": (WenetConformerConfig, WenetConformer),
+    "zipformer": (ZipformerConfig, Zipformer),
 }
 """The first is the default."""
 

@@ -1,4 +1,4 @@
-"""Feed-forward and convolution modules, what streams keep, and how parameters start.
+"""Feed-forward and convolution modules, norms and activations, what streams keep, how parameters start.
 
 N streams · T frames · C channels · K kernel
 """
@@ -6,6 +6,8 @@ N streams · T frames · C channels · K kernel
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from asr.model.zipformer_training import sometimes_limit
 
 
 class FeedForward(nn.Sequential):
@@ -53,6 +55,41 @@ class ConvModule(nn.Module):
         return self.dropout(x), seen
 
 
+class BiasNorm(nn.Module):
+    """LayerNorm that keeps a part of the length of its input (arXiv:2310.11230, section 3.3).
+
+    y = x * exp(g) / rms(x - b), without an epsilon: b, which is learnt, is what the length is compared with.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(1.0))
+        self.bias = nn.Parameter(torch.empty(dim).normal_(std=1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C)."""
+        log_scale = self.log_scale
+        if self.training:
+            log_scale = sometimes_limit(log_scale, -1.5, 1.5)
+        inverse = (x - self.bias).float().square().mean(-1, keepdim=True) ** -0.5
+        return x * (inverse * log_scale.exp()).to(x.dtype)
+
+
+def swoosh_l(x: Tensor) -> Tensor:
+    """log(1 + exp(x - 4)) - 0.08 x - 0.035, for layers whose input would rather be off (arXiv:2310.11230)."""
+    return _swoosh(x, 4.0, 0.035)
+
+
+def swoosh_r(x: Tensor) -> Tensor:
+    """log(1 + exp(x - 1)) - 0.08 x - 0.313261687, which is 0 at 0."""
+    return _swoosh(x, 1.0, 0.313261687)
+
+
+def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
+    wide = x.float()  # the gradient of a half-precision product overflows
+    return (F.softplus(wide - shift) - 0.08 * wide - offset).to(x.dtype)
+
+
 def append(past: Tensor, x: Tensor, dim: int) -> Tensor:
     """past and x along `dim`, in the type of x: a state is float32, and autocast would make all of it so."""
     return torch.cat([past.to(x.dtype), x], dim)
@@ -84,6 +121,15 @@ def initialise(module: nn.Module) -> None:
         nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def scaled(module: nn.Module, scale: float) -> nn.Module:
+    """Let a linear map or convolution start as torch does, times `scale`; its bias uniform in a tenth of it."""
+    with torch.no_grad():
+        module.get_parameter("weight").mul_(scale)
+        if getattr(module, "bias", None) is not None:
+            nn.init.uniform_(module.get_parameter("bias"), -0.1 * scale, 0.1 * scale)
+    return module
 
 
 def start_small(*ends: nn.Module) -> None:

@@ -1,0 +1,93 @@
+"""The front of a Zipformer: three convolutions from 100 to 50 frames a second, and a ConvNeXt layer.
+
+A frame of the front needs `WINDOW` feature frames from its own on, and the ConvNeXt layer three frames on
+either side besides: the calls of a stream overlap by what lies to the right.
+
+Yao et al., arXiv:2310.11230, section 3.1; ConvNeXt: Liu et al., arXiv:2201.03545.
+
+N streams · T feature frames · T' frames of the front · F mel bins · C channels
+"""
+
+import torch
+from torch import Tensor, nn
+
+from asr.errors import ConfigError
+from asr.model.layers import BiasNorm, keep, scaled, swoosh_l, swoosh_r
+from asr.model.masks import valid_mask
+from asr.model.zipformer_training import Rates, dropout, kept
+
+RATE = 2
+WINDOW = 9
+SIDE = 3
+"""Frames that the ConvNeXt layer sees on either side."""
+
+OVERLAP = WINDOW - RATE + SIDE * RATE
+"""Feature frames to the right of those by which a stream goes on."""
+
+CHANNELS = (8, 32, 128)
+
+
+class ConvNeXt(nn.Module):
+    """A depthwise 7 x 7 convolution, then three times as many channels and back."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        size = 2 * SIDE + 1
+        self.depthwise = nn.Conv2d(channels, channels, size, padding=(0, SIDE), groups=channels)
+        self.expand = nn.Conv2d(channels, 3 * channels, 1)
+        self.contract = nn.Conv2d(3 * channels, channels, 1)
+        scaled(self.contract, 0.01)
+
+    def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
+        """x (N, C, T' + 2 SIDE, F) -> (N, C, T', F)."""
+        y = self.contract(swoosh_l(self.expand(self.depthwise(x))))
+        if rates:
+            y = y * kept(y, rates.front)
+        return x[:, :, SIDE:-SIDE] + y
+
+
+class ZipformerFront(nn.Module):
+    """(N, T, F) -> (N, T', C), where T' = (T - OVERLAP) // RATE."""
+
+    def __init__(self, num_bins: int, dim: int) -> None:
+        super().__init__()
+        self.num_bins = ((num_bins - 1) // 2 - 1) // 2
+        """Of the features that the linear map sees."""
+        if self.num_bins < 1:
+            raise ConfigError(f"features.num_bins: {num_bins}, expected at least 7 for encoder.type zipformer")
+        first, second, third = CHANNELS
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(1, first, 3, padding=(0, 1)),
+                nn.Conv2d(first, second, 3, stride=2),
+                nn.Conv2d(second, third, 3, stride=(1, 2)),
+            ]
+        )
+        self.mix = ConvNeXt(third)
+        self.out = nn.Linear(third * self.num_bins, dim)
+        self.norm = BiasNorm(dim)
+
+    def init_frames(self, n: int) -> Tensor:
+        """What n new streams remember: (N, CHANNELS[-1], SIDE, F')."""
+        return self.out.weight.new_zeros(n, CHANNELS[-1], SIDE, self.num_bins)
+
+    def forward(
+        self, x: Tensor, x_lens: Tensor, past: Tensor, rates: Rates | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, F), x_lens (N,), past (N, CHANNELS[-1], SIDE, F') -> y, y_lens, and the next past.
+
+        Frames whose right side may still arrive, since x ends there, are left to the next call.
+        """
+        y = x[:, None]
+        for convolution in self.convolutions:
+            y = swoosh_r(convolution(y))
+        length = y.shape[2] - SIDE
+        heard = ((x_lens - WINDOW) // RATE + 1).clamp(min=0)
+        y = torch.where(valid_mask(heard, y.shape[2])[:, None, :, None], y, 0.0)
+        seen = torch.cat([past.to(y.dtype), y], dim=2)
+        y_lens = heard.clamp(max=length)
+        y = self.mix(seen, rates)
+        y = self.norm(self.out(y.transpose(1, 2).flatten(2)))
+        if rates:
+            y = dropout(y, rates.dropout)
+        return y, y_lens, keep(seen.detach(), y_lens, SIDE, dim=2)

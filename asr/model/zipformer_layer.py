@@ -1,0 +1,255 @@
+"""A layer of the Zipformer: attention weights that are computed once and used three times.
+
+    weights of all heads, from the input of the layer
+    feed-forward · non-linear attention with the first head · attention · convolution · feed-forward
+    bypass · attention · convolution · feed-forward · norm · bypass
+
+Scores are not scaled by the root of their size: the scale is in how the parameters start. Positions are
+relative, and their table is compact: what is far apart is told apart coarsely.
+
+Yao et al., arXiv:2310.11230.
+
+N streams · T frames · W cached frames, so W + T keys · C channels · H heads · D channels per head · K kernel
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asr.model.attention import join_heads, split_heads
+from asr.model.layers import BiasNorm, append, scaled, sometimes_limit, swoosh_l, swoosh_r
+from asr.model.zipformer_convolution import Convolution, Edges
+from asr.model.zipformer_training import Points, Rates, dropout, kept, scheduled
+
+
+class LayerSizes(NamedTuple):
+    """Those of one layer."""
+
+    dim: int
+    num_heads: int
+    query_dim: int
+    """D of queries and keys, ..."""
+    value_dim: int
+    """... of values, ..."""
+    position_head_dim: int
+    """... and of what asks for positions."""
+    position_dim: int
+    """Channels of the table of positions."""
+    ff_dim: int
+    kernel_size: int
+    causal: bool
+
+    @property
+    def memory_dims(self) -> list[int]:
+        """Channels that are kept of a frame: keys, of the non-linear attention, values of both attentions."""
+        values = self.num_heads * self.value_dim
+        return [self.num_heads * self.query_dim, 3 * self.dim // 4, values, values]
+
+
+class Sight(NamedTuple):
+    """What all layers of one call at one rate share."""
+
+    lens: Tensor
+    """(N,) frames that count."""
+
+    valid: Tensor
+    """(N, T, 1), True before the end."""
+
+    mask: Tensor
+    """(N, 1, T, W + T)."""
+
+    positions: Tensor
+    """(W + 2 T - 1, channels of the table): a row for each distance, from the earliest key on."""
+
+    edges: Edges
+
+
+class Past(NamedTuple):
+    """What a layer remembers."""
+
+    memory: Tensor
+    """(N, W, sum of memory_dims)."""
+
+    convolutions: Tensor
+    """(N, 2, C, K // 2), or (N, 2, C, 0) where the convolution is symmetric."""
+
+
+def compact_positions(first: int, last: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """Rows for the distances first to last (key less query), (last - first + 1, dim).
+
+    The distance t becomes s = sqrt(d) sign(t) log(1 + |t| / sqrt(d)), then an angle atan(2 pi s / d); cosine
+    and sine of its multiples take turns, and the last channel is 1.
+    """
+    distance = torch.arange(first, last + 1, device=device).float()[:, None]
+    unit = math.sqrt(dim)
+    squeezed = unit * distance.sign() * ((distance.abs() + unit).log() - math.log(unit))
+    angle = (squeezed * (2 * math.pi / dim)).atan() * torch.arange(1, dim // 2 + 1, device=device)
+    table = torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(1)
+    return torch.cat([table[:, :-1], torch.ones_like(distance)], dim=1)
+
+
+class AttentionWeights(nn.Module):
+    """Softmax of the products of queries and keys, plus what queries make of distances."""
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__()
+        heads = sizes.num_heads
+        self.num_heads = heads
+        self.splits = [heads * d for d in (sizes.query_dim, sizes.query_dim, sizes.position_head_dim)]
+        self.project = nn.Linear(sizes.dim, sum(self.splits))
+        self.position = nn.Linear(sizes.position_dim, self.splits[2], bias=False)
+        self.dropout = nn.Dropout(0.15)
+        scaled(self.project, sizes.query_dim**-0.25)
+        scaled(self.position, 0.05)
+
+    def forward(self, x: Tensor, keys: Tensor, sight: Sight, rates: Rates | None) -> tuple[Tensor, Tensor]:
+        """x (N, T, C), keys (N, W, H D) of the past -> weights (N, H, T, W + T), new keys (N, T, H D)."""
+        q, new, p = self.project(x).split(self.splits, dim=-1)
+        q, k, p = (split_heads(part, self.num_heads) for part in (q, append(keys, new, 1), p))
+        table = split_heads(self.position(self.dropout(sight.positions.to(x.dtype)))[None], self.num_heads)
+        near = _by_key(p @ table.transpose(2, 3))
+        if rates:
+            near = near * (torch.rand((), device=x.device) >= rates.position)
+        scores = (q @ k.transpose(2, 3) + near).masked_fill(~sight.mask, -torch.inf)
+        return scores.softmax(-1).to(x.dtype), new
+
+
+def _by_key(scores: Tensor) -> Tensor:
+    """(N, H, T, W + 2 T - 1) by distance, earliest first -> (N, H, T, W + T) by key.
+
+    Seen as rows that are one shorter, each row begins one distance earlier than the row before.
+    """
+    length, num = scores.shape[2:]
+    rows = scores.flatten(2)[:, :, length - 1 : length * num - 1].unflatten(2, (length, num - 1))
+    return rows[..., : num - length + 1]
+
+
+class Attention(nn.Module):
+    """Values, weighted."""
+
+    def __init__(self, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.num_heads = sizes.num_heads
+        self.project = nn.Linear(sizes.dim, sizes.num_heads * sizes.value_dim)
+        self.out = nn.Linear(sizes.num_heads * sizes.value_dim, sizes.dim)
+        scaled(self.out, 0.05)
+
+    def forward(self, x: Tensor, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, T, C), weights (N, H, T, W + T), values (N, W, H D) -> (N, T, C), new values (N, T, H D)."""
+        new = self.project(x)
+        heard = weights @ split_heads(append(values, new, 1), self.num_heads)
+        return self.out(join_heads(heard)), new
+
+
+class NonlinearAttention(nn.Module):
+    """A convolution module whose convolution is one head of the attention."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = 3 * dim // 4
+        self.project = nn.Linear(dim, 3 * hidden)
+        self.out = nn.Linear(hidden, dim)
+        scaled(self.out, 0.05)
+
+    def forward(self, x: Tensor, weights: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, T, C), weights (N, T, W + T), past (N, W, 3 C / 4) -> (N, T, C), the new of past."""
+        scale, hidden, gate = self.project(x).chunk(3, dim=-1)
+        new = hidden * scale.tanh()
+        return self.out(weights @ append(past, new, 1) * gate), new
+
+
+class ZipformerFeedForward(nn.Module):
+    """Expand, activate, contract: no norm."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim, hidden_dim)
+        self.out = nn.Linear(hidden_dim, dim)
+        scaled(self.out, 0.1)
+
+    def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
+        """x (N, T, C)."""
+        x = swoosh_l(self.hidden(x))
+        return self.out(dropout(x, rates.dropout) if rates else x)
+
+
+class Bypass(nn.Module):
+    """Between what went in and what came out, by a learnt share of each channel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((dim,), 0.5))
+
+    def forward(self, before: Tensor, x: Tensor, rates: Rates | None, skip: Points | None = None) -> Tensor:
+        """before, x (N, T, C); skip: how often to take `before` alone."""
+        scale = self.scale
+        if rates:
+            scale = sometimes_limit(scale, rates.bypass_least, 1.0)
+            if skip:
+                scale = scale * kept(x, scheduled(rates.batches, skip))
+        return before + (x - before) * scale
+
+
+class ZipformerLayer(nn.Module):
+    def __init__(self, sizes: LayerSizes, skip: Points) -> None:
+        super().__init__()
+        dim, ff_dim = sizes.dim, sizes.ff_dim
+        self.skip = skip
+        self.memory_dims = sizes.memory_dims
+        self.weights = AttentionWeights(sizes)
+        self.feed_forward_1 = ZipformerFeedForward(dim, ff_dim * 3 // 4)
+        self.nonlinear = NonlinearAttention(dim)
+        self.attention_1 = Attention(sizes)
+        self.convolution_1 = Convolution(dim, sizes.kernel_size, sizes.causal)
+        self.feed_forward_2 = ZipformerFeedForward(dim, ff_dim)
+        self.bypass_middle = Bypass(dim)
+        self.attention_2 = Attention(sizes)
+        self.convolution_2 = Convolution(dim, sizes.kernel_size, sizes.causal)
+        self.feed_forward_3 = ZipformerFeedForward(dim, ff_dim * 5 // 4)
+        self.norm = BiasNorm(dim)
+        self.bypass = Bypass(dim)
+        # public checkpoints have it, and count it; nothing reads it
+        self.unused_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
+
+    def forward(self, x: Tensor, past: Past, sight: Sight, rates: Rates | None) -> tuple[Tensor, Past]:
+        """x (N, T, C) -> y (N, T, C), and of Past the T new frames of `memory`, and `convolutions`."""
+        before = x
+        keys, hidden, values_1, values_2 = past.memory.split(self.memory_dims, dim=-1)
+        conv_1, conv_2 = past.convolutions.unbind(1)
+        weights, keys = self.weights(x, keys, sight, rates)
+        share = kept(x, rates.attention) if rates else 1.0
+
+        x = x + self.feed_forward_1(x, rates)
+        y, hidden = self.nonlinear(x, self._first_head(weights, sight, rates), hidden)
+        x = x + y * share
+        y, values_1 = self.attention_1(x, weights, values_1)
+        x = x + y * share
+        y, conv_1 = self.convolution_1(x, conv_1, sight.lens, sight.valid, sight.edges)
+        x = x + _skipped(y, rates and rates.convolution)
+        x = x + _skipped(self.feed_forward_2(x, rates), rates and rates.feed_forward)
+        x = self.bypass_middle(before, x, rates)
+
+        y, values_2 = self.attention_2(x, weights, values_2)
+        x = x + y * share
+        y, conv_2 = self.convolution_2(x, conv_2, sight.lens, sight.valid, sight.edges)
+        x = x + _skipped(y, rates and rates.convolution)
+        x = x + _skipped(self.feed_forward_3(x, rates), rates and rates.feed_forward)
+        x = self.bypass(before, self.norm(x), rates, self.skip)
+        memory = torch.cat([keys, hidden, values_1, values_2], dim=-1).detach()
+        return x, Past(memory, torch.stack([conv_1, conv_2], dim=1).detach())
+
+    def _first_head(self, weights: Tensor, sight: Sight, rates: Rates | None) -> Tensor:
+        """(N, T, W + T); in training sometimes the mean of all that may be seen."""
+        first = weights[:, 0]
+        if rates is None:
+            return first
+        mean = sight.mask[:, 0].to(first.dtype)
+        mean = mean / mean.sum(-1, keepdim=True)
+        return torch.where(torch.rand((), device=first.device) < rates.constant, mean, first)
+
+
+def _skipped(x: Tensor, rate: Tensor | None) -> Tensor:
+    return x if rate is None else x * kept(x, rate)
