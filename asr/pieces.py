@@ -11,7 +11,7 @@ from typing import Any
 from asr.errors import TokensError
 
 LEAST_SHARE = 0.9
-"""So many of its pieces are units, or it is another model: a small one's pieces are a part of a large one's."""
+"""So many of its pieces are units, or it is another model: a large one has the pieces of a small one, too."""
 
 WITHOUT_TEXT = 3
 """Pieces of nearly every model that text is not cut into: unknown, and the marks of start and end."""

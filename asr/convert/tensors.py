@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 import safetensors
 import safetensors.torch
@@ -25,6 +26,12 @@ class Plain:
 HARMLESS = ("argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath")
 """Classes that are read as `Plain`; a Namespace then has its values as attributes."""
 
+READING = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, MemoryError),
+    *(AttributeError, IndexError, AssertionError, ImportError),
+)
+"""What torch.load raises for files that are damaged, or never were checkpoints."""
+
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -42,14 +49,11 @@ def read_checkpoint(path: Path) -> Any:
             ) from None
     is_zip = _is_stored_zip(path)
     try:
-        with torch.serialization.safe_globals([(Plain, name) for name in HARMLESS]):
+        with torch.serialization.safe_globals([(Plain, name) for name in HARMLESS]), catch_warnings():
+            simplefilter("ignore")  # what is odd about a file is said in one line, or not at all
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except READING as error:
         raise CheckpointError(f"{path}: {_explain(path, str(error))}") from None
-    except (AttributeError, IndexError, MemoryError, AssertionError, UnicodeError, ImportError):
-        raise CheckpointError(f"{path}: damaged; download it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
 
 def _is_stored_zip(path: Path) -> bool:
@@ -67,15 +71,18 @@ def _is_stored_zip(path: Path) -> bool:
 def _explain(path: Path, error: str) -> str:
     if code := re.search(r"(?:GLOBAL|global|type|class) ([\w.]+\.[\w.]+)", error):
         return f"refused: it holds {code[1]}, which is code; expected tensors and plain values only"
-    with path.open("rb") as file:
-        start = file.read(64)
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as unreadable:
+        return (unreadable.strerror or str(unreadable)).lower()
     if start.startswith(b"version https://git-lfs"):
         return "a pointer to a file that git lfs has not fetched; run git lfs pull"
     if start.lstrip()[:1] == b"<":
         return "a web page; download the file itself"
     if start.startswith(b"PK"):
-        return "damaged or only half there; download it again"
-    return "not a checkpoint that torch.save wrote, or only half there; download it again"
+        return "damaged, or only a part of it; download it again"
+    return "not a checkpoint that torch.save wrote, or only a part of one; download it again"
 
 
 class Tensors(NamedTuple):

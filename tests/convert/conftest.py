@@ -3,12 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
+from asr.convert.converted import fresh_model
+from asr.convert.options import Options
+from asr.convert.wenet import read_config, wenet_names
 from recipes.cli import main
 
 Result = tuple[int, str, str]
@@ -30,35 +35,79 @@ def symbols_for(count: int, special: dict[int, str]) -> list[str]:
     return [special[i] if i in special else next(letters) for i in range(count)]
 
 
+def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
+    """WeNet's train.yaml for options as in a golden set."""
+    parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
+    special = options["special_tokens"]  # None in the older kind, which has sos/eos at the end
+    return {name: options[name] for name in parts if name in options} | {
+        "model": "asr_model",
+        "encoder": "conformer",
+        "output_dim": options["vocab_size"],
+        "tokenizer": "char",
+        "tokenizer_conf": {"special_tokens": special, "symbol_table_path": "data/lang_char.txt"},
+        "ctc_conf": {"ctc_blank_id": 0},
+        "dataset_conf": {
+            "fbank_conf": {"num_mel_bins": options["input_dim"], "frame_shift": 10, "frame_length": 25},
+            "resample_conf": {"resample_rate": 16000},
+            "batch_conf": {"batch_type": "static"},
+        },
+        "max_epoch": 360,
+    }
+
+
+def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor]) -> Path:
+    """Write the folder that WeNet publishes."""
+    folder.mkdir(parents=True)
+    (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
+    names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
+    symbols = symbols_for(options["vocab_size"], names)
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
+    (folder / "units.txt").write_text(lines, encoding="utf-8")
+    torch.save(weights, folder / "final.pt")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def wenet_source() -> Callable[[Path, Path], Path]:
     """Write the folder that WeNet publishes for a golden set."""
 
     def write(reference: Path, folder: Path) -> Path:
-        folder.mkdir(parents=True)
         options = json.loads((reference / "config.json").read_text())
-        parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
-        special = options["special_tokens"]  # None in the older kind, which has sos/eos at the end
-        names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
-        train = {name: options[name] for name in parts if name in options} | {
-            "model": "asr_model",
-            "encoder": "conformer",
-            "output_dim": options["vocab_size"],
-            "tokenizer": "char",
-            "tokenizer_conf": {"special_tokens": special, "symbol_table_path": "data/lang_char.txt"},
-            "ctc_conf": {"ctc_blank_id": 0},
-            "dataset_conf": {
-                "fbank_conf": {"num_mel_bins": options["input_dim"], "frame_shift": 10, "frame_length": 25},
-                "resample_conf": {"resample_rate": 16000},
-                "batch_conf": {"batch_type": "static"},
-            },
-            "max_epoch": 360,
-        }
-        (folder / "train.yaml").write_text(yaml.safe_dump(train))
-        symbols = symbols_for(options["vocab_size"], names)
-        lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
-        (folder / "units.txt").write_text(lines, encoding="utf-8")
-        torch.save(load_file(reference / "weights.safetensors"), folder / "final.pt")
-        return folder
+        return write_wenet(folder, options, load_file(reference / "weights.safetensors"))
 
     return write
+
+
+TINY: dict[str, Any] = {
+    "input_dim": 16,
+    "vocab_size": 9,
+    "special_tokens": None,
+    "sos": 8,
+    "encoder_conf": {
+        "output_size": 8,
+        "attention_heads": 2,
+        "linear_units": 8,
+        "num_blocks": 1,
+        "cnn_module_kernel": 4,
+        "cnn_module_norm": "layer_norm",
+        "causal": True,
+        "use_dynamic_chunk": True,
+    },
+    "decoder": "transformer",
+    "decoder_conf": {"attention_heads": 2, "linear_units": 8, "num_blocks": 1},
+    "model_conf": {"ctc_weight": 0.3, "lsm_weight": 0.1},
+}
+
+
+@pytest.fixture
+def tiny_source(tmp_path: Path) -> Path:
+    """A folder of WeNet's form with a model of random numbers, which needs no reference data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = fresh_model(read_config(Options(train_yaml(TINY), "tiny")), TINY["vocab_size"])
+        for x in model.state_dict().values():
+            x.copy_(torch.randn_like(x))
+    weights = {}
+    for name, names in wenet_names([]).sources(list(model.state_dict())).items():
+        weights.update(zip(names, model.state_dict()[name].clone().chunk(len(names)), strict=True))
+    return write_wenet(tmp_path / "source", TINY, weights)

@@ -1,0 +1,290 @@
+"""What is downloaded from anybody runs nothing and writes nothing outside; what is wrong with it is said."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asr.convert import archive
+from asr.convert.families import FAMILIES
+from asr.convert.origin import read_origin
+from asr.convert.tensors import read_checkpoint
+from asr.errors import CheckpointError
+from asr.train.checkpoint import load_model
+from recipes.cli import main
+
+
+class Payload:
+    """A pickle that, when it is read with code, makes a file."""
+
+    def __init__(self, marker: Path, call: Callable[[str], object] = os.system) -> None:
+        self.marker, self.call = marker, call
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return self.call, (f"touch {self.marker}",)
+
+
+def weights_of(source: Path) -> dict[str, torch.Tensor]:
+    return torch.load(source / "final.pt", weights_only=True)
+
+
+def changed(source: Path, **others: object) -> None:
+    torch.save(weights_of(source) | others, source / "final.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": {}, "optimizer": x}, lambda x: [x]])
+def test_a_checkpoint_with_code_runs_nothing_and_is_refused(asr, tiny_source, tmp_path, zipped, wrap):
+    marker = tmp_path / "marker"
+    torch.save(wrap(Payload(marker)), tiny_source / "final.pt", _use_new_zipfile_serialization=zipped)
+    status, _, err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert "which is code" in err
+    assert "system" in err
+    assert sorted(tmp_path.iterdir()) == [tiny_source]
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists(), "the payload works, where it is let"
+
+
+def test_a_plain_pickle_with_code_is_refused(asr, tiny_source, tmp_path):
+    (tiny_source / "final.pt").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
+    status, _, err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert err.startswith(f"asr: {tiny_source}/final.pt: ")
+    assert sorted(tmp_path.iterdir()) == [tiny_source]
+
+
+def test_yaml_with_code_is_refused(asr, tiny_source, tmp_path):
+    text = f"!!python/object/apply:os.system ['touch {tmp_path}/marker']"
+    (tiny_source / "train.yaml").write_text(text)
+    status, _, err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert "train.yaml:1: not YAML" in err
+    assert sorted(tmp_path.iterdir()) == [tiny_source]
+
+
+def test_options_and_paths_that_trainers_save_hold_values_only(tmp_path):
+    torch.save(
+        {"args": argparse.Namespace(d_model=3), "exp": Path("/x"), "w": torch.ones(2)}, tmp_path / "a.pt"
+    )
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert vars(found["args"])["d_model"] == 3
+    assert not isinstance(found["exp"], Path)
+
+
+# ---- what is wrong with a source
+
+
+def half(source: Path) -> None:
+    data = (source / "final.pt").read_bytes()
+    (source / "final.pt").write_bytes(data[: len(data) // 2])
+
+
+def squeezed(source: Path) -> None:
+    with zipfile.ZipFile(source / "final.pt") as old:
+        files = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(source / "final.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in files.items():
+            new.writestr(name, data)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda source: (source / name).unlink()
+
+
+def written(name: str, data: bytes) -> Callable[[Path], object]:
+    return lambda source: (source / name).write_bytes(data)
+
+
+def lines(change: Callable[[list[str]], list[str]]) -> Callable[[Path], object]:
+    def edit(source: Path) -> None:
+        text = (source / "units.txt").read_text(encoding="utf-8").splitlines()
+        (source / "units.txt").write_text("\n".join(change(text)) + "\n", encoding="utf-8")
+
+    return edit
+
+
+def stretched(source: Path) -> None:
+    """A few numbers that claim to be many."""
+    changed(source, **{"ctc.ctc_lo.weight": torch.ones(1).expand(10**7, 10**5)})
+
+
+WRONG: list[tuple[Callable[[Path], object], str]] = [
+    (half, "final.pt: damaged, or only a part of it; download it again"),
+    (squeezed, "is compressed, which torch never does; refused"),
+    (without("final.pt"), "incomplete, expected one of final.pt, "),
+    (without("train.yaml"), "incomplete, expected one of train.yaml, "),
+    (without("units.txt"), "incomplete, expected one of units.txt, lang_char.txt"),
+    (written("final.pt", b""), "final.pt: not a checkpoint"),
+    (written("final.pt", b"version https://git-lfs.github.com/spec/v1\n"), "run git lfs pull"),
+    (written("final.pt", b"<!DOCTYPE html>"), "a web page; download the file itself"),
+    (written("units.txt", b"\xff\xfe"), "units.txt: not UTF-8"),
+    (written("units.txt", b"<blank>\n"), "units.txt:1: '<blank>', expected a unit and an id"),
+    (written("train.yaml", b"- 1"), "train.yaml: list, expected options by name"),
+    (written("train.yaml", b"a: ["), "train.yaml:1: not YAML"),
+    (written("global_cmvn", b"[ 1 2"), "global_cmvn: not a matrix of Kaldi"),
+    (written("global_cmvn", b'{"mean_stat": [1]}'), "global_cmvn: not statistics in JSON"),
+    (lines(lambda x: x[:-1]), "8 units, the checkpoint has 9"),
+    (lines(lambda x: [*x[:3], f"{x[2].split()[0]} 3", *x[4:]]), "two units would be"),
+    (lines(lambda x: [*x[:-1], "a 12"]), "no unit has id 8"),
+    (lines(lambda x: [*x[:-1], "a 7"]), "units.txt:9: 'a 7', expected a unit and an id of its own"),
+    (lines(lambda x: [x[0], "a 1", *x[2:]]), "no unit <unk>"),
+    (stretched, "ctc.ctc_lo.weight (10000000, 100000) has fewer numbers in the file"),
+    (lambda x: changed(x, extra=torch.zeros(2, 3)), "extra (2, 3) is unused"),
+    (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.zeros(9).fill_(torch.nan)}), "no finite number"),
+    (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.zeros(9).to_sparse()}), "expected plain floating"),
+    (lambda x: changed(x, step=3), "'step' is int, expected tensors by name"),
+    (lambda x: torch.save([1], x / "final.pt"), "list in it, expected tensors by name"),
+    (lambda x: torch.save({}, x / "final.pt"), "nothing in it, expected tensors"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=[expected for _, expected in WRONG])
+def test_a_wrong_source_has_its_error_and_nothing_is_written(asr, tiny_source, tmp_path, spoil, expected):
+    spoil(tiny_source)
+    status, out, err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")
+    assert (status, out) == (2, "")
+    assert expected in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == [tiny_source]
+
+
+def test_a_missing_tensor_is_named_with_its_shape(asr, tiny_source, tmp_path):
+    weights = weights_of(tiny_source)
+    del weights["encoder.after_norm.bias"]
+    torch.save(weights, tiny_source / "final.pt")
+    err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")[2]
+    assert "encoder.after_norm.bias is missing for encoder.norm.bias (8,)" in err
+
+
+def test_there_is_no_such_source_or_family(asr, tmp_path):
+    assert "/none: no such file or folder" in asr("convert", "wenet", "/none", "-o", tmp_path / "exp")[2]
+    err = asr("convert", "kaldi", tmp_path, "-o", tmp_path / "exp")[2]
+    assert f"kaldi: no such family; there are {', '.join(FAMILIES)}" in err
+
+
+def test_an_experiment_that_is_there_is_not_replaced(asr, tiny_source, tmp_path):
+    (tmp_path / "exp").mkdir()
+    assert asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")[0] == 0
+    status, _, err = asr("convert", "wenet", tiny_source, "-o", tmp_path / "exp")
+    assert (status, err) == (2, f"asr: {tmp_path}/exp: exists; choose a new folder with -o\n")
+
+
+def test_help_names_every_family(asr):
+    out = asr("convert", "--help")[1]
+    assert all(name in out for name in FAMILIES)
+
+
+# ---- what is carried over in other forms
+
+
+def same(one: Path, other: Path) -> bool:
+    first, second = (load_model(path)[0].state_dict() for path in (one, other))
+    return all(torch.equal(x, second[name]) for name, x in first.items())
+
+
+def converted(source: Path, out: Path) -> Path:
+    assert main(["convert", "wenet", str(source), "-o", str(out)]) == 0
+    return out
+
+
+def test_the_state_of_training_is_left_out_and_halves_are_widened(asr, tiny_source, tmp_path):
+    plain = converted(tiny_source, tmp_path / "plain")
+    weights = {name: x.bfloat16().float() for name, x in weights_of(tiny_source).items()}
+    torch.save(weights, tiny_source / "final.pt")
+    rounded = converted(tiny_source, tmp_path / "rounded")
+    halves = {f"module.{name}": x.bfloat16() for name, x in weights.items()}
+    torch.save({"model": halves, "optimizer": {"state": {}}, "step": 7}, tiny_source / "final.pt")
+    status, out, _ = asr("convert", "wenet", tiny_source, "-o", tmp_path / "halves")
+    assert status == 0
+    assert f"{len(halves)} tensors were bfloat16, now float32" in out
+    assert "not carried over: optimizer, step" in out
+    assert same(tmp_path / "halves", rounded)
+    assert not same(tmp_path / "halves", plain)
+    assert {x.dtype for x in load_model(rounded)[0].state_dict().values()} == {torch.float32}
+
+
+def test_a_file_an_archive_and_safetensors_are_the_same(asr, tiny_source, tmp_path):
+    folder = converted(tiny_source, tmp_path / "folder")
+    assert same(converted(tiny_source / "final.pt", tmp_path / "file"), folder)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as opened:
+        opened.add(tiny_source, "20210601_exp")
+    packed = converted(tmp_path / "a.tar.gz", tmp_path / "archive")
+    assert same(packed, folder)
+    origin = read_origin(packed)
+    assert origin
+    assert list(origin.files) == ["a.tar.gz"]
+    save_file(weights_of(tiny_source), tiny_source / "model.safetensors")
+    (tiny_source / "final.pt").unlink()
+    assert same(converted(tiny_source, tmp_path / "safetensors"), folder)
+
+
+def test_a_damaged_origin_is_told(tiny_source, tmp_path):
+    exp = converted(tiny_source, tmp_path / "exp")
+    (exp / "origin.json").write_text(json.dumps({"family": "wenet", "notes": []}))
+    with pytest.raises(CheckpointError, match=r"origin\.json: damaged"):
+        read_origin(exp)
+
+
+# ---- archives
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, size: int = 3, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, size, target
+    return info
+
+
+ARCHIVES = {
+    "up": ([member("../evil")], "'../evil' lies outside the archive"),
+    "deep up": ([member("a/../../evil")], "lies outside the archive"),
+    "absolute": ([member("/tmp/evil")], "'/tmp/evil' lies outside the archive"),
+    "backslash": ([member("..\\evil")], "lies outside the archive"),
+    "symlink": ([member("a", tarfile.SYMTYPE, 0, "/etc/passwd")], "is a link or a device"),
+    "hard link": ([member("a", tarfile.LNKTYPE, 0, "/etc/passwd")], "is a link or a device"),
+    "device": ([member("a", tarfile.CHRTYPE, 0)], "is a link or a device"),
+    "pipe": ([member("a", tarfile.FIFOTYPE, 0)], "is a link or a device"),
+    "twice": ([member("a"), member("./a")], "is there twice"),
+    "large": ([member("a", size=2000)], "is too large: 2,000 bytes"),
+    "many": ([member(f"a{i}") for i in range(5)], "is one too many, at most 4"),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_that_reaches_outside_is_refused(asr, tmp_path, monkeypatch, kind):
+    members, expected = ARCHIVES[kind]
+    monkeypatch.setattr(archive, "MAX_BYTES", 1000)
+    monkeypatch.setattr(archive, "MAX_MEMBERS", 4)
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar.gz", "w:gz") as opened:
+        for x in members:
+            opened.addfile(x, io.BytesIO(bytes(x.size)))
+    status, _, err = asr("convert", "wenet", tmp_path / "in" / "a.tar.gz", "-o", tmp_path / "out" / "exp")
+    assert status == 2
+    assert expected in err
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "in",
+        "in/a.tar.gz",
+        "out",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".tar.gz", ".nemo"])
+def test_half_an_archive_is_told(asr, tiny_source, tmp_path, suffix):
+    file = tmp_path / f"a{suffix}"
+    with tarfile.open(file, "w:gz" if "gz" in suffix else "w") as opened:
+        opened.add(tiny_source, "exp")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    status, _, err = asr("convert", "wenet", file, "-o", tmp_path / "exp")
+    assert status == 2
+    assert f"{file}: not a whole archive: " in err
+    assert not (tmp_path / "exp").exists()
