@@ -3,56 +3,88 @@
 N streams · T frames · C channels · K kernel
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.model.zipformer_training import sometimes_limit
 
+Norm = Literal["layer_norm", "batch_norm"]
+
 
 class FeedForward(nn.Sequential):
     """Norm, expand, activate, contract; (N, T, C) -> (N, T, C)."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, dropout: float, activation: type[nn.Module] = nn.SiLU
+        self,
+        dim: int,
+        hidden_dim: int,
+        dropout: float,
+        activation: type[nn.Module] = nn.SiLU,
+        bias: bool = True,
     ) -> None:
         super().__init__(
             nn.LayerNorm(dim),
-            nn.Linear(dim, hidden_dim),
+            nn.Linear(dim, hidden_dim, bias),
             activation(),
             nn.Dropout(dropout),
-            nn.Linear(hidden_dim, dim),
+            nn.Linear(hidden_dim, dim, bias),
             nn.Dropout(dropout),
         )
 
 
 class ConvModule(nn.Module):
-    """The Conformer's convolution module, causal and with LayerNorm (arXiv:2005.08100, section 2.2).
+    """The Conformer's convolution module (arXiv:2005.08100, section 2.2), causal or symmetric.
 
     The state is kept behind the gate, where silence before an utterance is exactly zero.
     """
 
-    def __init__(self, dim: int, kernel_size: int, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int,
+        dropout: float,
+        *,
+        causal: bool = True,
+        norm: Norm = "layer_norm",
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.gated = nn.Linear(dim, 2 * dim)
-        self.depthwise = nn.Conv2d(dim, dim, (1, kernel_size), groups=dim)
+        self.gated = nn.Linear(dim, 2 * dim, bias)
+        sides = (0, 0 if causal else kernel_size // 2)
+        self.depthwise = nn.Conv2d(dim, dim, (1, kernel_size), padding=sides, groups=dim, bias=bias)
         # as its gradient is laid out on a CPU, which DistributedDataParallel would copy otherwise
         self.depthwise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.depthwise_norm = nn.LayerNorm(dim)
-        self.out = nn.Linear(dim, dim)
+        self.depthwise_norm = nn.BatchNorm1d(dim) if norm == "batch_norm" else nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, past: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C), past (N, C, K - 1); exists (N, T, 1): False for frames before the utterance.
+        """x (N, T, C), past (N, C, K - 1), or (N, C, 0) where it is symmetric; exists (N, T, 1): False for
+        frames before the utterance, and, where it is symmetric or has batch norm, for those behind.
 
         Returns (N, T, C), and what the convolution saw, (N, C, K - 1 + T), of which a stream keeps the end.
         """
         x = torch.where(exists, F.glu(self.gated(self.norm(x)), dim=-1), 0.0)
         seen = torch.cat([past.transpose(1, 2), x], dim=1).transpose(1, 2)
         x = self.depthwise(seen[:, :, None])[:, :, 0].transpose(1, 2)
-        x = self.out(F.silu(self.depthwise_norm(x)))
+        x = self.out(F.silu(self._normalise(x, exists)))
         return self.dropout(x), seen
+
+    def _normalise(self, x: Tensor, exists: Tensor) -> Tensor:
+        """x (N, T, C). The statistics of batch norm are those of frames that count, whatever the padding."""
+        norm = self.depthwise_norm
+        if isinstance(norm, nn.LayerNorm):
+            return norm(x)
+        if not norm.training:
+            return norm(x.transpose(1, 2)).transpose(1, 2)
+        counts = exists.squeeze(-1)
+        y = torch.zeros_like(x)
+        y[counts] = norm(x[counts]).to(x.dtype)
+        return y
 
 
 class BiasNorm(nn.Module):

@@ -19,7 +19,7 @@ Zhang et al., "Unified Streaming and Non-streaming Two-pass End-to-end Model", a
 "Transformer Transducer", arXiv:2002.02562, whose limited context is chunks of one frame.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,10 +47,20 @@ class ChunkConfig:
     max_right: int = 0
     """Let every layer look ahead by a random number of chunks, up to this one, in chunked batches."""
 
+    contexts: list[list[int]] = field(default_factory=list)
+    """Draw one of these for every batch instead, as cache-aware models do (arXiv:2312.17279): [left, right]
+    is a chunk of right + 1 frames and `left` frames before it, a whole number of chunks or -1 for all."""
+
     def __post_init__(self) -> None:
         for name, least in (("max_chunk", 1), ("max_right", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for pair in self.contexts:
+            if len(pair) != 2 or pair[1] < 0 or pair[0] < -1 or (pair[0] > 0 and pair[0] % (pair[1] + 1)):
+                raise ConfigError(
+                    f"contexts has {pair}; expected [left, right] in frames, left -1 or a multiple of "
+                    "right + 1"
+                )
 
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
@@ -100,10 +110,13 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
 
     With u uniform in 1 .. num_frames - 1: the whole utterance if u > num_frames / 2, else chunks of
     (u mod max_chunk) + 1 frames, with unlimited left context or, half of the time, a uniform number of
-    chunks, and a uniform number of chunks of look-ahead up to max_right.
+    chunks, and a uniform number of chunks of look-ahead up to max_right. Or one of config.contexts.
     """
     if not config.dynamic or num_frames < 2:
         return WHOLE
+    if config.contexts:
+        left, right = config.contexts[_uniform(0, len(config.contexts) - 1, generator)]
+        return cache_aware(left, right)
     u = _uniform(1, num_frames - 1, generator)
     if u > num_frames / 2:
         return WHOLE
@@ -112,6 +125,11 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
         left = _uniform(0, (num_frames - 1) // chunk, generator)
     right = _uniform(0, config.max_right, generator) if config.max_right else 0
     return Context(chunk, left, right)
+
+
+def cache_aware(left: int, right: int) -> Context:
+    """Chunks of right + 1 frames that see `left` frames before them, -1 for all."""
+    return Context(right + 1, left // (right + 1) if left >= 0 else -1)
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:

@@ -18,16 +18,7 @@ class Subsampling(nn.Module):
         super().__init__()
         self.rate = rate
         self.past_frames = rate - 1
-        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, stride=2, padding=(0, 1)), nn.SiLU()]
-        for _ in range(rate.bit_length() - 2):
-            layers += [
-                nn.Conv2d(channels, channels, 3, stride=2, padding=(0, 1), groups=channels),
-                nn.Conv2d(channels, channels, 1),
-                nn.SiLU(),
-            ]
-        # on a CPU the backward of a depthwise convolution is five times faster; absent from torch's stubs
-        self.convolutions = nn.Sequential(*layers)
-        self.convolutions.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.convolutions = strided_convolutions(channels, rate, nn.SiLU)
         self.out = nn.Linear(channels * -(-num_bins // rate), dim)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
@@ -35,3 +26,16 @@ class Subsampling(nn.Module):
         x = torch.cat([past, F.pad(x, (0, 0, 0, self.rate - 1))], dim=1)
         y = self.convolutions(x[:, None]).permute(0, 2, 3, 1)
         return self.out(y.flatten(2))
+
+
+def strided_convolutions(channels: int, rate: int, activation: type[nn.Module]) -> nn.Sequential:
+    """(N, 1, T, F) -> (N, channels, T / rate, F / rate); not padded in time, by one bin at either edge."""
+    layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, stride=2, padding=(0, 1)), activation()]
+    for _ in range(rate.bit_length() - 2):
+        layers += [
+            nn.Conv2d(channels, channels, 3, stride=2, padding=(0, 1), groups=channels),
+            nn.Conv2d(channels, channels, 1),
+            activation(),
+        ]
+    # on a CPU the backward of a depthwise convolution is five times faster; absent from torch's stubs
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,99 @@
+"""Public NeMo checkpoints: the Fast Conformer encoder and its CTC head, under the names of HybridModel.
+
+Their blank is the last unit of CTC, and none begins or ends a text: `arrange_units` makes that one up.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from asr.convert.names import Layers, Names
+from asr.errors import CheckpointError
+from asr.model.fast_conformer import FastConformerConfig
+from asr.model.masks import ChunkConfig
+
+LAYER = {
+    "feed_forward_1.0.": ("norm_feed_forward1.",),
+    "feed_forward_1.1.": ("feed_forward1.linear1.",),
+    "feed_forward_1.4.": ("feed_forward1.linear2.",),
+    "attention_norm.": ("norm_self_att.",),
+    "attention.project.": ("self_attn.linear_q.", "self_attn.linear_k.", "self_attn.linear_v."),
+    "attention.position.": ("self_attn.linear_pos.",),
+    "attention.content_bias": ("self_attn.pos_bias_u",),
+    "attention.position_bias": ("self_attn.pos_bias_v",),
+    "attention.out.": ("self_attn.linear_out.",),
+    "convolution.norm.": ("norm_conv.",),
+    "convolution.gated.": ("conv.pointwise_conv1.",),
+    "convolution.depthwise.": ("conv.depthwise_conv.",),
+    "convolution.depthwise_norm.": ("conv.batch_norm.",),  # whatever its kind
+    "convolution.out.": ("conv.pointwise_conv2.",),
+    "feed_forward_2.0.": ("norm_feed_forward2.",),
+    "feed_forward_2.1.": ("feed_forward2.linear1.",),
+    "feed_forward_2.4.": ("feed_forward2.linear2.",),
+    "norm.": ("norm_out.",),
+}
+ENCODER = {
+    "encoder.front.convolutions.": "encoder.pre_encode.conv.",
+    "encoder.front.out.": "encoder.pre_encode.out.",
+}
+NEMO = Names(
+    ENCODER | {"ctc.": "decoder.decoder_layers.0."},
+    {"encoder.": Layers("encoder.layers.", LAYER)},
+    computed=r"^preprocessor\.featurizer\.(window|fb)$",
+)
+"""For `load`: encoder and CTC head."""
+
+EXPECTED: Mapping[str, tuple[Any, ...]] = {
+    "subsampling": ("dw_striding",),
+    "self_attention_model": ("rel_pos", "rel_pos_local_attn"),
+    "att_context_style": ("regular", "chunked_limited"),
+    "untie_biases": (True,),
+    "global_attn_separate": (False,),
+    "global_tokens_spacing": (1,),
+    "reduction": (None,),
+    "stochastic_depth_drop_prob": (0, 0.0),
+}
+"""Options of theirs that ours lacks, and the values for which it does the same; the first is the default."""
+
+
+def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfig:
+    """The section `encoder` of a NeMo model's configuration, as ours.
+
+    where: the file, for errors. Raises CheckpointError for what our encoder does not do.
+    """
+    for key, values in EXPECTED.items():
+        if options.get(key, values[0]) not in values:
+            expected = " or ".join(map(str, values))
+            raise CheckpointError(
+                f"{where}: encoder.{key} is {options[key]}; only {expected} can be converted"
+            )
+    dim, kernel_size = options["d_model"], options.get("conv_kernel_size", 31)
+    causal = bool(options.get("causal_downsampling", False))
+    if (options.get("conv_context_size") in ("causal", [kernel_size - 1, 0])) != causal:
+        raise CheckpointError(f"{where}: encoder.causal_downsampling and encoder.conv_context_size disagree")
+    sizes = options.get("att_context_size") or [-1, -1]
+    sizes = [sizes] if isinstance(sizes[0], int) else [list(x) for x in sizes]
+    limits, contexts = list(sizes[0]), []
+    if options.get("att_context_style") == "chunked_limited":
+        limits, contexts = [-1, -1], [x for x in sizes if x[1] >= 0]
+    is_local = options.get("self_attention_model") == "rel_pos_local_attn"
+    return FastConformerConfig(
+        dim=dim,
+        num_layers=options["n_layers"],
+        num_heads=options.get("n_heads", 4),
+        ff_dim=dim * options.get("ff_expansion_factor", 4),
+        kernel_size=kernel_size,
+        subsampling=options.get("subsampling_factor", 4),
+        subsampling_channels=_positive(options.get("subsampling_conv_channels", -1), dim),
+        causal=causal,
+        norm=options.get("conv_norm_type", "batch_norm"),
+        bias=options.get("use_bias", True),
+        scale_input=options.get("xscaling", True),
+        context=limits,
+        global_tokens=options.get("global_tokens", 0) if is_local else 0,
+        dropout=options.get("dropout", 0.1),
+        chunk=ChunkConfig(dynamic=bool(contexts), contexts=contexts),
+    )
+
+
+def _positive(number: int, otherwise: int) -> int:
+    return number if number > 0 else otherwise

@@ -1,0 +1,78 @@
+"""The subsampling of Fast Conformer (arXiv:2305.05084): padded in time, with padding that stays silent.
+
+Three (two) 3 x 3 convolutions with stride 2, all but the first depthwise-separable, each followed by ReLU
+and padded by zeros at both ends of the utterance: one frame at either, or, causal, two before and one behind,
+and the bins likewise. Behind a convolution with a bias, what is outside of the utterance is no longer zero;
+so it is set to zero before each of them, by its position in the utterance. Therefore a batch equals its
+utterances alone, and a window of frames, of a stream or of a very long utterance, gives what the whole gives.
+
+Encoder frame t sees feature frames 8 t - 7 .. 8 t + 7, or, causal, 8 t - 14 .. 8 t. At the end of an
+utterance the causal one has one or two frames more than there are whole ones: they see what is left.
+
+N streams · T' encoder frames · F mel bins · P frames before a window that it needs · C channels
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asr.errors import ConfigError
+from asr.model.subsampling import strided_convolutions
+
+PIECE_FRAMES = 512
+"""Encoder frames of a long utterance that go through the convolutions at once: the output of the first one is
+the largest tensor of a model, and indices of tensors on a GPU have 31 bits."""
+
+
+class MaskedSubsampling(nn.Module):
+    """(N, P + rate * T', F) -> (N, T', C)."""
+
+    def __init__(self, num_bins: int, channels: int, dim: int, rate: int, causal: bool) -> None:
+        super().__init__()
+        self.rate = rate
+        self.before = 2 if causal else 1
+        self.past_frames = self.before * (rate - 1)
+        self.convolutions = strided_convolutions(channels, rate, nn.ReLU)
+        for _ in range(rate.bit_length() - 1):
+            num_bins = (num_bins + self.before) // 2
+        if num_bins < 1:
+            raise ConfigError("features.num_bins: 0 mel bins; expected at least 1")
+        self.out = nn.Linear(channels * num_bins, dim)
+
+    def num_frames(self, x_lens: Tensor) -> Tensor:
+        """Feature frames of an utterance -> its encoder frames, element by element."""
+        lens = x_lens
+        for _ in range(self.rate.bit_length() - 1):
+            lens = (lens + self.before) // 2
+        return torch.where(x_lens > 0, lens, 0)
+
+    def forward(self, x: Tensor, start: Tensor, x_lens: Tensor) -> Tensor:
+        """A window x (N, P + rate * T', F), whose first frame is frame start (N,) of the utterance; it is
+        negative where the utterance begins in the window. x_lens (N,): frames of the utterance so far, of
+        which those that are in the window count.
+        """
+        y = x[:, None]
+        for layer in self.convolutions:
+            if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2:
+                y = torch.where(_inside(start, x_lens, y.shape[2])[:, None, :, None], y, 0.0)
+                y = F.pad(y, (self.before - 1, 0))
+                start, x_lens = (start + self.before) // 2, (x_lens + self.before) // 2
+            y = layer(y)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def whole(self, x: Tensor, x_lens: Tensor) -> Tensor:
+        """Utterances x (N, T, F), x_lens (N,), in pieces where they are long: (N, T', C)."""
+        length = max(int(self.num_frames(torch.tensor(x.shape[1]))), 1)
+        x = F.pad(x, (0, 0, self.past_frames, length * self.rate - x.shape[1]))
+        pieces = []
+        for first in range(0, length, PIECE_FRAMES):
+            start, end = first * self.rate, min(first + PIECE_FRAMES, length) * self.rate
+            window = x[:, start : end + self.past_frames]
+            pieces.append(self(window, torch.full_like(x_lens, start - self.past_frames), x_lens))
+        return torch.cat(pieces, dim=1)
+
+
+def _inside(start: Tensor, lens: Tensor, length: int) -> Tensor:
+    """(N, length): which of the positions from start (N,) on are those of frames 0 .. lens - 1."""
+    position = start[:, None] + torch.arange(length, device=start.device)
+    return (position >= 0) & (position < lens[:, None])
