@@ -6,7 +6,8 @@ Ids 0, 1, 2 are `<blk>`, `<sos/eos>`, `<unk>` in every inventory; the units foll
     tokens.model    the SentencePiece model (kinds unigram and bpe), needed to encode only
     lexicon.txt     "word phone phone ..." a line (kind phone), needed to encode only
 
-With neither of the last two the units are single characters (kind char).
+With neither of the last two the units are single characters (kind char), or pieces of UTF-8 among which there
+is every byte (kind bytes: asr/byte_tokens.py, which also says how they are written).
 
 `▁` (U+2581) is a space, at the start of a SentencePiece unit or as a unit of its own (characters, phones),
 where it stands between words and belongs to none. So one rule decodes every kind: join the symbols, `▁` is a
@@ -49,7 +50,7 @@ class Tokenizer(Protocol):
     """What the rest of the toolkit asks of an inventory of units."""
 
     kind: str
-    """"sentencepiece", "char", "phone", or "units" where tokens.txt alone is there and can only decode."""
+    """"sentencepiece", "char", "phone", "bytes", or "units" where tokens.txt alone can only decode."""
 
     symbols: list[str]
     """Symbol of each id; its length is V."""
@@ -98,18 +99,22 @@ class Units:
     def words(self, ids: Iterable[int]) -> list[tuple[str, int, int]]:
         words: list[tuple[str, int, int]] = []
         is_open = False
-        for i, token in enumerate(ids):
-            for part in _parts(self._surface(token)):
-                is_unspaced = bool(_UNSPACED.match(part))
-                if part == SPACE:
-                    is_open = False
-                elif is_open and not is_unspaced:
-                    word, first, _ = words[-1]
-                    words[-1] = (word + part, first, i + 1)
-                else:
-                    words.append((part, i, i + 1))
-                    is_open = not is_unspaced
+        for letter, first, last in self._letters(ids):
+            is_unspaced = bool(_UNSPACED.match(letter))
+            if letter == SPACE or letter.isspace():
+                is_open = False
+            elif is_open and not is_unspaced:
+                words[-1] = (words[-1][0] + letter, words[-1][1], last)
+            else:
+                words.append((letter, first, last))
+                is_open = not is_unspaced
         return words
+
+    def _letters(self, ids: Iterable[int]) -> Iterator[tuple[str, int, int]]:
+        """(letter, index of its first token, index after its last token)."""
+        for i, token in enumerate(ids):
+            for letter in self._surface(token):
+                yield letter, i, i + 1
 
     def _surface(self, token: int) -> str:
         if not 0 <= token < len(self.symbols):
@@ -117,17 +122,6 @@ class Units:
         if token == UNK:
             return UNKNOWN_MARK
         return "" if token in (BLANK, SOS_EOS) else self.symbols[token]
-
-
-def _parts(surface: str) -> Iterator[str]:
-    """Cut a symbol into spaces, ideographs, and what lies between."""
-    start = 0
-    for i, letter in enumerate(surface):
-        if letter == SPACE or _UNSPACED.match(letter):
-            yield from filter(None, (surface[start:i], letter))
-            start = i + 1
-    if start < len(surface):
-        yield surface[start:]
 
 
 class Characters(Units):
@@ -193,6 +187,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return SentencePiece(symbols, folder)
     if (folder / "lexicon.txt").exists():
         return Phones(symbols, folder)
+    from asr.byte_tokens import ByteLevel  # which is made of what is here
+
+    if ByteLevel.fits(symbols):
+        return ByteLevel(symbols, folder)
     if all(len(symbol) == 1 for symbol in symbols[len(SPECIAL) :]):
         return Characters(symbols, folder)
     return Units(symbols, folder)

@@ -1,0 +1,192 @@
+"""The units of Whisper's models: pieces of UTF-8, and the marks of transcripts.
+
+Theirs are R pieces by rank, the end of the text, the start of the transcript, 99 or (large-v3) 100 languages,
+five marks of tasks and silence, "no timestamps", and 1501 times from 0 to 30 s. Ours:
+
+    0 <blk>      none of theirs: nothing goes in, nothing comes out
+    1 <sos/eos>  goes in as <|startoftranscript|>, comes out as <|endoftext|>
+    2 <unk>      none of theirs
+    3 + i        theirs i, where i < R, the pieces
+    2 + i        theirs i, where i > R, <|startoftranscript|> and what follows
+
+<|endoftext|> (R) never goes in, and is unit 1 alone. <|startoftranscript|> also keeps a unit of its own.
+"""
+
+from collections.abc import Sequence
+
+from asr.byte_tokens import ByteLevel, symbol_of
+from asr.errors import TokensError
+from asr.tokens import SPECIAL
+
+LANGUAGES = tuple(
+    [
+        "en",
+        "zh",
+        "de",
+        "es",
+        "ru",
+        "ko",
+        "fr",
+        "ja",
+        "pt",
+        "tr",
+        "pl",
+        "ca",
+        "nl",
+        "ar",
+        "sv",
+        "it",
+        "id",
+        "hi",
+        "fi",
+        "vi",
+        "he",
+        "uk",
+        "el",
+        "ms",
+        "cs",
+        "ro",
+        "da",
+        "hu",
+        "ta",
+        "no",
+        "th",
+        "ur",
+        "hr",
+        "bg",
+        "lt",
+        "la",
+        "mi",
+        "ml",
+        "cy",
+        "sk",
+        "te",
+        "fa",
+        "lv",
+        "bn",
+        "sr",
+        "az",
+        "sl",
+        "kn",
+        "et",
+        "mk",
+        "br",
+        "eu",
+        "is",
+        "hy",
+        "ne",
+        "mn",
+        "bs",
+        "kk",
+        "sq",
+        "sw",
+        "gl",
+        "mr",
+        "pa",
+        "si",
+        "km",
+        "sn",
+        "yo",
+        "so",
+        "af",
+        "oc",
+        "ka",
+        "be",
+        "tg",
+        "sd",
+        "gu",
+        "am",
+        "yi",
+        "lo",
+        "uz",
+        "fo",
+        "ht",
+        "ps",
+        "tk",
+        "nn",
+        "mt",
+        "sa",
+        "lb",
+        "my",
+        "bo",
+        "tl",
+        "mg",
+        "as",
+        "tt",
+        "haw",
+        "ln",
+        "ha",
+        "ba",
+        "jw",
+        "su",
+        "yue",
+    ]
+)
+"""In the order of their units; models before large-v3 lack the last one."""
+
+TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
+TIMES = tuple(f"{i / 50:.2f}" for i in range(1501))
+
+NO_SPEECH = tuple('"#()*+/:;<=>@[\\]^_`{|}~「」『』') + tuple(
+    [
+        "<<",
+        ">>",
+        "<<<",
+        ">>>",
+        "--",
+        "---",
+        "-(",
+        "-[",
+        "('",
+        '("',
+        "((",
+        "))",
+        "(((",
+        ")))",
+        "[[",
+        "]]",
+        "{{",
+        "}}",
+        "♪♪",
+        "♪♪♪",
+    ]
+)
+"""What marks speakers, noises and music in subtitles."""
+
+MUSIC = tuple("♩♪♫♬♭♮♯")
+"""Their first pieces are of no letters that are spoken."""
+
+
+def whisper_symbols(ranks: Sequence[bytes], num_languages: int) -> list[str]:
+    """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), and so many languages.
+
+    TokensError where there are not so many.
+    """
+    if not 0 < num_languages <= len(LANGUAGES):
+        raise TokensError(f"{num_languages} languages, expected 1 to {len(LANGUAGES)}, as those of Whisper")
+    marks = ("startoftranscript", *LANGUAGES[:num_languages], *TASKS, *TIMES)
+    return [*SPECIAL, *map(symbol_of, ranks), *(f"<|{x}|>" for x in marks)]
+
+
+def to_ours(theirs: int, end: int) -> int:
+    """The unit of ours that is one of theirs, whose end of the text is `end`."""
+    return 1 if theirs == end else theirs + 3 - (theirs > end)
+
+
+def to_theirs(ours: int, end: int) -> int:
+    """The inverse, as what comes out of the decoder; TokensError for what is not among theirs."""
+    if ours in (0, 2):
+        raise TokensError(f"unit {ours} is {SPECIAL[ours]}, which is not among Whisper's")
+    return end if ours == 1 else ours - 3 + (ours > end + 2)
+
+
+def unspoken_units(tokenizer: ByteLevel) -> tuple[int, ...]:
+    """What is kept out of transcripts: signs that subtitles have and speech has not. Hyphens and single
+    quotes may stand within a word and not before it."""
+    encode = tokenizer.encode_exactly
+    found = {encode(" -")[0], encode(" '")[0]}
+    for sign in (*NO_SPEECH, *MUSIC):
+        for units in (encode(sign), encode(f" {sign}")):
+            if len(units) == 1 or sign in MUSIC:
+                found.add(units[0])
+    return tuple(sorted(found))
