@@ -1,9 +1,14 @@
 """What a reader of a family gives: everything that an experiment needs."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from asr.config import ExperimentConfig
+from asr.losses import LossConfig
+from asr.model.absent import AbsentConfig
 from asr.model.build import build_model
 from asr.model.hybrid import HybridModel
 
@@ -27,6 +32,26 @@ class Converted:
     model: HybridModel
     notes: tuple[str, ...] = ()
     """What was changed on the way, what was left out, and what to know when decoding."""
+
+
+def ctc_alone() -> dict[str, Any]:
+    """The parts of a configuration that a model without a decoder has."""
+    return {"decoder": AbsentConfig(), "loss": LossConfig(ctc=1.0, attention=0.0)}
+
+
+def parts_to_load(model: HybridModel, *others: str) -> nn.ModuleDict:
+    """Encoder, CTC head and decoder of a model, and others by name, for `asr.convert.names.load`.
+
+    In the place of no decoder there are zeros.
+    """
+    names = ["encoder", "ctc", *others]
+    if model.decoder.config.type == "none":
+        with torch.no_grad():
+            for x in model.decoder.parameters():
+                x.zero_()
+    else:
+        names.append("decoder")
+    return nn.ModuleDict({name: model.get_submodule(name) for name in names})
 
 
 def fresh_model(config: ExperimentConfig, num_tokens: int) -> HybridModel:

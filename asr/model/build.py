@@ -6,6 +6,7 @@ from typing import Any
 
 from asr.features import FbankConfig
 from asr.losses import LossConfig
+from asr.model.absent import AbsentConfig
 from asr.model.chunked import ChunkedConfig, ChunkedDecoder
 from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
@@ -29,6 +30,7 @@ DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
     "transformer": (DecoderConfig, TransformerDecoder),
     "segmental": (SegmentalConfig, SegmentalDecoder),
     "chunked": (ChunkedConfig, ChunkedDecoder),
+    "none": (AbsentConfig, TransformerDecoder),
 }
 
 

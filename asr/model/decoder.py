@@ -30,8 +30,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
 class DecoderConfig:
     """Size of the attention decoder."""
 
-    type: Literal["transformer", "segmental", "chunked"] = "transformer"
-    """The key in DECODERS: what the decoder hears is everything, or segments, or chunks."""
+    type: Literal["transformer", "segmental", "chunked", "none"] = "transformer"
+    """The key in DECODERS: what the decoder hears is everything, or segments, or chunks; or there is none."""
 
     dim: int = 256
     """C; the encoder may have another."""
