@@ -31,7 +31,23 @@ class SearchConfig:
     """Share of the right-to-left decoder in the decoders' score in mode rescore, where there is one."""
 
     length_penalty: float = 0.0
-    """Mode unbounded divides a score by the number of tokens to this power, at the end."""
+    """Mode unbounded divides a score by the number of tokens, ..."""
+
+    length_offset: float = 0.0
+    """... of which it counts so many more, and divides by one more than these, to that power, at the end: by
+    ((length_offset + tokens) / (length_offset + 1)) ** length_penalty; 5 is that of arXiv:1609.08144."""
+
+    temperature: float = 1.0
+    """The decoder's logits are divided by this where it writes token by token."""
+
+    eos_scale: float = 1.0
+    """Its log-probability of the end of the text is multiplied by this; below 1, texts end sooner."""
+
+    extra_tokens: int = 0
+    """The decoder may write so many tokens more than there are encoder frames, where these are long, ..."""
+
+    max_tokens: int = 0
+    """... but never more than this; 0: whatever the frames allow."""
 
     tokens_per_frame: int = 10
     """Likeliest tokens of a frame that the CTC prefix beam considers."""
@@ -84,6 +100,9 @@ class SearchConfig:
     frames."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "eos_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
         for name in ("beam", "nbest", "tokens_per_frame", "recent_frames", "max_repeats", "max_phrase"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -93,6 +112,9 @@ class SearchConfig:
             "trigger_frames",
             "max_labels_per_chunk",
             "length_scale",
+            "length_offset",
+            "max_tokens",
+            "extra_tokens",
         ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected 0 or more")
@@ -102,6 +124,19 @@ class SearchConfig:
         for name, kind in (("length_model", LengthKind), ("recombine", Recombine)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {' or '.join(get_args(kind))}")
+
+    def most_tokens(self, num_frames: int) -> int:
+        """The most tokens that the decoder may write in so many encoder frames."""
+        most = num_frames + self.extra_tokens
+        return min(most, self.max_tokens) if self.max_tokens else most
+
+    def penalise(self, score: Doubles, num_tokens: NDArray[np.int64]) -> Doubles:
+        """Scores of texts of so many tokens, without sos/eos, divided by the length penalty."""
+        if not self.length_penalty:
+            return score
+        lens = (self.length_offset + num_tokens) / (self.length_offset + 1)
+        penalised = score / np.where(lens > 0, lens, 1) ** self.length_penalty
+        return np.where(lens > 0, penalised, -np.inf)  # else divided by nothing
 
     def blend(self, attention: Doubles, ctc: Doubles) -> Doubles:
         """(1 - w) attention + w ctc, of log-probabilities; a part without weight may be -inf."""

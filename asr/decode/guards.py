@@ -19,7 +19,8 @@ LENGTH, REPETITION = "length", "repetition"
 
 def max_tokens(num_ctc_tokens: int, num_frames: int, config: SearchConfig) -> int:
     """The most tokens the decoder may write, where the CTC best path has `num_ctc_tokens`."""
-    return min(num_frames, math.ceil(config.length_factor * num_ctc_tokens) + config.length_margin)
+    by_ctc = math.ceil(config.length_factor * num_ctc_tokens) + config.length_margin
+    return min(config.most_tokens(num_frames), by_ctc)
 
 
 def repeats(tokens: Ints, allowed: Sequence[Sequence[int]], config: SearchConfig) -> NDArray[np.bool_]:

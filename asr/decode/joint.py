@@ -34,6 +34,7 @@ from asr.decode.ctc import CtcGreedy, CtcPrefixBeam
 from asr.decode.guards import LENGTH, REPETITION, max_tokens, repeats
 from asr.decode.prefix_score import CtcPrefixScorer, PrefixState
 from asr.decode.scorer import BLANK, Floats, Hypothesis, Ints, Scorer
+from asr.decode.step import step
 
 Doubles = NDArray[np.float64]
 
@@ -103,7 +104,7 @@ class Search:
         assert live is not None
         last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
         pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
-        candidates, log_probs, attention, state = scorer.step(live.state, last, pool)
+        candidates, log_probs, attention, state = step(scorer, live.state, last, pool, config)
         values = log_probs.astype(np.float64)
         scores = live.log_probs.sum(1, keepdims=True) + values
         if ctc and live.prefix:

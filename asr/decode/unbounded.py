@@ -2,8 +2,9 @@
 
 A hypothesis that has ended stays in the beam at its score, where it competes with those that grow; blank is
 a unit like the others. The search goes on until all of the beam have ended, or for as many tokens as there
-are encoder frames: an answer need not have an end. A length penalty counts at the very end only. For
-comparison (arXiv:2012.05481, section 3.3); what to use is mode attention, in joint.py.
+are encoder frames (`extra_tokens`, `max_tokens` change that): an answer need not have an end. A length
+penalty counts at the very end only. For comparison (arXiv:2012.05481, section 3.3); what to use is mode
+attention, in joint.py.
 
 T frames · B hypotheses of one utterance · k candidates of each · U tokens so far
 """
@@ -17,6 +18,7 @@ import numpy as np
 from asr.decode.config import SearchConfig
 from asr.decode.joint import hypothesis
 from asr.decode.scorer import Floats, Hypothesis, Scorer
+from asr.decode.step import step
 
 
 def unbounded(
@@ -38,8 +40,8 @@ def _search(
     tokens = np.full((1, 1), scorer.sos_eos)
     log_probs = np.zeros((1, 0))
     ended = np.zeros(1, bool)
-    for _ in frames:
-        candidates, values, _, state = scorer.step(state, tokens[:, -1], width)
+    for _ in range(config.most_tokens(len(frames))):
+        candidates, values, _, state = step(scorer, state, tokens[:, -1], width, config)
         candidates = np.where(ended[:, None], scorer.sos_eos, candidates)
         values = np.where(ended[:, None], at_no_cost, values)
         scores = log_probs.sum(1, keepdims=True) + values
@@ -52,9 +54,7 @@ def _search(
             break
         state = scorer.select(state, row)
     lens = (tokens != scorer.sos_eos).sum(1)
-    totals = log_probs.sum(1) / np.maximum(lens, 1) ** config.length_penalty
-    if config.length_penalty:
-        totals[lens == 0] = -np.inf  # divided by nothing
+    totals = config.penalise(log_probs.sum(1), lens)
     return [
         hypothesis(
             frames,
