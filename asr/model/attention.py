@@ -50,11 +50,13 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Attention of a sequence to itself and to what is cached of its past."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, inner_dim: int | None = None) -> None:
+        """inner_dim: of all heads together, None for dim."""
         super().__init__()
+        inner_dim = inner_dim or dim
         self.num_heads = num_heads
-        self.project = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.project = nn.Linear(dim, 3 * inner_dim)
+        self.out = nn.Linear(inner_dim, dim)
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None, mask: Tensor
@@ -85,11 +87,13 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to another sequence, whose keys and values are given."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, inner_dim: int | None = None) -> None:
+        """inner_dim: of all heads together, None for dim."""
         super().__init__()
+        inner_dim = inner_dim or dim
         self.num_heads = num_heads
-        self.query = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, inner_dim)
+        self.out = nn.Linear(inner_dim, dim)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """x (N, U, C); keys, values (N, H, T, D); mask (N, 1, U or 1, T). Returns (N, U, C).

@@ -1,5 +1,8 @@
 """Label-synchronous decoder: a pre-norm Transformer that attends to the encoder's output (arXiv:1706.03762).
 
+With the options of its configuration it is the decoder of WeNet (arXiv:2012.05481), icefall, NeMo's Canary
+(arXiv:2406.19674), Whisper (arXiv:2212.04356) and FireRedASR-AED (arXiv:2501.14350).
+
 N utterances or hypotheses · U tokens · T encoder frames · V units · C channels · L layers · H heads · D
 channels per head
 """
@@ -23,7 +26,7 @@ from asr.model.state import State
 SOS_EOS = 1
 """The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,14 +45,26 @@ class DecoderConfig:
     num_heads: int = 4
     """H, which divides dim, for rotary positions into even parts."""
 
+    attention_dim: int = 0
+    """Channels of all heads together; 0: as dim."""
+
     ff_dim: int = 1024
     """Hidden channels of the feed-forward module of a layer."""
 
-    activation: Literal["silu", "relu"] = "silu"
+    activation: Literal["silu", "relu", "gelu"] = "silu"
     """Of the feed-forward module."""
 
-    positions: Literal["rotary", "sinusoid"] = "rotary"
-    """Rotated queries and keys, or sinusoids added to the embedding as in arXiv:1706.03762."""
+    positions: Literal["rotary", "sinusoid", "learnt"] = "rotary"
+    """Rotated queries and keys, or, added to the embedding, sinusoids as in arXiv:1706.03762 or a table."""
+
+    num_positions: int = 448
+    """In the table, where positions are learnt: no text has more tokens, sos/eos included."""
+
+    embedding_norm: bool = False
+    """Whether a norm stands behind the embedding."""
+
+    final_norm: bool = True
+    """Whether a norm stands behind the last layer."""
 
     dropout: float = 0.1
     """Behind the embedding and every module of a layer, and within the feed-forward modules."""
@@ -115,9 +130,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = SelfAttention(config.dim, config.num_heads)
+        self.attention = SelfAttention(config.dim, config.num_heads, config.attention_dim)
         self.cross_norm = nn.LayerNorm(config.dim)
-        self.cross = CrossAttention(config.dim, config.num_heads)
+        self.cross = CrossAttention(config.dim, config.num_heads, config.attention_dim)
         activation = ACTIVATIONS[config.activation]
         self.feed_forward = FeedForward(config.dim, config.ff_dim, config.dropout, activation)
         self.dropout = nn.Dropout(config.dropout)
@@ -154,23 +169,24 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, num_tokens: int, memory_dim: int) -> None:
         super().__init__()
-        rotary = config.positions == "rotary"
-        if config.dim % 2 or config.dim % (config.num_heads * (1 + rotary)):
-            raise ConfigError(
-                f"decoder.dim: {config.dim} channels do not divide into {config.num_heads} heads"
-                f"{' of even size' if rotary else ', or are odd'}"
-            )
+        self.head_dim = _head_dim(config)
         self.config = config
-        self.head_dim = config.dim // config.num_heads
         self.guide = Guide(config.num_layers - 1, tuple(range(config.num_heads)))
         self.embedding = nn.Embedding(num_tokens, config.dim)
+        has_table = config.positions == "learnt"
+        self.positions = nn.Embedding(config.num_positions, config.dim) if has_table else None
+        # that of a norm of what is not yet scaled, as other families have it
+        eps = 1e-5 * config.dim
+        self.embedding_norm = nn.LayerNorm(config.dim, eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
-        self.cross = nn.Linear(memory_dim, 2 * config.num_layers * config.dim)
-        self.norm = nn.LayerNorm(config.dim)
+        self.cross = nn.Linear(memory_dim, 2 * config.num_layers * config.num_heads * self.head_dim)
+        self.norm = nn.LayerNorm(config.dim) if config.final_norm else nn.Identity()
         self.out = nn.Linear(config.dim, num_tokens)
         self.apply(initialise)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=config.dim**-0.5)
 
     def memory(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output y (N, T, C) -> cross_keys, cross_values (N, L, H, T, D), once per utterance."""
@@ -201,20 +217,19 @@ class TransformerDecoder(nn.Module):
         (N,): encoder frames that count, and where there are none the decoder is a language model.  state:
         what the previous call returned, None before the first token.  window: the frames each token hears,
         None for all.  guide: the heads whose attention is asked for.  order: None where each token stands
-        behind the one before it and sees all of them.
+        behind the one before it and sees all of them.  Raises ConfigError where a text is longer than the
+        table of positions.
         """
         if state is None:
             state = self.init_state(tokens.shape[0])
+        if self.positions is not None and not torch.compiler.is_exporting():
+            end = state.keys.shape[3] + tokens.shape[1] if order is None else int(order.positions.max()) + 1
+            _require_positions(end, self.config.num_positions)
         positions, visible = order or in_order(tokens, state.keys.shape[3], self.config.left_tokens)
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
         heard = window_mask(*window, cross_keys.shape[3])[:, None]
-        x = self.embedding(tokens) * math.sqrt(self.config.dim)
-        rotation = None
-        if self.config.positions == "rotary":
-            rotation = Rotation.at(positions, self.head_dim)
-        else:
-            x = x + sinusoids(positions, self.config.dim).to(x.dtype)
-        x = self.dropout(x)
+        x = self._embed(tokens, positions)
+        rotation = Rotation.at(positions, self.head_dim) if self.config.positions == "rotary" else None
         attention = x.new_zeros(*x.shape[:2], 0)
         kept = []
         pasts, memories = (
@@ -228,6 +243,14 @@ class TransformerDecoder(nn.Module):
             kept.append(present)
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
         return Decoded(self.out(self.norm(x)), attention, DecoderState(keys, values))
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embedding(tokens) * math.sqrt(self.config.dim)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        elif self.config.positions == "sinusoid":
+            x = x + sinusoids(positions, self.config.dim).to(x.dtype)
+        return self.dropout(self.embedding_norm(x))
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """logits (..., V) -> log-probabilities of what is next."""
@@ -252,6 +275,27 @@ class TransformerDecoder(nn.Module):
         logits = self(torch.cat([sos, tokens], dim=1), *self.memory(y), y_lens).logits
         return label_smoothed_cross_entropy(
             self.log_probs(logits.float()), targets, token_lens + 1, smoothing
+        )
+
+
+def _head_dim(config: DecoderConfig) -> int:
+    """D. Raises ConfigError where channels do not divide into heads."""
+    rotary = config.positions == "rotary"
+    name = "attention_dim" if config.attention_dim and config.dim % 2 == 0 else "dim"
+    channels = getattr(config, name)
+    if channels < 1 or config.dim % 2 or channels % (config.num_heads * (1 + rotary)):
+        raise ConfigError(
+            f"decoder.{name}: {channels} channels do not divide into {config.num_heads} heads"
+            f"{' of even size' if rotary else ', or are odd'}"
+        )
+    return int(channels // config.num_heads)
+
+
+def _require_positions(end: int, num_positions: int) -> None:
+    if end > num_positions:
+        raise ConfigError(
+            f"decoder.num_positions: {num_positions} positions were learnt, and a text has {end} tokens, its "
+            f"beginning included; search with max_tokens at most {num_positions - 1}"
         )
 
 
