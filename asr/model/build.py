@@ -11,18 +11,20 @@ from asr.model.chunked import ChunkedConfig, ChunkedDecoder
 from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.fast_conformer import FastConformer, FastConformerConfig
+from asr.model.firered import FireRedConfig, FireRedEncoder
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import SegmentalConfig, SegmentalDecoder
 from asr.model.wenet import WenetConformer, WenetConformerConfig
 from asr.model.zipformer import Zipformer, ZipformerConfig
 
-EncoderConfig = ConformerConfig | WenetConformerConfig | ZipformerConfig | FastConformerConfig
+EncoderConfig = ConformerConfig | WenetConformerConfig | ZipformerConfig | FastConformerConfig | FireRedConfig
 
 ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
     "conformer": (ConformerConfig, Conformer),
     "wenet-conformer": (WenetConformerConfig, WenetConformer),
     "zipformer": (ZipformerConfig, Zipformer),
     "fast-conformer": (FastConformerConfig, FastConformer),
+    "firered": (FireRedConfig, FireRedEncoder),
 }
 """The first is the default."""
 

@@ -118,14 +118,16 @@ class Sight(NamedTuple):
 class ValidSubsampling(nn.Module):
     """(N, T, F) -> (N, T', C): unpadded convolutions, each followed by ReLU."""
 
-    def __init__(self, num_bins: int, dim: int, input_layer: str) -> None:
+    def __init__(self, num_bins: int, dim: int, input_layer: str, inner_dim: int | None = None) -> None:
+        """inner_dim: channels of the convolutions, None for dim."""
         super().__init__()
+        inner_dim = inner_dim or dim
         self.steps = CONVOLUTIONS[input_layer]
         layers: list[nn.Module] = []
         channels, self.rate, self.window = 1, 1, 1
         for kernel, stride in self.steps:
-            layers += [nn.Conv2d(channels, dim, kernel, stride), nn.ReLU()]
-            channels = dim
+            layers += [nn.Conv2d(channels, inner_dim, kernel, stride), nn.ReLU()]
+            channels = inner_dim
             num_bins = (num_bins - kernel) // stride + 1
             self.window += (kernel - 1) * self.rate
             self.rate *= stride
@@ -134,7 +136,7 @@ class ValidSubsampling(nn.Module):
                 f"encoder.input_layer: {input_layer} needs more mel bins than features.num_bins"
             )
         self.convolutions = nn.Sequential(*layers)
-        self.out = nn.Linear(dim * num_bins, dim)
+        self.out = nn.Linear(inner_dim * num_bins, dim)
 
     def num_frames(self, x_lens: Tensor) -> Tensor:
         """Feature frames -> encoder frames, element by element."""
