@@ -86,12 +86,11 @@ class Units(NamedTuple):
 def arrange_units(count: int, sos: int, eos: int, blank: int = MADE_UP, unk: int = MADE_UP) -> Units:
     """Blank, sos/eos, unknown, and then the other units of `count` in their order.
 
-    Where sos and eos are two, our unit 1 goes in as sos and comes out as eos. The other rows of the two are a
-    unit of their own, in the place of sos, so that nothing is lost: it goes in as eos and comes out as sos.
+    Where sos and eos are two, our unit 1 goes in as sos and comes out as eos. Their sos is also a unit of its
+    own, since nothing but the search keeps it out of a text; their eos never goes in.
     """
     rest = [i for i in range(count) if i not in (blank, eos, unk)]
-    inputs = [blank, sos, unk, *(eos if i == sos else i for i in rest)]
-    return Units(inputs, [blank, eos, unk, *rest])
+    return Units([blank, sos, unk, *rest], [blank, eos, unk, *rest])
 
 
 def load(

@@ -1,10 +1,12 @@
-"""Source folders of the real layout, made from golden weights, and the verbs in process."""
+"""What comparisons with reference implementations read, and source folders of the real layout."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +19,50 @@ from asr.convert.wenet import read_config, wenet_names
 from recipes.cli import main
 
 Result = tuple[int, str, str]
+Tables = Callable[[str], Iterator[tuple[dict[str, Any], dict[str, Tensor]]]]
+
+
+@dataclass
+class GoldenSet:
+    """One folder: sizes and options, inputs and outputs, weights."""
+
+    config: dict[str, Any]
+    arrays: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+
+@pytest.fixture(scope="session")
+def golden_set(golden: Path) -> Callable[[str], GoldenSet]:
+    def read(name: str) -> GoldenSet:
+        folder = golden / name
+        if not folder.is_dir():
+            pytest.skip(f"{folder} is not there")
+        config = json.loads((folder / "config.json").read_text())
+        with np.load(folder / "io.npz") as arrays:
+            found = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return GoldenSet(config, found, load_file(folder / "weights.safetensors"))
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def full_size(golden: Path) -> Tables:
+    """Options of published models whose name begins so, and their tensors, which hold nothing."""
+
+    def read(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        folder = golden / "checkpoint_tables"
+        if not folder.is_dir():
+            pytest.skip(f"{folder} is not there")
+        for model in json.loads((folder / "config.json").read_text()):
+            if model["name"].startswith(name):
+                rows = [x.split("\t") for x in (folder / f"{model['name']}.tsv").read_text().splitlines()[1:]]
+                sizes = {key: [int(n) for n in shape.split("x") if n != "scalar"] for key, shape, _ in rows}
+                yield model, {key: torch.empty(size, device="meta") for key, size in sizes.items()}
+
+    return read
 
 
 @pytest.fixture

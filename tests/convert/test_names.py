@@ -90,14 +90,14 @@ def test_one_unit_begins_and_ends_a_text():
     assert arrange_units(6, sos=4, eos=4, blank=0, unk=2) == Units([0, 4, 2, 1, 3, 5], [0, 4, 2, 1, 3, 5])
 
 
-def test_two_units_that_begin_and_end_a_text_are_one_and_nothing_is_lost():
+def test_what_begins_a_text_may_also_be_a_unit_of_it():
     units = arrange_units(7, sos=3, eos=5, blank=0, unk=1)
-    assert units == Units([0, 3, 1, 2, 5, 4, 6], [0, 5, 1, 2, 3, 4, 6])
-    assert sorted(units.inputs) == sorted(units.outputs) == list(range(7))
+    assert units == Units([0, 3, 1, 2, 3, 4, 6], [0, 5, 1, 2, 3, 4, 6])
+    assert sorted(units.outputs) == list(range(7))
 
 
 def test_units_that_are_not_there_are_made_up():
-    assert arrange_units(3, sos=2, eos=1) == Units([MADE_UP, 2, MADE_UP, 0, 1], [MADE_UP, 1, MADE_UP, 0, 2])
+    assert arrange_units(3, sos=2, eos=1) == Units([MADE_UP, 2, MADE_UP, 0, 2], [MADE_UP, 1, MADE_UP, 0, 2])
 
 
 def test_texts_are_as_probable_whatever_the_units_are_called():
@@ -107,8 +107,8 @@ def test_texts_are_as_probable_whatever_the_units_are_called():
     model = decoder(len(units.inputs)).eval()
     load(model, theirs(wanted), NAMES, "a.pt", units)
     y, y_lens = torch.randn(1, 4, 5), torch.tensor([4])
-    text = [4, 0, 6, 6, 2, 5]
-    ours = [1, *(units.inputs.index(x) for x in text[1:])]
+    text = [4, 0, 6, 6, 4, 5]
+    ours = [1, *(units.outputs.index(x) for x in text[1:])]
     before, after = (
         x["decoder"](torch.tensor([tokens]), *x["decoder"].memory(y), y_lens).logits.log_softmax(-1)
         for x, tokens in ((wanted, text), (model, ours))
