@@ -12,7 +12,7 @@ N utterances · S samples · T frames, 10 ms apart · F mel bins
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ FLOOR = torch.finfo(torch.float32).eps
 @dataclass(kw_only=True, slots=True)
 class FbankConfig:
     """The features of a model: the defaults are those of Kaldi's successors and of sherpa-onnx."""
+
+    type: Literal["kaldi", "whisper"] = "kaldi"
+    """Kaldi's, or those of asr/whisper_features.py."""
 
     sample_rate: int = 16000
     """Of the samples, in Hz."""
@@ -51,6 +54,9 @@ class FbankConfig:
 
     scale: float = 1.0
     """Samples in [-1, 1] are multiplied by this first: 32768 for checkpoints trained on 16-bit integers."""
+
+    window_s: float = 0.0
+    """Type whisper: every utterance is continued by silence up to here, and none may be longer."""
 
 
 class Fbank(nn.Module):

@@ -59,10 +59,10 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(inner_dim, dim)
 
     def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None, mask: Tensor
+        self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T); no rotation where x
-        knows its positions.
+        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T), None for all; no rotation
+        where x knows its positions.
 
         Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
         """
@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
             q, k = rotation(q), rotation(k)
         return q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """What queries (N, H, T, D), of now or earlier, hear: (N, T, C)."""
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return self.out(join_heads(y))

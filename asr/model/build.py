@@ -15,9 +15,17 @@ from asr.model.firered import FireRedConfig, FireRedEncoder
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import SegmentalConfig, SegmentalDecoder
 from asr.model.wenet import WenetConformer, WenetConformerConfig
+from asr.model.whisper import WhisperConfig, WhisperEncoder
 from asr.model.zipformer import Zipformer, ZipformerConfig
 
-EncoderConfig = ConformerConfig | WenetConformerConfig | ZipformerConfig | FastConformerConfig | FireRedConfig
+EncoderConfig = (
+    ConformerConfig
+    | WenetConformerConfig
+    | ZipformerConfig
+    | FastConformerConfig
+    | FireRedConfig
+    | WhisperConfig
+)
 
 ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
     "conformer": (ConformerConfig, Conformer),
@@ -25,6 +33,7 @@ ENCODERS: dict[str, tuple[type[EncoderConfig], Callable[[Any, int], Any]]] = {
     "zipformer": (ZipformerConfig, Zipformer),
     "fast-conformer": (FastConformerConfig, FastConformer),
     "firered": (FireRedConfig, FireRedEncoder),
+    "whisper": (WhisperConfig, WhisperEncoder),
 }
 """The first is the default."""
 

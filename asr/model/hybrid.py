@@ -15,6 +15,10 @@ from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder, reverse
 from asr.model.fire import Fire
 from asr.model.layers import initialise
+from asr.whisper_features import WhisperFbank
+
+FEATURES: dict[str, type[Fbank | WhisperFbank]] = {"kaldi": Fbank, "whisper": WhisperFbank}
+"""The key is features.type."""
 
 
 class Loss(NamedTuple):
@@ -45,7 +49,7 @@ class HybridModel(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.fbank = Fbank(features)
+        self.fbank = FEATURES[features.type](features)
         self.cmvn = Cmvn(features.num_bins)
         self.encoder = encoder
         self.ctc = nn.Linear(encoder.dim, num_tokens)
