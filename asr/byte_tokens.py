@@ -4,14 +4,16 @@ Every byte is a unit, so every text can be written, and a letter may be spread o
 cuts a text into words, a word into bytes, and joins the neighbours whose pair is the unit with the lowest id,
 until there is none. tokens.txt alone says all that.
 
-In tokens.txt a space is `▁`, and a byte is `<0xE4>` where it is `<` (3C), no part of a letter of its own unit,
-or part of what does not print, or of U+2581. So `<` begins a byte, or a unit that is no text, as `<|en|>`.
+In tokens.txt a space is `▁`. A byte is written as `<0xE4>` where it is no part of a letter that the unit
+holds whole, or part of one that does not print, or of `<` or U+2581. So `<` begins a byte, or a unit that is
+no text, as `<|en|>`.
 Decoding gives U+FFFD for bytes that are no UTF-8, and nothing for units that are no text.
 """
 
 import base64
 import binascii
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -60,9 +62,7 @@ class ByteLevel(Units):
             return (self._ranks[word],)
         parts = [word[i : i + 1] for i in range(len(word))]
         while len(parts) > 1:
-            pairs = [
-                self._ranks.get(a + b, len(self.symbols)) for a, b in zip(parts, parts[1:], strict=False)
-            ]
+            pairs = [self._ranks.get(a + b, len(self.symbols)) for a, b in itertools.pairwise(parts)]
             lowest = min(pairs)
             if lowest == len(self.symbols):
                 break

@@ -2,9 +2,9 @@
 
 The samples are followed by silence up to the window of the model, mirrored at both ends, cut into frames that
 are centred at multiples of the shift, multiplied by a Hann window, Fourier transformed, squared, and added up
-by the triangles of Slaney's Auditory Toolbox. The decimal logarithm is floored at 8 below the largest value of
-the window, then (x + 4) / 4. So every frame depends on the loudest one, and on the silence: both are part of
-the model.
+by the triangles of Slaney's Auditory Toolbox. The decimal logarithm is floored at 8 below the largest value
+of the window, then (x + 4) / 4. So every frame depends on the loudest one, and on the silence: both are part
+of the model.
 
 N utterances · S samples · T frames, 10 ms apart · F mel bins · K bins of the spectrum
 """

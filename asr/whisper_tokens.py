@@ -12,6 +12,7 @@ five marks of tasks and silence, "no timestamps", and 1501 times from 0 to 30 s.
 <|endoftext|> (R) never goes in, and is unit 1 alone. <|startoftranscript|> also keeps a unit of its own.
 """
 
+import re
 from collections.abc import Sequence
 
 from asr.byte_tokens import ByteLevel, symbol_of
@@ -19,137 +20,25 @@ from asr.errors import TokensError
 from asr.tokens import SPECIAL
 
 LANGUAGES = tuple(
-    [
-        "en",
-        "zh",
-        "de",
-        "es",
-        "ru",
-        "ko",
-        "fr",
-        "ja",
-        "pt",
-        "tr",
-        "pl",
-        "ca",
-        "nl",
-        "ar",
-        "sv",
-        "it",
-        "id",
-        "hi",
-        "fi",
-        "vi",
-        "he",
-        "uk",
-        "el",
-        "ms",
-        "cs",
-        "ro",
-        "da",
-        "hu",
-        "ta",
-        "no",
-        "th",
-        "ur",
-        "hr",
-        "bg",
-        "lt",
-        "la",
-        "mi",
-        "ml",
-        "cy",
-        "sk",
-        "te",
-        "fa",
-        "lv",
-        "bn",
-        "sr",
-        "az",
-        "sl",
-        "kn",
-        "et",
-        "mk",
-        "br",
-        "eu",
-        "is",
-        "hy",
-        "ne",
-        "mn",
-        "bs",
-        "kk",
-        "sq",
-        "sw",
-        "gl",
-        "mr",
-        "pa",
-        "si",
-        "km",
-        "sn",
-        "yo",
-        "so",
-        "af",
-        "oc",
-        "ka",
-        "be",
-        "tg",
-        "sd",
-        "gu",
-        "am",
-        "yi",
-        "lo",
-        "uz",
-        "fo",
-        "ht",
-        "ps",
-        "tk",
-        "nn",
-        "mt",
-        "sa",
-        "lb",
-        "my",
-        "bo",
-        "tl",
-        "mg",
-        "as",
-        "tt",
-        "haw",
-        "ln",
-        "ha",
-        "ba",
-        "jw",
-        "su",
-        "yue",
-    ]
+    re.findall(
+        r"\w+",
+        """en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th
+        ur hr bg lt la mi ml cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa
+        si km sn yo so af oc ka be tg sd gu am yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln
+        ha ba jw su yue""",
+    )
 )
 """In the order of their units; models before large-v3 lack the last one."""
 
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
 TIMES = tuple(f"{i / 50:.2f}" for i in range(1501))
 
-NO_SPEECH = tuple('"#()*+/:;<=>@[\\]^_`{|}~「」『』') + tuple(
-    [
-        "<<",
-        ">>",
-        "<<<",
-        ">>>",
-        "--",
-        "---",
-        "-(",
-        "-[",
-        "('",
-        '("',
-        "((",
-        "))",
-        "(((",
-        ")))",
-        "[[",
-        "]]",
-        "{{",
-        "}}",
-        "♪♪",
-        "♪♪♪",
-    ]
+NO_SPEECH = tuple(
+    re.findall(
+        r"\S+",
+        '" # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 << >> <<< >>> -- --- -( -[ (\' (" (( )) '
+        "((( ))) [[ ]] {{ }} ♪♪ ♪♪♪",
+    )
 )
 """What marks speakers, noises and music in subtitles."""
 

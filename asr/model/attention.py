@@ -61,8 +61,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T), None for all; no rotation
-        where x knows its positions.
+        """x (N, T, C); keys, values (N, H, W, D) of the past; mask (N, 1, T, W + T), None where all is seen;
+        no rotation where x knows its positions.
 
         Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
         """

@@ -1,8 +1,8 @@
 """Whisper's encoder (Radford et al., arXiv:2212.04356): a Transformer over a window of fixed length.
 
-Two convolutions, of which the second halves the frame rate, fixed sinusoids, pre-norm layers, and a norm. There
-is no mask: silence that fills the window is heard like the rest, by the encoder and by whoever listens to it,
-so all frames of y count.
+Two convolutions, of which the second halves the frame rate, fixed sinusoids, pre-norm layers, and a norm.
+There is no mask: silence that fills the window is heard like the rest, by the encoder and by whoever listens
+to it, so all frames of y count.
 
 The projections of keys have no bias in published models. Ours have one, which changes nothing: it adds the
 same to all scores of a query.
@@ -95,7 +95,8 @@ class WhisperEncoder(nn.Module):
             )
         if config.chunk.dynamic:
             raise ConfigError(
-                "encoder.chunk.dynamic: true, and an encoder of type whisper hears whole windows; expected false"
+                "encoder.chunk.dynamic: true, and an encoder of type whisper hears whole windows; "
+                "expected false"
             )
         self.config = config
         self.dim = config.dim
@@ -146,8 +147,8 @@ class WhisperEncoder(nn.Module):
         window = self.config.window
         if x.shape[1] != self.subsampling * window:
             raise ConfigError(
-                f"encoder.window: {window} frames need {self.subsampling * window} of the features, which are "
-                f"{x.shape[1]}; set features.type to whisper and features.window_s to the same length"
+                f"encoder.window: {window} frames need {self.subsampling * window} of the features, which "
+                f"are {x.shape[1]}; set features.type to whisper and features.window_s to the same length"
             )
         y = x.transpose(1, 2)
         for convolution in self.front:
