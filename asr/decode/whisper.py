@@ -1,0 +1,225 @@
+"""What Whisper is asked, and what it may answer (Radford et al., arXiv:2212.04356, sections 2.3 and 4.5).
+
+The decoder is shown what was said before, if anything, then the start of the transcript, the language, the
+task and whether there are to be times. It answers with text and, if asked, with pairs of times around each
+stretch of it:
+
+    <|startofprev|> ... <sos/eos> <|en|> <|transcribe|>
+    <|0.00|> text <|2.40|> <|2.40|> text <|5.00|> <sos/eos>
+
+B hypotheses · U tokens written so far · V units
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asr.decode.scorer import BLANK, UNK, Ints
+from asr.errors import ConfigError
+
+Doubles = NDArray[np.float64]
+
+SOS_EOS = 1
+"""Goes in as the start of the transcript, comes out as the end of the text."""
+
+NAMED = re.compile(r"<\|.*\|>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specials:
+    """The units that are no text."""
+
+    start: int
+    """Of the transcript: what the decoder may write in the place of `SOS_EOS`, and never should."""
+
+    languages: dict[str, int]
+    """By code, as in "en"."""
+
+    translate: int
+    transcribe: int
+    start_lm: int
+    start_previous: int
+    no_speech: int
+    no_timestamps: int
+
+    timestamps: int
+    """The first of those that are times; all behind it are, too."""
+
+    space: int | None
+    """The unit that is a space, if there is one."""
+
+    @classmethod
+    def of(cls, symbols: Sequence[str]) -> "Specials":
+        """By their names; raises ConfigError where the units are not Whisper's."""
+        ids = {symbol: i for i, symbol in enumerate(symbols)}
+        try:
+            start, translate = ids["<|startoftranscript|>"], ids["<|translate|>"]
+            return cls(
+                start=start,
+                languages={symbols[i][2:-2]: i for i in range(start + 1, translate)},
+                translate=translate,
+                transcribe=ids["<|transcribe|>"],
+                start_lm=ids["<|startoflm|>"],
+                start_previous=ids["<|startofprev|>"],
+                no_speech=ids["<|nospeech|>"],
+                no_timestamps=ids["<|notimestamps|>"],
+                timestamps=ids["<|0.00|>"],
+                space=ids.get("▁"),
+            )
+        except KeyError as error:
+            raise ConfigError(f"tokens.txt: no unit {error.args[0]}; expected the units of Whisper") from None
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """What is never part of an answer."""
+        tasks = (self.translate, self.transcribe, self.start_lm, self.start_previous, self.start)
+        return (*tasks, self.no_speech)
+
+    def is_text(self, num_tokens: int) -> NDArray[np.bool_]:
+        """Which units are text (V,)."""
+        text = np.ones(num_tokens, bool)
+        text[[BLANK, SOS_EOS, UNK, *self.others, self.no_timestamps, *self.languages.values()]] = False
+        text[self.timestamps :] = False
+        return text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhisperOptions:
+    """How a window is asked about, and how its answer is searched."""
+
+    language: str | None = "auto"
+    """A code, as in "en"; "auto" asks the model; None for models of English alone, which are not told."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """translate: into English."""
+
+    timestamps: bool = True
+
+    prompt: tuple[int, ...] = ()
+    """What was said before, or how it is to be written: the end of it, of half of the decoder's context."""
+
+    prefix: tuple[int, ...] = ()
+    """How the answer begins."""
+
+    suppress_space: bool = True
+    """The answer neither begins with a unit that is a space, nor is it empty."""
+
+    suppress: tuple[int, ...] | None = ()
+    """Units that are not written, besides those that are no text; None: no unit at all is kept out."""
+
+    max_first_time: int | None = 50
+    """The latest first time, in steps of the times, which are frames of the encoder; None for any."""
+
+    max_tokens: int | None = None
+    """Tokens of an answer, None for half of the decoder's context."""
+
+    beam: int = 5
+    """Hypotheses kept; 1 takes the best token each time."""
+
+    patience: float = 1.0
+    """The search ends when so many times `beam` hypotheses have ended (arXiv:2204.05424)."""
+
+    length_penalty: float | None = None
+    """Scores are divided by ((5 + tokens) / 6) to this power (arXiv:1609.08144); None: by the tokens."""
+
+    def __post_init__(self) -> None:
+        if self.beam < 1 or round(self.beam * self.patience) < 1:
+            raise ConfigError(
+                f"beam is {self.beam} and patience {self.patience:g}, expected a product of at least 1"
+            )
+        if self.task not in ("transcribe", "translate"):
+            raise ConfigError(f"task is {self.task}, expected transcribe or translate")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1")
+
+
+def language_unit(specials: Specials, language: str) -> int:
+    """Raises ConfigError for one that the model does not know."""
+    if language not in specials.languages:
+        raise ConfigError(f"language is {language}, expected one of {', '.join(specials.languages)}")
+    return specials.languages[language]
+
+
+def before_start(specials: Specials, options: WhisperOptions, context: int) -> list[int]:
+    """What is shown up to the start of the transcript, to a decoder of `context` tokens."""
+    if not options.prompt:
+        return [SOS_EOS]
+    return [specials.start_previous, *options.prompt[-(context // 2 - 1) :], SOS_EOS]
+
+
+def behind_start(
+    specials: Specials, options: WhisperOptions, language: str | None, context: int
+) -> list[int]:
+    """What is shown behind it, in a language, up to where the answer goes on."""
+    tokens = []
+    if language is not None:
+        task = specials.translate if options.task == "translate" else specials.transcribe
+        tokens += [language_unit(specials, language), task]
+    if not options.timestamps:
+        tokens.append(specials.no_timestamps)
+    room = context if options.max_tokens is None else max(context // 2 - options.max_tokens, 1)
+    return [*tokens, *options.prefix[-room:]]
+
+
+class Rules:
+    """Which tokens may come next, and how probable they are among themselves."""
+
+    def __init__(self, specials: Specials, options: WhisperOptions, num_tokens: int) -> None:
+        self.specials, self.options = specials, options
+        self._text = specials.is_text(num_tokens)
+        self._never = _mask([BLANK, UNK], num_tokens)
+        if options.suppress is not None:
+            self._never[[*specials.others, *options.suppress]] = True
+        if options.timestamps:
+            self._never[specials.no_timestamps] = True
+        self._empty = _mask([SOS_EOS, *([] if specials.space is None else [specials.space])], num_tokens)
+        self._late = np.zeros(num_tokens, bool)
+        if options.max_first_time is not None:
+            self._late[specials.timestamps + options.max_first_time + 1 :] = True
+
+    def __call__(self, log_probs: Doubles, written: Ints) -> Doubles:
+        """log_probs (B, V) of what is next behind the answers so far, written (B, U) -> log-probabilities
+        (B, V), -inf for what may not be."""
+        out = np.where(self._never, -np.inf, log_probs)
+        if not written.shape[1] and self.options.suppress_space:
+            out[:, self._empty] = -np.inf
+        if self.options.timestamps:
+            for row, tokens in zip(out, written, strict=True):
+                self._keep_times(row, tokens)
+        return log_softmax(out)
+
+    def _keep_times(self, row: Doubles, tokens: Ints) -> None:
+        """Times come first, in pairs but for the first and the last, never go back, and are written where all
+        of them together are likelier than any other token."""
+        first = self.specials.timestamps
+        is_time = tokens >= first
+        if not len(tokens):
+            row[:first] = -np.inf
+            row[self._late] = -np.inf
+        elif is_time[-1] and (len(tokens) < 2 or is_time[-2]):
+            row[first:] = -np.inf
+        elif is_time[-1]:
+            row[self._text] = -np.inf
+        if is_time.any():
+            ends = is_time[-1] and not is_time[-2:-1].all()
+            # text lasts for some time, and what is behind it may begin where it ends
+            row[first : tokens[is_time][-1] + (not ends)] = -np.inf
+        chances = log_softmax(row)
+        if np.logaddexp.reduce(chances[first:]) > chances[:first].max():
+            row[:first] = -np.inf
+
+
+def log_softmax(x: Doubles) -> Doubles:
+    """Over the last axis; what is -inf stays so."""
+    highest = x.max(-1, keepdims=True)
+    return x - highest - np.log(np.exp(x - highest).sum(-1, keepdims=True))
+
+
+def _mask(ids: Sequence[int], num_tokens: int) -> NDArray[np.bool_]:
+    mask = np.zeros(num_tokens, bool)
+    mask[list(ids)] = True
+    return mask

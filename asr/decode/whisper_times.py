@@ -1,0 +1,95 @@
+"""When Whisper's tokens are said: by where heads of cross-attention listen, or by the times it writes.
+
+The weights of heads that follow the speech are normalised over the tokens, smoothed along time, and averaged;
+the best path through them gives every token its frames (dynamic time warping; Giorgino, 2009).
+
+H heads · U tokens · T encoder frames
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asr.decode.scorer import Floats, Ints
+
+Doubles = NDArray[np.float64]
+
+
+def token_starts(attention: Floats, num_frames: int, width: int = 7) -> Ints:
+    """The first frame of each token (U,), given where some heads listened before each, (H, U, T): only to the
+    first num_frames, which are audio and not silence. width: of the median along time, an odd number."""
+    weights = np.asarray(attention[..., :num_frames], np.float64)
+    weights = weights / weights.sum(-1, keepdims=True)
+    spread = weights.std(1, keepdims=True)
+    weights = (weights - weights.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    tokens, frames = warp(-median_filter(weights, width).mean(0))
+    return frames[np.diff(tokens, prepend=-1) > 0]
+
+
+def median_filter(x: NDArray, width: int) -> NDArray:
+    """The median of `width` neighbours, an odd number, along the last axis, which is mirrored at its ends;
+    what is not longer than half of it stays as it is."""
+    sides = width // 2
+    if x.shape[-1] <= sides:
+        return x
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(sides, sides)], mode="reflect")
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, width, axis=-1), axis=-1)
+
+
+def warp(cost: NDArray) -> tuple[Ints, Ints]:
+    """The path of the lowest total through cost (U, T), from corner to corner, one step along either axis or
+    both at a time: its places on both axes."""
+    total = np.full((cost.shape[0] + 1, cost.shape[1] + 1), np.inf)
+    total[0, 0] = 0
+    move = np.zeros(total.shape, np.int64)
+    for i, j in np.ndindex(*cost.shape):
+        both, down, along = total[i, j], total[i, j + 1], total[i + 1, j]
+        # where two are equal it goes along time
+        if both < down and both < along:
+            move[i + 1, j + 1] = 0
+        else:
+            move[i + 1, j + 1] = 1 if down < both and down < along else 2
+        total[i + 1, j + 1] = cost[i, j] + (both, down, along)[move[i + 1, j + 1]]
+    move[0, :], move[:, 0] = 2, 1
+    path = []
+    i, j = cost.shape
+    while i or j:
+        path.append((i - 1, j - 1))
+        i, j = i - (move[i, j] != 2), j - (move[i, j] != 1)
+    tokens, frames = np.array(path[::-1], np.int64).reshape(-1, 2).T
+    return tokens, frames
+
+
+class Stretch(NamedTuple):
+    """A stretch of text, as the model has cut it, in frames of its window."""
+
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+    """Without times."""
+
+
+def cut(tokens: Sequence[int], first_time: int, window: int) -> tuple[list[Stretch], int]:
+    """The answer for a window of so many frames -> its stretches of text, and the frames to go on by, in a
+    recording that is longer: up to where a text began that the window had no room for, or to its end.
+
+    first_time: the unit that is time 0; those behind it are later by a frame each.
+    """
+    times = [x >= first_time for x in tokens]
+    ends = [i for i in range(1, len(tokens)) if times[i - 1] and times[i]]
+    is_whole = times[-2:] == [False, True]
+    if not ends:
+        said = [x - first_time for x, is_time in zip(tokens, times, strict=True) if is_time]
+        end = said[-1] if said and said[-1] else window
+        return [Stretch(0, end, _text(tokens, first_time))], window
+    if is_whole:
+        ends.append(len(tokens))
+    parts = [tokens[i:j] for i, j in zip([0, *ends[:-1]], ends, strict=True)]
+    stretches = [Stretch(x[0] - first_time, x[-1] - first_time, _text(x, first_time)) for x in parts]
+    return stretches, window if is_whole else stretches[-1].end
+
+
+def _text(tokens: Sequence[int], first_time: int) -> tuple[int, ...]:
+    return tuple(x for x in tokens if x < first_time)
