@@ -103,12 +103,12 @@ def _by_turns(
 
 
 def _figures(bundle: Bundle, config: StreamConfig, timings: Timings) -> Figures:
-    chunk_ms = config.chunk_ms or bundle.info.streaming.chunk_ms
+    chunk_ms = config.chunk_ms or bundle.info.stream.chunk_ms
     return Figures(
         audio_s=round(timings.audio_s, 1),
         threads=bundle.threads,
         chunk_ms=chunk_ms,
-        look_ahead_ms=bundle.info.num_layers * config.look_ahead * chunk_ms,
+        look_ahead_ms=bundle.info.stream.look_ahead_layers * config.look_ahead * chunk_ms,
         mode=config.mode,
         rtf=round(timings.wall_s / max(timings.audio_s, 1e-9), 4),
         cpu_rtf=round(sum(timings.cpu_s) / max(timings.audio_s, 1e-9), 4),

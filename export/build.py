@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from asr.context import WHOLE
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime.bundle import Bundle, ModelInfo
-from asr.runtime.onnx_scorer import OnnxScorer
 from export.bundle import Origin, describe, write_bundle
 from export.onnx import export_graphs
 from export.quantize import quantize
@@ -22,9 +20,9 @@ from export.verify import (
     check_float32,
     compare,
     contexts,
-    in_chunks,
-    looking_ahead,
+    encoding,
     made_sound,
+    possible_contexts,
 )
 
 SOUND_S = 20.0
@@ -67,18 +65,17 @@ def _prove(model: HybridModel, float32: Bundle) -> Comparison:
     info = float32.info
     sound = [Utterance("made", made_sound(SOUND_S, info.features.sample_rate), "")]
     found = []
-    for context in dict.fromkeys([*contexts(info), looking_ahead(info)]):
+    for context in possible_contexts(info):
         expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer)
-        encode = at_once(OnnxScorer(float32), WHOLE) if context == WHOLE else in_chunks(float32, context)
-        found.append(compare(expected, answer(encode, sound, float32.tokenizer)))
+        found.append(compare(expected, answer(encoding(float32, context), sound, float32.tokenizer)))
         check_float32(found[-1], f"{context}")
     return max(found, key=lambda comparison: comparison.max_difference)
 
 
 def _lost(float32: Bundle, bundle: Bundle, utterances: Sequence[Utterance]) -> Comparison:
-    """What quantization changes, in the chunks that the bundle streams with."""
-    context = contexts(bundle.info)[1]
-    answers = [answer(in_chunks(b, context), utterances, b.tokenizer) for b in (float32, bundle)]
+    """What quantization changes, in the chunks that the bundle streams with, if it does."""
+    context = contexts(bundle.info)[:2][-1]
+    answers = [answer(encoding(b, context), utterances, b.tokenizer) for b in (float32, bundle)]
     return compare(*answers)
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -11,9 +11,11 @@ import onnx
 from asr import __version__
 from asr.errors import BundleError
 from asr.model.decoder import SOS_EOS
+from asr.model.encoder import look_ahead_layers
 from asr.model.hybrid import HybridModel
-from asr.runtime.bundle import FORMAT, Features, Field, ModelInfo, Streaming, hash_file
+from asr.runtime.bundle import FORMAT, Features, ModelInfo, Streaming, hash_file
 from asr.tokens import tokens_hash
+from export.states import decoder_fields, encoder_fields
 
 CHUNKS_MS = (160, 320, 640, 960)
 CHUNK_MS = 640
@@ -47,44 +49,34 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         ),
         subsampling=encoder.subsampling,
         dim=encoder.dim,
-        num_layers=encoder.config.num_layers,
+        overlap_frames=encoder.overlap_frames,
         num_tokens=model.ctc.out_features,
         tokens_sha256=tokens_hash(tokens),
         sos_eos=SOS_EOS,
         parameters=sum(p.numel() for p in model.parameters()),
-        encoder_state=_fields(encoder.init_state(1, 0), "W", pending="R", queries="R"),
+        encoder_state=encoder_fields(encoder),
         decoder_type=model.decoder.config.type,
-        decoder_state=_fields(model.decoder.init_state(1), "U"),
-        streaming=_streaming(model),
+        decoder_state=decoder_fields(model.decoder),
+        streaming=_streaming(model) if encoder.can_stream else None,
         files={},
         chunking=model.decoder.chunking,
     )
 
 
-def _fields(state: object, variable: str, **others: str) -> tuple[Field, ...]:
-    """The tensors of a state made with size 0 where it is variable, by the name `variable`, or another."""
-    tensors = [(f.name, getattr(state, f.name)) for f in fields(state)]  # type: ignore[arg-type]
-    return tuple(
-        Field(
-            name,
-            tuple(size or others.get(name, variable) for size in x.shape[1:]),
-            str(x.dtype).removeprefix("torch."),
-        )
-        for name, x in tensors
-    )
-
-
 def _streaming(model: HybridModel) -> Streaming:
     """The longest chunk up to CHUNK_MS is the default, among those that fit the model's frames."""
-    fbank = model.fbank
-    frame_ms = round(1000 * model.encoder.subsampling * fbank.shift_samples / fbank.config.sample_rate)
-    longest = model.encoder.config.chunk.max_chunk * frame_ms
-    choices = tuple(ms for ms in CHUNKS_MS if ms % frame_ms == 0 and ms <= longest) or (longest,)
+    fbank, encoder = model.fbank, model.encoder
+    unit_ms = round(1000 * encoder.chunk_unit * model.frame_s)
+    longest = max(encoder.config.chunk.max_chunk // encoder.chunk_unit, 1) * unit_ms
+    choices = tuple(ms for ms in CHUNKS_MS if ms % unit_ms == 0 and ms <= longest) or (longest,)
     return Streaming(
         chunk_ms=max((ms for ms in choices if ms <= CHUNK_MS), default=choices[0]),
         left_chunks=LEFT_CHUNKS,
         chunk_choices_ms=choices,
-        max_look_ahead=model.encoder.config.chunk.max_right,
+        chunk_unit=encoder.chunk_unit,
+        max_look_ahead=encoder.config.chunk.max_right,
+        look_ahead_layers=look_ahead_layers(encoder),
+        flush_frames=encoder.flush_frames(0),
         flush_samples=0 if fbank.config.snip_edges else fbank.frame_samples // 2,
     )
 

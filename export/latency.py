@@ -108,13 +108,13 @@ def measure(bundle: Bundle, utterances: Sequence[Spoken], config: StreamConfig) 
         told, spent_ms = play(bundle, samples, config)
         traces.append(make_trace(told, 1000 * len(samples) / rate, words, ends_ms))
         computing_ms += spent_ms
-    streaming = bundle.info.streaming
+    streaming = bundle.info.stream
     chunk_ms = streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
     return Setting(
         config,
         chunk_ms=chunk_ms,
         left_chunks=streaming.left_chunks if config.left_chunks is None else config.left_chunks,
-        look_ahead_ms=bundle.info.num_layers * config.look_ahead * chunk_ms,
+        look_ahead_ms=bundle.info.stream.look_ahead_layers * config.look_ahead * chunk_ms,
         rtf=computing_ms / max(sum(trace.source_ms for trace in traces), 1e-9),
         latency=summarise(traces),
     )

@@ -24,28 +24,46 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from asr.context import Context
-from asr.errors import ConfigError
-from asr.model.conformer import ConformerState
-from asr.model.decoder import DecoderState, TransformerDecoder
+from asr.model.decoder import TransformerDecoder
+from asr.model.encoder import look_ahead_layers
 from asr.model.fire import Fire
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import LengthModel, SegmentalDecoder
+from asr.model.state import State
+from export.states import decoder_fields, dynamic_shapes, encoder_fields
 
 OPSET = 18
 IR_VERSION = 10
 
 
 class EncoderGraph(nn.Module):
+    """One call of a stream: the state goes in as it came out of the call before."""
+
+    def __init__(self, model: HybridModel, state: State, num_context: int) -> None:
+        """state: one like those that it is given.  num_context: of chunk, left, right so many are inputs."""
+        super().__init__()
+        self.model = model
+        self.state = state
+        self.num_context = num_context
+
+    def forward(self, window: Tensor, num_frames: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        x = self.model.cmvn(self.model.fbank.frames(window))
+        context, state = rest[: self.num_context], self.state.of(rest[self.num_context :])
+        y, y_lens, present = self.model.encoder(x, num_frames, state, *context)
+        return y, self.model.ctc_log_probs(y), y_lens, *present.tensors()
+
+
+class WholeGraph(nn.Module):
+    """A whole utterance, for encoders that cannot stream."""
+
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self, window: Tensor, num_frames: Tensor, chunk: Tensor, left: Tensor, right: Tensor, *state: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, window: Tensor, num_frames: Tensor) -> tuple[Tensor, ...]:
         x = self.model.cmvn(self.model.fbank.frames(window))
-        y, y_lens, present = self.model.encoder(x, num_frames, ConformerState(*state), chunk, left, right)
-        return y, self.model.ctc_log_probs(y), y_lens, *present.tensors()
+        y, y_lens, _ = self.model.encoder(x, num_frames)
+        return y, self.model.ctc_log_probs(y), y_lens
 
 
 class MemoryGraph(nn.Module):
@@ -65,7 +83,7 @@ class DecoderGraph(nn.Module):
     def forward(
         self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
-        guide, past = self.decoder.guide, DecoderState(*state)
+        guide, past = self.decoder.guide, self.decoder.init_state(1).of(state)
         logits, attention, present = self.decoder(tokens, cross_keys, cross_values, y_lens, past, guide=guide)
         return self.decoder.log_probs(logits), attention, *present.tensors()
 
@@ -77,10 +95,9 @@ class ReverseGraph(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
         keys, values = (x.expand(tokens.shape[0], -1, -1, -1, -1) for x in self.decoder.memory(y))
-        y_lens = torch.full_like(tokens[:, 0], y.shape[1])
-        return self.decoder(tokens, keys, values, y_lens).logits.log_softmax(-1)
+        return self.decoder(tokens, keys, values, y_lens.expand(tokens.shape[0])).logits.log_softmax(-1)
 
 
 class LengthGraph(nn.Module):
@@ -94,7 +111,7 @@ class LengthGraph(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """A module, and how to call it: example inputs by name, the state last."""
+    """A module, and how to call it: example inputs by name."""
 
     module: nn.Module
     inputs: dict[str, Tensor]
@@ -102,19 +119,15 @@ class Trace:
     """Input -> {dimension: its name}."""
 
     outputs: list[str]
-    num_states: int
+    num_rest: int
+    """Of the inputs, so many at the end are passed as one sequence."""
 
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
-    """The graphs of a model in float32, by name.
-
-    Raises ConfigError for an encoder whose calls overlap, since no runtime gives frames again.
-    """
-    if model.encoder.overlap_frames:
-        raise ConfigError(f"encoder.type: {model.encoder.config.type} cannot be exported, its calls overlap")
+    """The graphs of a model in float32, by name."""
     model = model.eval().cpu()
     traces = {
-        "encoder": encoder_trace(model),
+        "encoder": encoder_trace(model) if model.encoder.can_stream else whole_trace(model),
         "memory": memory_trace(model),
         "decoder": decoder_trace(model),
     }
@@ -128,29 +141,35 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
 
 
 def encoder_trace(model: HybridModel) -> Trace:
+    encoder, n = model.encoder, Dim("N")
+    ahead = int(look_ahead_layers(encoder) > 0)
+    context = Context(4 * encoder.chunk_unit, 2, ahead)
+    parts = list(Context._fields)[: 2 + ahead]
+    state = encoder.init_state(2, context.width, context.delay)
+    inputs, dynamic = _windows(model, 6 * encoder.chunk_unit * encoder.subsampling, n)
+    inputs |= {name: torch.tensor(getattr(context, name)) for name in parts} | state.named()
+    dynamic |= {name: {} for name in parts} | dynamic_shapes(encoder_fields(encoder), n)
+    outputs = ["y", "log_probs", "y_lens", *(f"next_{name}" for name in state.named())]
+    module = EncoderGraph(model, state, len(parts)).eval()
+    return Trace(module, inputs, dynamic, outputs, len(inputs) - 2)
+
+
+def whole_trace(model: HybridModel) -> Trace:
+    inputs, dynamic = _windows(model, 40 * model.encoder.subsampling, Dim("N"))
+    return Trace(WholeGraph(model).eval(), inputs, dynamic, ["y", "log_probs", "y_lens"], 0)
+
+
+def _windows(model: HybridModel, num_frames: int, n: Dim) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Samples of num_frames frames and the overlap behind them, and the sizes that vary."""
     shift, length = model.fbank.shift_samples, model.fbank.frame_samples
-    n, t, w, r = Dim("N"), Dim("T", min=1), Dim("W"), Dim("R")
-    context = Context(4, 2, 1)
-    state = model.encoder.init_state(2, context.width, context.delay)
-    names = state_names(state)
-    num_frames = 6 * model.encoder.subsampling
+    overlap = model.encoder.overlap_frames
+    num_frames += overlap
+    t = Dim("T", min=model.encoder.subsampling + overlap if overlap else 1)
     inputs = {
         "window": torch.randn(2, (num_frames - 1) * shift + length),
         "num_frames": torch.tensor([num_frames, num_frames - 1]),
-        **{name: torch.tensor(value) for name, value in context._asdict().items()},
-        **dict(zip(names, state.tensors(), strict=True)),
     }
-    dynamic: dict[str, dict[int, Any]] = {name: {0: n} for name in names}
-    dynamic |= {"window": {0: n, 1: shift * t + (length - shift)}, "num_frames": {0: n}}
-    dynamic |= {name: {} for name in Context._fields}
-    dynamic |= {
-        "keys": {0: n, 3: w},
-        "values": {0: n, 3: w},
-        "pending": {0: n, 2: r},
-        "queries": {0: n, 3: r},
-    }
-    outputs = ["y", "log_probs", "y_lens", *(f"next_{name}" for name in names)]
-    return Trace(EncoderGraph(model).eval(), inputs, dynamic, outputs, len(names))
+    return inputs, {"window": {0: n, 1: shift * t + (length - shift)}, "num_frames": {0: n}}
 
 
 def memory_trace(model: HybridModel) -> Trace:
@@ -160,24 +179,28 @@ def memory_trace(model: HybridModel) -> Trace:
 
 
 def decoder_trace(model: HybridModel) -> Trace:
-    b, t, u, past = Dim("B"), Dim("T"), Dim("U"), Dim("P")
+    b, t, more = Dim("B"), Dim("T"), Dim("M")  # U are the tokens before them
     tokens = torch.ones(2, 3, dtype=torch.int64)
     with torch.no_grad():
         keys, values = model.decoder.memory(torch.randn(2, 7, model.encoder.dim))
-        state = model.decoder(tokens, keys, values, torch.tensor([7, 5])).state
-    names = state_names(state)
+        state = model.decoder(tokens, keys, values, torch.tensor([7, 5])).state.named()
     inputs = {"tokens": tokens, "cross_keys": keys, "cross_values": values, "y_lens": torch.tensor([7, 5])}
-    inputs |= dict(zip(names, state.tensors(), strict=True))
-    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: b, 1: u}, "y_lens": {0: b}}
+    inputs |= state
+    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: b, 1: more}, "y_lens": {0: b}}
     dynamic |= {"cross_keys": {0: b, 3: t}, "cross_values": {0: b, 3: t}}
-    dynamic |= {name: {0: b, 3: past} for name in names}
-    outputs = ["log_probs", "attention", *(f"next_{name}" for name in names)]
-    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(names))
+    dynamic |= dynamic_shapes(decoder_fields(model.decoder), b)
+    outputs = ["log_probs", "attention", *(f"next_{name}" for name in state)]
+    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(state))
 
 
 def reverse_trace(model: HybridModel, decoder: TransformerDecoder) -> Trace:
-    inputs = {"tokens": torch.ones(2, 3, dtype=torch.int64), "y": torch.randn(1, 7, model.encoder.dim)}
+    inputs = {
+        "tokens": torch.ones(2, 3, dtype=torch.int64),
+        "y": torch.randn(1, 7, model.encoder.dim),
+        "y_lens": torch.tensor([6]),
+    }
     dynamic: dict[str, dict[int, Any]] = {"tokens": {0: Dim("B"), 1: Dim("U")}, "y": {1: Dim("T")}}
+    dynamic["y_lens"] = {}
     return Trace(ReverseGraph(decoder).eval(), inputs, dynamic, ["log_probs"], 0)
 
 
@@ -202,15 +225,11 @@ def fire_trace(fire: Fire) -> Trace:
     return Trace(fire.eval(), inputs, {"y": {1: Dim("T")}}, ["alpha"], 0)
 
 
-def state_names(state: ConformerState | DecoderState) -> list[str]:
-    return list(state.__dataclass_fields__)
-
-
 def export(trace: Trace, name: str) -> onnx.ModelProto:
     """Trace a module and tidy the graph; no weights outside the returned message."""
     shapes = [trace.dynamic[name] for name in trace.inputs]
-    first = len(shapes) - trace.num_states
-    positional = (*shapes[:first], tuple(shapes[first:])) if trace.num_states else tuple(shapes)
+    first = len(shapes) - trace.num_rest
+    positional = (*shapes[:first], tuple(shapes[first:])) if trace.num_rest else tuple(shapes)
     with _quiet():
         program = torch.onnx.export(
             trace.module,

@@ -94,9 +94,12 @@ def in_chunks(bundle: Bundle, context: Context) -> Encode:
         framer.accept(samples)
         framer.finish()
         parts = [np.zeros((0, scorer.num_tokens), np.float32)]
-        while num := min(framer.ready(), context.chunk * bundle.info.subsampling):
+        size = context.chunk * bundle.info.subsampling + bundle.info.overlap_frames
+        while num := min(framer.ready(), size):
             is_last = num == framer.ready()
-            out = scorer.advance(framer.take(num)[None], np.array([num]), context, state, is_last)
+            flush = bundle.info.flush_frames(context) if is_last else 0
+            window = framer.take(num, again=0 if is_last else bundle.info.overlap_frames)
+            out = scorer.advance(window[None], np.array([num]), context, state, flush)
             state = out.state
             parts.append(out.log_probs[0, : out.y_lens[0]])
         return np.concatenate(parts)
@@ -104,8 +107,16 @@ def in_chunks(bundle: Bundle, context: Context) -> Encode:
     return encode
 
 
+def encoding(bundle: Bundle, context: Context) -> Encode:
+    """As the bundle is used in a context: at once, or as a stream."""
+    return at_once(OnnxScorer(bundle), WHOLE) if context == WHOLE else in_chunks(bundle, context)
+
+
 def contexts(info: ModelInfo) -> list[Context]:
-    """At once, with the bundle's chunks, with the shortest, and with look-ahead where it was trained."""
+    """At once, with the bundle's chunks, with the shortest, and with look-ahead where it was trained; at once
+    alone where the encoder cannot stream."""
+    if info.streaming is None:
+        return [WHOLE]
     chunks = {info.streaming.chunk_ms, min(info.streaming.chunk_choices_ms)}
     frames = sorted((info.chunk_frames(ms) for ms in chunks), reverse=True)
     found = [WHOLE, *(Context(chunk, info.streaming.left_chunks) for chunk in frames)]
@@ -114,8 +125,14 @@ def contexts(info: ModelInfo) -> list[Context]:
 
 def looking_ahead(info: ModelInfo) -> Context:
     """With the shortest chunks, as far as the model was trained, or one chunk where it was not."""
-    chunk = info.chunk_frames(min(info.streaming.chunk_choices_ms))
-    return Context(chunk, info.streaming.left_chunks, max(info.streaming.max_look_ahead, 1))
+    chunk = info.chunk_frames(min(info.stream.chunk_choices_ms))
+    return Context(chunk, info.stream.left_chunks, max(info.stream.max_look_ahead, 1))
+
+
+def possible_contexts(info: ModelInfo) -> list[Context]:
+    """`contexts`, and with look-ahead wherever it is possible."""
+    can_look_ahead = info.streaming is not None and info.streaming.look_ahead_layers > 0
+    return list(dict.fromkeys([*contexts(info), *([looking_ahead(info)] if can_look_ahead else [])]))
 
 
 def answer(encode: Encode, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Answers:

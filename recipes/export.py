@@ -89,9 +89,10 @@ def _origin(experiment: Path, checkpoint: str, licence: str) -> Origin:
 
 def _print_files(info: ModelInfo) -> None:
     kind = info.target.rpartition("-")[2]
+    step = f"{info.streaming.chunk_ms} ms a step" if info.streaming else "whole utterances"
     roles = {
         "encoder.onnx": f"samples, {len(info.encoder_state)} states -> log_probs (N, T, {info.num_tokens}), "
-        f"{info.streaming.chunk_ms} ms a step",
+        + step,
         "memory.onnx": "encoder output -> what the decoder attends to",
         "decoder.onnx": "tokens -> log_probs of the next",
         "reverse.onnx": "tokens from right to left -> log_probs of the next",

@@ -3,8 +3,9 @@
 import os
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: small tensors are four times faster on one thread
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime
@@ -59,20 +60,35 @@ def _folder(variable: str, name: str) -> Path:
     return path
 
 
+TINY_SYMBOLS = ["<blk>", "<sos/eos>", "<unk>", "▁", *"abcdefghijklmnop", "▁the", "ing"]
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> "HybridModel":
     """Random weights that hear something: CTC says blank in about half of the frames, and its units vary."""
+    from asr.model.conformer import ConformerConfig
+
+    return _tiny(ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8))
+
+
+@pytest.fixture(scope="session")
+def overlapping_model() -> "HybridModel":
+    """As `tiny_model`, with an encoder whose calls overlap."""
+    from asr.model.wenet import WenetConformerConfig
+
+    return _tiny(WenetConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, kernel_size=5))
+
+
+def _tiny(encoder: Any) -> "HybridModel":
     import torch
 
     from asr.features import FbankConfig
     from asr.losses import LossConfig
     from asr.model.build import build_model
-    from asr.model.conformer import ConformerConfig
     from asr.model.decoder import DecoderConfig, TransformerDecoder
 
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        encoder = ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8)
         decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64)
         model = build_model(FbankConfig(), encoder, decoder, LossConfig(), len(TINY_SYMBOLS)).eval()
         with torch.no_grad():
@@ -89,29 +105,42 @@ def tiny_model() -> "HybridModel":
     return model
 
 
-TINY_SYMBOLS = ["<blk>", "<sos/eos>", "<unk>", "▁", *"abcdefghijklmnop", "▁the", "ing"]
+@pytest.fixture(scope="session")
+def tiny_bundles(tiny_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundles cpu-fp32 and cpu-int8 of `tiny_model`."""
+    return _exported_once(tiny_model, "bundles", tmp_path_factory, ["cpu-fp32", "cpu-int8"])
 
 
 @pytest.fixture(scope="session")
-def tiny_bundles(tiny_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundles cpu-fp32 and cpu-int8 of `tiny_model`, exported once for all workers."""
+def overlapping_bundle(overlapping_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `overlapping_model` in float32."""
+    return _exported_once(overlapping_model, "overlapping", tmp_path_factory, ["cpu-fp32"]) / "cpu-fp32"
+
+
+def _exported_once(
+    model: "HybridModel", name: str, factory: pytest.TempPathFactory, targets: Sequence[str]
+) -> Path:
+    """The folder `name` with a bundle for each target, exported once for all workers."""
     import fcntl
 
     from export.bundle import Origin, describe, write_bundle
     from export.onnx import export_graphs
     from export.quantize import quantize
+    from export.targets import TARGETS
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "cpu-int8").exists():
+        if not (folder / targets[-1]).exists():
             text = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(TINY_SYMBOLS))
             (folder / "tokens.txt").write_text(text, encoding="utf-8")
-            graphs = export_graphs(tiny_model)
-            quantized = {name: quantize(graph) for name, graph in graphs.items()}
-            for target, built in (("cpu-fp32", graphs), ("cpu-int8", quantized)):
-                info = describe(tiny_model, folder, target, Origin("tiny", "Apache-2.0"))
+            graphs = export_graphs(model)
+            for target in targets:
+                built = graphs
+                if TARGETS[target].quantized:
+                    built = {part: quantize(graph) for part, graph in graphs.items()}
+                info = describe(model, folder, target, Origin("tiny", "Apache-2.0"))
                 write_bundle(built, info, folder, folder / target)
     return folder

@@ -157,10 +157,11 @@ class ConformerLayer(nn.Module):
 
 
 class Conformer(nn.Module):
-    """The encoder: one forward for training, decoding and streaming."""
+    """The encoder (encoder.py): one forward for training, decoding and streaming."""
 
     overlap_frames = 0
-    """Feature frames of a call that the next call of a stream must be given again."""
+    can_stream = True
+    chunk_unit = 1
 
     def __init__(self, config: ConformerConfig, num_bins: int) -> None:
         super().__init__()

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from asr.context import WHOLE, Context
 from asr.features import Cmvn, Fbank, FbankConfig
 from asr.losses import LossConfig, ctc_loss
-from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder, reverse
+from asr.model.encoder import Encoder
 from asr.model.fire import Fire
 from asr.model.layers import initialise
 from asr.whisper_features import WhisperFbank
@@ -41,7 +41,7 @@ class HybridModel(nn.Module):
     def __init__(
         self,
         features: FbankConfig,
-        encoder: Conformer,
+        encoder: Encoder,
         decoder: TransformerDecoder,
         loss: LossConfig,
         num_tokens: int,

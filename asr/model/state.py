@@ -1,12 +1,12 @@
 """What every streaming state has in common.
 
-Every field is a tensor whose first dimension is N, the number of streams, so streams join and leave a batch
-with the two functions below, whatever the module.
+Every tensor's first dimension is N, the number of streams, so streams join and leave a batch with the
+functions below, whatever the module. A field is a tensor, or a group of them: a state, or a tuple of either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,18 @@ from torch import Tensor
 class State:
     """What a module must remember between two calls. Returned by `forward`, never stored on a module."""
 
+    def named(self) -> dict[str, Tensor]:
+        """All tensors in order, those of groups as "group_0_field": inputs and outputs of the ONNX graph."""
+        return dict(_named(self))
+
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in order: the inputs and outputs of the ONNX graph."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        """The same without names."""
+        return tuple(self.named().values())
+
+    def of(self, tensors: Sequence[Tensor]) -> Self:
+        """The inverse of `tensors`: a state like this one, of other tensors."""
+        rest = iter(tensors)
+        return _map(lambda _: next(rest), self)
 
 
 S = TypeVar("S", bound=State)
@@ -26,14 +35,36 @@ S = TypeVar("S", bound=State)
 
 def join(states: Sequence[S]) -> S:
     """Batch the states of several streams into one."""
-    return type(states[0])(*map(torch.cat, zip(*(s.tensors() for s in states), strict=True)))
+    return states[0].of([torch.cat(x) for x in zip(*(s.tensors() for s in states), strict=True)])
 
 
 def split(state: S) -> list[S]:
     """The inverse of `join`: one state of N = 1 for each stream."""
-    return [type(state)(*t) for t in zip(*(x.split(1) for x in state.tensors()), strict=True)]
+    return [state.of(x) for x in zip(*(x.split(1) for x in state.tensors()), strict=True)]
 
 
 def select(state: S, index: Tensor) -> S:
     """The streams (or hypotheses) index (N',), which may repeat, drop and reorder."""
-    return type(state)(*(x.index_select(0, index) for x in state.tensors()))
+    return _map(lambda x: x.index_select(0, index), state)
+
+
+def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+        return
+    parts = enumerate(value) if isinstance(value, tuple) else _items(value)
+    for key, part in parts:
+        yield from _named(part, f"{name}_{key}" if name else str(key))
+
+
+def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same structure, of changed tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_map(change, part) for part in value)
+    return type(value)(**{name: _map(change, part) for name, part in _items(value)})
+
+
+def _items(state: State) -> Iterator[tuple[str, Any]]:
+    return ((f.name, getattr(state, f.name)) for f in fields(state))

@@ -240,7 +240,9 @@ class WenetConformerLayer(nn.Module):
 
 
 class WenetConformer(nn.Module):
-    """The encoder: one forward for training, decoding and streaming."""
+    """The encoder (encoder.py): one forward for training, decoding and streaming."""
+
+    chunk_unit = 1
 
     def __init__(self, config: WenetConformerConfig, num_bins: int) -> None:
         super().__init__()
@@ -254,6 +256,7 @@ class WenetConformer(nn.Module):
             )
         _refuse_look_ahead("encoder.chunk.max_right", config.chunk.max_right)
         self.config = config
+        self.can_stream = config.causal
         self.dim = config.dim
         self.head_dim = config.dim // config.num_heads
         self.num_bins = num_bins
@@ -265,13 +268,18 @@ class WenetConformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         self.front.apply(initialise)
 
-    def init_state(self, n: int, width: int) -> WenetConformerState:
+    def init_state(self, n: int, width: int, delay: int = 0) -> WenetConformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk, or more.
 
-        Raises ConfigError where the convolution is symmetric.
+        Raises ConfigError where the convolution is symmetric, and for look-ahead.
         """
+        _refuse_look_ahead("delay", delay)
         self._require_causal()
         return self._empty_state(n, width)
+
+    def flush_frames(self, delay: int) -> int:
+        """None: a frame is there as soon as all that it hears is."""
+        return 0
 
     def forward(
         self,

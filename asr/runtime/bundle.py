@@ -1,11 +1,13 @@
 """The exported folder: model.json, its ONNX graphs, its units; every byte is checked when it is loaded.
 
     model.json      what the model is, and size and SHA-256 of every other file
-    encoder.onnx    (window of samples, state) -> (y, CTC log-probabilities, state): features are in the graph
+    encoder.onnx    (window of samples, context, state) -> (y, CTC log-probabilities, state): features are in
+                    the graph; of encoders that cannot stream (window of samples) -> (y, log-probabilities)
     memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
     decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, where the heads
                     that guide streaming listened, state)
-    reverse.onnx    (tokens from right to left, y) -> log-probabilities; of models with a second decoder
+    reverse.onnx    (tokens from right to left, y, its frames) -> log-probabilities; of models with a second
+                    decoder
     length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and counted
                     lengths; of segmental decoders
     fire.onnx       y -> weights of its frames, that add up to the number of words; of models that count them
@@ -17,7 +19,9 @@ are opened from the bytes that were checked, so a graph that keeps weights in an
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -28,13 +32,13 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from asr.context import Context
+from asr.context import WHOLE, Context
 from asr.decode.scorer import Chunking
 from asr.decode.words import word_starts
 from asr.errors import BundleError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
-FORMAT = 2
+FORMAT = 3
 GRAPHS = ("encoder", "memory", "decoder")
 STRICT = ConfigDict(extra="forbid")
 
@@ -55,12 +59,16 @@ class Field:
     """One tensor of a state: its shape for one stream, or one hypothesis.
 
     A size is a number, or "W", encoder frames cached as left context, or "R", those that wait for their
-    look-ahead, or "U", tokens so far.
+    look-ahead, or "U", tokens so far; or a multiple or a part of one, such as "2*W" or "W/4".
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+    def sizes(self, variables: Mapping[str, int]) -> list[int]:
+        """The shape where the variables have values."""
+        return [x if isinstance(x, int) else _evaluate(x, variables) for x in self.shape]
 
 
 @checked(frozen=True, config=STRICT)
@@ -72,9 +80,18 @@ class Streaming:
     chunk_choices_ms: tuple[int, ...]
     """Those that the model was trained on and the bundle was verified with."""
 
+    chunk_unit: int
+    """A chunk is a multiple of so many encoder frames."""
+
     max_look_ahead: int
     """Chunks of look-ahead of every layer that the model was trained on, at most. More is possible, but new
     to it."""
+
+    look_ahead_layers: int
+    """Layers that wait for their look-ahead, one after another; 0 where none can look ahead."""
+
+    flush_frames: int
+    """Feature frames that the last call needs behind its own, besides those for look-ahead."""
 
     flush_samples: int
     """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
@@ -110,8 +127,8 @@ class ModelInfo:
     dim: int
     """C, of the encoder's output."""
 
-    num_layers: int
-    """Of the encoder: look-ahead adds up over them."""
+    overlap_frames: int
+    """Feature frames that a call needs behind its own; the next call of a stream is given them again."""
 
     num_tokens: int
     tokens_sha256: str
@@ -122,7 +139,9 @@ class ModelInfo:
     """Its kind: which modes it was trained for."""
 
     decoder_state: tuple[Field, ...]
-    streaming: Streaming
+    streaming: Streaming | None
+    """None: the encoder can only hear whole utterances, and has no state."""
+
     files: dict[str, FileHash]
     chunking: Chunking | None = None
     """What a decoder of type "chunked" hears."""
@@ -150,18 +169,60 @@ class ModelInfo:
         return self.subsampling * self.features.shift_samples / self.features.sample_rate
 
     def chunk_frames(self, chunk_ms: int) -> int:
-        """Milliseconds -> encoder frames; BundleError unless it is a whole number of them."""
-        frame_ms = round(1000 * self.frame_s)
-        if chunk_ms <= 0 or chunk_ms % frame_ms:
+        """Milliseconds -> encoder frames; BundleError unless streams can have such chunks."""
+        unit = self.stream.chunk_unit
+        unit_ms = round(1000 * self.frame_s * unit)
+        if chunk_ms <= 0 or chunk_ms % unit_ms:
+            frames = "encoder frame" if unit == 1 else f"unit of {unit} encoder frames"
             raise BundleError(
-                f"a chunk of {chunk_ms} ms is not a multiple of {frame_ms} ms, this model's encoder frame; "
-                f"pass {max(chunk_ms // frame_ms, 1) * frame_ms}"
+                f"a chunk of {chunk_ms} ms is not a multiple of {unit_ms} ms, this model's {frames}; "
+                f"pass {max(chunk_ms // unit_ms, 1) * unit_ms}"
             )
-        return chunk_ms // frame_ms
+        return chunk_ms // unit_ms * unit
+
+    @property
+    def stream(self) -> Streaming:
+        """`streaming`; BundleError where the model cannot."""
+        if self.streaming is None:
+            raise BundleError(
+                f"{self.source}: its encoder hears whole utterances only, and cannot stream; "
+                "use asr decode without --chunk-ms, or a model with a causal encoder"
+            )
+        return self.streaming
+
+    def check_context(self, context: Context) -> None:
+        """BundleError where the encoder cannot be used in a context."""
+        if context == WHOLE:
+            return
+        unit = self.stream.chunk_unit
+        if context.chunk % unit:
+            raise BundleError(f"a chunk of {context.chunk} encoder frames is not a multiple of {unit}")
+        if context.right and not self.stream.look_ahead_layers:
+            raise BundleError(
+                f"a look-ahead of {context.right} chunks, and layers of this encoder cannot look ahead; "
+                "expected 0"
+            )
 
     def late_frames(self, context: Context) -> int:
         """Encoder frames by which outputs of a stream are late, as each layer waits for its look-ahead."""
-        return self.num_layers * context.delay
+        return self.streaming.look_ahead_layers * context.delay if self.streaming else 0
+
+    def flush_frames(self, context: Context) -> int:
+        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        constant = self.streaming.flush_frames if self.streaming else 0
+        return constant + self.late_frames(context) * self.subsampling
+
+    @property
+    def min_frames(self) -> int:
+        """The fewest feature frames that a call can have, those included that do not count."""
+        return self.subsampling + self.overlap_frames if self.overlap_frames else 1
+
+    @property
+    def context_inputs(self) -> tuple[str, ...]:
+        """Which parts of a Context the encoder's graph takes."""
+        if self.streaming is None:
+            return ()
+        return Context._fields if self.streaming.look_ahead_layers else ("chunk", "left")
 
 
 @dataclass(frozen=True)
@@ -235,6 +296,18 @@ class Bundle:
         if of_tokens != self.info.tokens_sha256:
             raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
         return session
+
+
+def parse_size(size: str) -> tuple[str, Fraction]:
+    """A size of a state that varies, such as "2*W/3" -> "W", 2/3."""
+    rest, _, divisor = size.partition("/")
+    factor, _, name = rest.rpartition("*")
+    return name, Fraction(int(factor or 1), int(divisor or 1))
+
+
+def _evaluate(size: str, variables: Mapping[str, int]) -> int:
+    name, share = parse_size(size)
+    return int(share * variables[name])
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -21,7 +21,9 @@ class Framer:
         self._lead = 0 if snip_edges else length // 2 - shift // 2
         self._buffer = np.zeros(0, np.float32)
         self._first = 0  # of the buffer, counted from the start of the stream
-        self.num_taken = 0  # frames
+        self.num_taken = 0
+        """Frames, without those that will be given again."""
+
         self._finished = False
 
     def accept(self, samples: Floats) -> None:
@@ -41,15 +43,18 @@ class Framer:
             total = (self.num_samples + self._lead - self.length) // self.shift + 1
         return max(total - self.num_taken, 0)
 
-    def take(self, num_frames: int) -> Floats:
-        """The window of the next num_frames frames, ((num_frames - 1) * shift + length,), edges mirrored."""
+    def take(self, num_frames: int, again: int = 0) -> Floats:
+        """The window of the next num_frames frames, ((num_frames - 1) * shift + length,), edges mirrored.
+
+        The last `again` of them are also the first of the next window.
+        """
         start = self.num_taken * self.shift - self._lead
         position = np.arange(start, start + (num_frames - 1) * self.shift + self.length)
         if start < 0 or position[-1] >= self.num_samples:
             position %= 2 * self.num_samples
             position = np.minimum(position, 2 * self.num_samples - 1 - position)
         window = self._buffer[position - self._first]
-        self.num_taken += num_frames
+        self.num_taken += num_frames - again
         self._forget()
         return window
 

@@ -70,9 +70,12 @@ class Memory:
     def cross(self, n: int) -> list[Floats]:
         """Keys and values of an utterance, (1, L, H, T, D) each; of one without frames, those of a zero."""
         if n not in self._crosses:
-            y = self.ys[n] if len(self.ys[n]) else np.zeros((1, self._bundle.info.dim), np.float32)
-            self._crosses[n] = self._bundle.memory.run(None, {"y": y[None]})
+            self._crosses[n] = self._bundle.memory.run(None, {"y": self.frames(n)[None]})
         return self._crosses[n]
+
+    def frames(self, n: int) -> Floats:
+        """Utterance n as a graph can take it, (T, C): a zero where there is no frame."""
+        return self.ys[n] if len(self.ys[n]) else np.zeros((1, self._bundle.info.dim), np.float32)
 
     def view(self, n: int, num_frames: int) -> "Memory":
         """Utterance n alone, up to frame num_frames."""
@@ -121,19 +124,20 @@ class OnnxScorer:
         return {field.name: _zeros(field, sizes) for field in self.bundle.info.encoder_state}
 
     def advance(
-        self, windows: Floats, num_frames: Ints, context: Context, state: State, is_last: bool = False
+        self, windows: Floats, num_frames: Ints, context: Context, state: State, flush_frames: int = 0
     ) -> Encoded:
         """Encode the next num_frames (N,) feature frames of N streams, cut by `Framer`: windows (N, S).
 
-        Streams that look ahead give frames later than they take them: while they go on they take equally many
-        in a call, and where is_last, the frames that are still due come out, too.
+        While streams go on, they have equally many, so that the last `overlap_frames` of them end a chunk,
+        and are given again; with the last call of streams, `flush_frames` that do not count bring out all
+        that is still due (ModelInfo.flush_frames).
         """
-        if is_last:
-            info = self.bundle.info
-            flush = info.late_frames(context) * info.subsampling * info.features.shift_samples
-            windows = np.pad(windows, ((0, 0), (0, flush)))
+        info = self.bundle.info
+        missing = info.min_frames - int(num_frames.max(initial=0))
+        silence = max(flush_frames, missing) * info.features.shift_samples
+        windows = np.pad(windows, ((0, 0), (0, silence))) if silence > 0 else windows
         inputs = {"window": windows, "num_frames": num_frames}
-        inputs |= {name: np.array(value) for name, value in context._asdict().items()}
+        inputs |= {name: np.array(getattr(context, name)) for name in info.context_inputs}
         y, log_probs, y_lens, *states = self.bundle.encoder.run(None, inputs | dict(state))
         return Encoded(y, log_probs, y_lens, dict(zip(state, states, strict=True)))
 
@@ -153,16 +157,19 @@ class OnnxScorer:
         return [log_probs for _, log_probs in encoded], self.memory([y for y, _ in encoded])
 
     def _encode_one(self, samples: Floats, context: Context) -> tuple[Floats, Floats]:
+        info = self.bundle.info
         framer = self.framer()
         framer.accept(samples)
         framer.finish()
         num_frames = framer.ready()
         if num_frames == 0:
-            info = self.bundle.info
             return np.zeros((0, info.dim), np.float32), np.zeros((0, info.num_tokens), np.float32)
         window = framer.take(num_frames)[None]
-        out = self.advance(window, np.array([num_frames]), context, self.init_state(WHOLE))
-        return out.y[0], out.log_probs[0]
+        info.check_context(context)
+        state, flush_frames = self.init_state(WHOLE), info.flush_frames(WHOLE)
+        out = self.advance(window, np.array([num_frames]), context, state, flush_frames)
+        num = out.y_lens[0]
+        return out.y[0, :num], out.log_probs[0, :num]
 
     def start(self, memory: Memory, owner: Ints) -> DecoderState:
         past = {field.name: _zeros(field, {"U": 0}, len(owner)) for field in self.bundle.info.decoder_state}
@@ -229,7 +236,8 @@ class OnnxScorer:
         for n in np.unique(owner).tolist():
             rows = np.flatnonzero(owner == n).tolist()
             mirrored = [tokens[b][::-1] for b in rows]
-            inputs = {"tokens": self._inputs(mirrored), "y": memory.ys[n][None]}
+            inputs = {"tokens": self._inputs(mirrored), "y": memory.frames(n)[None]}
+            inputs["y_lens"] = np.array([len(memory.ys[n])])
             (log_probs,) = self.bundle.reverse.run(None, inputs)
             for b, x, y in zip(rows, log_probs, mirrored, strict=True):
                 found = _of_tokens(x, [*y, self.sos_eos])
@@ -258,8 +266,7 @@ def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
 
 def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:
     """A state of n streams or hypotheses, whose variable sizes are given."""
-    shape = [sizes[size] if isinstance(size, str) else size for size in field.shape]
-    return np.zeros((n, *shape), field.dtype)
+    return np.zeros((n, *field.sizes(sizes)), field.dtype)
 
 
 def _best(log_probs: Floats, k: int) -> tuple[Ints, Floats]:

@@ -1,8 +1,9 @@
 """Streams: samples of any block length in, partial and final texts out.
 
 A stream cuts its samples into chunks of fixed length and encodes one chunk a call, so what it hears, and
-hence its text, never depends on how the samples arrive. With look-ahead, what is heard of a frame comes later
-than the frame, and at the end all that is due at once. Of the past it keeps the encoder's state, and what
+hence its text, never depends on how the samples arrive. Where an encoder needs feature frames behind a chunk,
+they are given again with the next one. With look-ahead, what is heard of a frame comes later than the frame,
+and at the end all that is due at once. Of the past it keeps the encoder's state, and what
 the decoder needs of the present utterance: memory does not grow with time. Counts are integers, and times
 are made of them, so they are as exact after a day as at the start.
 
@@ -22,7 +23,7 @@ import numpy as np
 from asr.context import Context
 from asr.decode.scorer import Floats
 from asr.errors import AudioError, ConfigError
-from asr.runtime.bundle import Bundle
+from asr.runtime.bundle import Bundle, ModelInfo
 from asr.runtime.events import Event
 from asr.runtime.onnx_scorer import OnnxScorer, State
 from asr.runtime.utterance import StreamConfig, Utterance
@@ -39,20 +40,16 @@ class Stream:
         config = config or StreamConfig()
         info = bundle.info
         self._scorer = OnnxScorer(bundle)
-        chunk_ms = info.streaming.chunk_ms if config.chunk_ms is None else config.chunk_ms
-        left = info.streaming.left_chunks if config.left_chunks is None else config.left_chunks
-        self.context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
+        self.context = stream_context(info, config)
         self._call_frames = self.context.chunk * info.subsampling * config.chunks_per_call
+        self._overlap_frames = info.overlap_frames
+        self._flush_frames = info.flush_frames(self.context)
         self._late_frames = info.late_frames(self.context) * info.subsampling
-        if (late_s := info.late_frames(self.context) * info.frame_s) > MAX_LATE_S:
-            what = f"look_ahead of {config.look_ahead} chunks in each of {info.num_layers} layers"
-            raise ConfigError(
-                f"{what} is {late_s:,.0f} s, expected at most {MAX_LATE_S:.0f}; lower it, or the chunk"
-            )
         self._framer = self._scorer.framer()
         self._state = self._scorer.init_state(self.context)
         self._utterance = Utterance(self._scorer, config)
-        self._finished = False
+        self._finished = False  # no more samples
+        self._ended = False  # and all of them encoded
 
     @property
     def duration_s(self) -> float:
@@ -63,7 +60,8 @@ class Stream:
     def encoded_s(self) -> float:
         """Seconds of audio encoded so far: what the events are about."""
         features = self._scorer.bundle.info.features
-        num_frames = max(self._framer.num_taken - self._late_frames, 0)
+        late_frames = 0 if self._ended else self._late_frames
+        num_frames = max(self._framer.num_taken - late_frames, 0)
         return num_frames * features.shift_samples / features.sample_rate
 
     def accept(self, samples: Floats) -> list[Event]:
@@ -73,6 +71,21 @@ class Stream:
     def finish(self) -> list[Event]:
         """There is no more: the events of what was not yet encoded, and the last final one."""
         return finish_all([self])[0]
+
+
+def stream_context(info: ModelInfo, config: StreamConfig) -> Context:
+    """What streams of a bundle hear, unless that is impossible: BundleError or ConfigError."""
+    chunk_ms = info.stream.chunk_ms if config.chunk_ms is None else config.chunk_ms
+    left = info.stream.left_chunks if config.left_chunks is None else config.left_chunks
+    context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
+    info.check_context(context)
+    if (late_s := info.late_frames(context) * info.frame_s) > MAX_LATE_S:
+        layers = info.stream.look_ahead_layers
+        what = f"look_ahead of {config.look_ahead} chunks in each of {layers} layers"
+        raise ConfigError(
+            f"{what} is {late_s:,.0f} s, expected at most {MAX_LATE_S:.0f}; lower it, or the chunk"
+        )
+    return context
 
 
 class StreamBatch:
@@ -140,7 +153,7 @@ def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
     """Encode and search all that is complete, the next call of every stream at once."""
     while True:
         calls = [_next_call(stream) for stream in streams]
-        for is_last in (False, True):  # frames that are still due come out of a call of their own
+        for is_last in (False, True):  # an encoder sees by its frames whether streams go on: not in one call
             ready = [(n, call.num_frames) for n, call in enumerate(calls) if call and call.is_last == is_last]
             told = _encode([(streams[n], frames) for n, frames in ready], is_last) if ready else []
             for (n, _), of_one in zip(ready, told, strict=True):
@@ -151,22 +164,24 @@ def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
 
 class _Call(NamedTuple):
     num_frames: int
-    """Feature frames: whole chunks, or at the end what is left."""
+    """Feature frames: whole chunks and the overlap, or at the end what is left."""
     is_last: bool
-    """Whether frames that are held back come out with them."""
+    """Whether nothing comes behind them."""
 
 
 def _next_call(stream: Stream) -> _Call | None:
     """What to encode next, if there is something."""
-    ready, size = stream._framer.ready(), stream._call_frames
+    ready, size = stream._framer.ready(), stream._call_frames + stream._overlap_frames
     if ready > size or (ready == size and not stream._finished):
         return _Call(size, False)
-    is_late = stream._late_frames > 0 and stream._framer.num_taken + ready > 0
-    return _Call(ready, is_late) if stream._finished and (ready or is_late) else None
+    has_begun = stream._framer.num_taken + ready > 0
+    is_due = (stream._flush_frames > 0 and has_begun) or ready > stream._overlap_frames
+    return _Call(ready, True) if stream._finished and not stream._ended and is_due else None
 
 
 def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Event]]:
-    windows = [stream._framer.take(num_frames) for stream, num_frames in calls]
+    again = 0 if is_last else calls[0][0]._overlap_frames
+    windows = [stream._framer.take(num_frames, again) for stream, num_frames in calls]
     padded = np.zeros((len(calls), max(map(len, windows))), np.float32)
     for row, window in zip(padded, windows, strict=True):
         row[: len(window)] = window
@@ -174,12 +189,12 @@ def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Eve
     first = streams[0]
     num_frames = np.array([frames for _, frames in calls])
     state = _join([stream._state for stream in streams])
-    out = first._scorer.advance(padded, num_frames, first.context, state, is_last)
+    flush = first._flush_frames if is_last else 0
+    out = first._scorer.advance(padded, num_frames, first.context, state, flush)
     events = []
     for n, (stream, num) in enumerate(zip(streams, out.y_lens.tolist(), strict=True)):
         stream._state = {name: x[n : n + 1] for name, x in out.state.items()}
-        if is_last:
-            stream._late_frames = 0
+        stream._ended = is_last
         events.append(_chunks(stream, out.y[n, :num], out.log_probs[n, :num]))
     return events
 

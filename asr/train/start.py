@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def uses_bf16(config: ExperimentConfig, device: torch.device) -> bool:
 
 def describe_model(model: HybridModel, config: ExperimentConfig, device: torch.device) -> str:
     """`model: conformer, 30.7 M parameters (encoder 22.1 M, decoder 8.4 M, ctc 0.2 M), cpu, fp32`"""
-    parts = {
+    parts: dict[str, Any] = {
         "encoder": model.encoder,
         "decoder": model.decoder,
         "reverse decoder": model.reverse_decoder,

@@ -75,7 +75,7 @@ def test_nothing_is_told_before_its_sound(
     bundle: Bundle, sound: Floats, clock: SimpleNamespace, chunk_ms: int, look_ahead: int
 ):
     config = StreamConfig(mode="ctc-greedy", chunk_ms=chunk_ms, look_ahead=look_ahead, endpoint=PAUSES)
-    late_ms = chunk_ms * look_ahead * bundle.info.num_layers
+    late_ms = chunk_ms * look_ahead * bundle.info.stream.look_ahead_layers
     source_ms = 1000 * len(sound) / 16000
     stream, ends_ms = Stream(bundle, config), []
     for event in (*stream.accept(sound), *stream.finish()):
@@ -218,5 +218,5 @@ def test_the_plot_has_a_line_for_each_mode(
     assert {mode: len(line.get_xdata()) for mode, line in lines.items()} == {"ctc-greedy": 2, "rescore": 1}
     assert list(lines["ctc-greedy"].get_xdata()) == sorted(x.latency.unaware.laal for x in settings[:2])
     assert set(lines["ctc-greedy"].get_ydata()) == {100 * x.latency.errors.rate for x in settings[:2]}
-    late_ms = 320 * 3 * bundle.info.num_layers
+    late_ms = 320 * 3 * bundle.info.stream.look_ahead_layers
     assert sorted(text.get_text() for text in axes.texts) == ["160 ms", f"320 ms + {late_ms} ms", "640 ms"]

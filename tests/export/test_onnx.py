@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 
-GRAPHS = ("encoder", "memory", "decoder")
+GRAPHS = ("encoder", "memory", "decoder", "reverse")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
             ["tokens", "cross_keys", "cross_values", "y_lens", "keys", "values"],
             ["log_probs", "attention", "next_keys", "next_values"],
         ),
-        "reverse": (["tokens", "y"], ["log_probs"]),
+        "reverse": (["tokens", "y", "y_lens"], ["log_probs"]),
     }
     for name, graph in graphs.items():
         found = [x.name for x in graph.graph.input], [x.name for x in graph.graph.output]

@@ -11,10 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 from asr.context import Context
 from asr.features import FbankConfig
 from asr.losses import LossConfig
-from asr.model.build import build_model
-from asr.model.conformer import Conformer, ConformerConfig, ConformerState
+from asr.model.build import ENCODERS, build_model
+from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
+from asr.model.encoder import Encoder
 from asr.model.hybrid import HybridModel
+from asr.model.state import State
 
 NUM_BINS = 16
 NUM_TOKENS = 11
@@ -34,6 +36,32 @@ def _encoder_config(**changes: object) -> ConformerConfig:
 
 def _decoder_config(**changes: object) -> DecoderConfig:
     return DecoderConfig(**{"dim": 16, "num_layers": 2, "num_heads": 2, "ff_dim": 32} | changes)  # type: ignore[arg-type]
+
+
+TINY: dict[str, dict[str, object]] = {
+    "conformer": {"kernel_size": 5, "subsampling_channels": 4},
+    "wenet-conformer": {"kernel_size": 4},
+}
+"""Of every encoder, what it is not given by all: small sizes, and that it can stream."""
+
+
+@pytest.fixture(params=ENCODERS)
+def any_encoder(request: pytest.FixtureRequest) -> Callable[..., Encoder]:
+    """Makes an encoder of each type in ENCODERS that can stream; none of its parameters is zero."""
+    assert request.param in TINY, "give this encoder its tiny sizes in TINY, so that it is tested"
+
+    def build(**changes: object) -> Encoder:
+        config, kind = ENCODERS[request.param]
+        sizes = {"dim": 24, "num_layers": 2, "num_heads": 2, "ff_dim": 32}
+        encoder = kind(config(**sizes | TINY[request.param] | changes), NUM_BINS).eval()
+        if not encoder.can_stream:
+            pytest.skip(f"{request.param} cannot stream")
+        with torch.no_grad():
+            for x in encoder.parameters():
+                x += 0.1 * torch.randn_like(x)
+        return encoder
+
+    return build
 
 
 @pytest.fixture
@@ -57,27 +85,29 @@ def tiny_model() -> HybridModel:
 
 
 @pytest.fixture
-def stream() -> Callable[..., tuple[Tensor, ConformerState]]:
+def stream() -> Callable[..., tuple[Tensor, State]]:
     """Feed an encoder `chunks_per_call` chunks at a time; the last call may be short.
 
-    With look-ahead, all streams end with one call, which takes the rest of each.
+    Where more frames must come behind the end, all streams end with one call, which takes the rest of each.
     """
 
     def feed(
-        encoder: Conformer, x: Tensor, x_lens: Tensor, context: Context, chunks_per_call: int = 1
-    ) -> tuple[Tensor, ConformerState]:
-        size = context.chunk * chunks_per_call * encoder.subsampling
-        state = encoder.init_state(len(x), context.width, context.delay)
+        encoder: Encoder, x: Tensor, x_lens: Tensor, context: Context, chunks_per_call: int = 1
+    ) -> tuple[Tensor, State]:
+        size, overlap = context.chunk * chunks_per_call * encoder.subsampling, encoder.overlap_frames
+        flush = encoder.flush_frames(context.delay)
+        frames = -(-x.shape[1] // encoder.subsampling)
+        whole = -(-frames // encoder.chunk_unit) * encoder.chunk_unit
+        width = context.width if context.left >= 0 else whole + context.delay
+        state = encoder.init_state(len(x), width, context.delay)
         parts, done = [], 0
-        while done < x.shape[1]:
-            is_last = bool(context.delay and x_lens.min() - done <= size)
-            part = x[:, done:] if is_last else x[:, done : done + size]
+        while done + overlap < x.shape[1] or not parts:
+            is_last = bool(flush and x_lens.min() - done <= size + overlap)
+            part = x[:, done:] if is_last else x[:, done : done + size + overlap]
             lens = (x_lens - done).clamp(0, part.shape[1])
-            done += part.shape[1]
+            done = x.shape[1] if is_last else done + size
             if is_last:
-                part = F.pad(part, (0, 0, 0, encoder.flush_frames(context.delay)), value=9.0)
-            if context.left < 0:
-                state = state.widen(-(-part.shape[1] // encoder.subsampling))
+                part = F.pad(part, (0, 0, 0, flush), value=9.0)
             y, y_lens, state = encoder(part, lens, state, *context)
             parts.append([row[:n] for row, n in zip(y, y_lens, strict=True)])
         return pad_sequence([torch.cat(rows) for rows in zip(*parts, strict=True)], batch_first=True), state

@@ -1,13 +1,16 @@
-"""Encoding chunk by chunk equals encoding at once, whatever the chunk, the context and the company."""
+"""Encoding chunk by chunk equals encoding at once, whatever the chunk, the context and the company.
 
-from dataclasses import fields, replace
+`any_encoder` is each of ENCODERS in turn; chunks are in its units.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import tensor
 
 from asr.context import Context
-from asr.model.conformer import ConformerState
+from asr.model.encoder import look_ahead_layers
 from asr.model.state import join, select, split
 
 DAYS = 25 * 3600 * 24 * 30  # encoder frames of a month
@@ -25,61 +28,88 @@ def close(actual, expected, atol=1e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("subsampling", [4, 8])
+def in_units(encoder, chunk, left=-1, right=0):
+    return Context(chunk * encoder.chunk_unit, left, right)
+
+
+def overlapping(encoder, units):
+    """The feature frames of a call that goes on, of so many chunk units."""
+    return units * encoder.chunk_unit * encoder.subsampling + encoder.overlap_frames
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("left", [0, 1, 4, -1])
-def test_streaming_equals_masked_full_context(tiny_encoder, stream, subsampling, chunk, left):
-    encoder = tiny_encoder(subsampling=subsampling)
+def test_streaming_equals_masked_full_context(any_encoder, stream, chunk, left):
+    encoder = any_encoder()
+    context = in_units(encoder, chunk, left)
     x, x_lens = (
         torch.randn(3, 203, 16),
-        tensor([203, 150, 7]),
+        tensor([203, 150, 17]),
     )  # the last chunk is short, for each differently
-    whole, _, _ = encoder(x, x_lens, None, chunk, left)
-    parts, _ = stream(encoder, x, x_lens, Context(chunk, left))
+    whole, y_lens, _ = encoder(x, x_lens, None, *context)
+    parts, _ = stream(encoder, x, x_lens, context)
     close(parts, whole)
+    assert y_lens.min() > 0
+
+
+@pytest.mark.parametrize("num_frames", [*range(1, 20), 64, 67, 68])
+def test_no_frame_is_lost_at_the_end(any_encoder, stream, num_frames):
+    encoder = any_encoder()
+    context = in_units(encoder, 2, 2)
+    x, x_lens = torch.randn(1, num_frames, 16), tensor([num_frames])
+    whole, y_lens, _ = encoder(x, x_lens, None, *context)
+    close(stream(encoder, x, x_lens, context)[0], whole[:, : y_lens[0]])
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("left", [0, 4])
+def test_another_subsampling_streams(tiny_encoder, stream, chunk, left):
+    encoder = tiny_encoder(subsampling=8)
+    x, x_lens = torch.randn(3, 203, 16), tensor([203, 150, 7])
+    whole, _, _ = encoder(x, x_lens, None, chunk, left)
+    close(stream(encoder, x, x_lens, Context(chunk, left))[0], whole)
 
 
 @pytest.mark.parametrize("chunks_per_call", [2, 3, 100])
 @pytest.mark.parametrize("left", [1, -1])
-def test_several_chunks_in_a_call_equal_one(tiny_encoder, stream, chunks_per_call, left):
-    encoder = tiny_encoder()
+def test_several_chunks_in_a_call_equal_one(any_encoder, stream, chunks_per_call, left):
+    encoder = any_encoder()
+    context = in_units(encoder, 4, left)
     x, x_lens = torch.randn(2, 150, 16), tensor([150, 99])
-    one, _ = stream(encoder, x, x_lens, Context(4, left))
-    several, _ = stream(encoder, x, x_lens, Context(4, left), chunks_per_call)
+    one, _ = stream(encoder, x, x_lens, context)
+    several, _ = stream(encoder, x, x_lens, context, chunks_per_call)
     close(several, one)
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(ConformerState)])
-@pytest.mark.parametrize("subsampling", [4, 8])
-def test_every_field_of_the_state_matters(tiny_encoder, field, subsampling):
-    encoder = tiny_encoder(subsampling=subsampling)
-    x, x_lens, context = torch.randn(1, 96, 16), tensor([96]), Context(2, 2, 1)
+def test_every_tensor_of_the_state_matters(any_encoder):
+    encoder = any_encoder()
+    context = in_units(encoder, 2, 2, int(look_ahead_layers(encoder) > 0))
+    num = overlapping(encoder, 12)
+    x, x_lens = torch.randn(1, num, 16), tensor([num])
     _, _, state = encoder(x, x_lens, encoder.init_state(1, context.width, context.delay), *context)
-    without = replace(state, **{field: torch.zeros_like(getattr(state, field))})
-    y, without_y = (encoder(x, x_lens, s, *context)[0] for s in (state, without))
-    assert (y - without_y).abs().max() > 1e-3
+    y = encoder(x, x_lens, state, *context)[0]
+    for i, name in enumerate(state.named()):
+        changed = [torch.zeros_like(t) if k == i else t for k, t in enumerate(state.tensors())]
+        without = encoder(x, x_lens, state.of(changed), *context)[0]
+        assert (y - without).abs().max() > 1e-3, name
 
 
-def test_joined_streams_are_the_streams(tiny_encoder, stream):
-    encoder = tiny_encoder()
-    x = torch.randn(3, 48, 16)
-    parts = [(x[i : i + 1, :n], tensor([n])) for i, n in enumerate((16, 48, 8))]
-    states = [stream(encoder, *part, Context(2, 3))[1] for part in parts]
-    alone = [encoder(x[i : i + 1], tensor([48]), s, 2, 3) for i, s in enumerate(states)]
-    y, _, state = encoder(x, tensor([48] * 3), join(states), 2, 3)
+def test_joined_streams_are_the_streams(any_encoder, stream):
+    encoder = any_encoder()
+    context, unit = in_units(encoder, 2, 3), 2
+    num = overlapping(encoder, 6 * unit)
+    x, x_lens = torch.randn(3, num, 16), tensor([num])
+    fresh = encoder.init_state(1, context.width)
+    calls = [overlapping(encoder, n * unit) for n in (2, 6, 1)]
+    states = [encoder(x[i : i + 1, :n], tensor([n]), fresh, *context)[2] for i, n in enumerate(calls)]
+    alone = [encoder(x[i : i + 1], x_lens, s, *context) for i, s in enumerate(states)]
+    y, _, state = encoder(x, x_lens.expand(3), join(states), *context)
     close(y, torch.cat([a[0] for a in alone]))
     for part, (_, _, expected) in zip(split(state), alone, strict=True):
         for a, b in zip(part.tensors(), expected.tensors(), strict=True):
             close(a, b)
-
-
-def test_selected_streams_go_on_in_the_new_order(tiny_encoder, stream):
-    encoder = tiny_encoder()
-    x, x_lens = torch.randn(3, 32, 16), tensor([32] * 3)
-    _, state = stream(encoder, x, x_lens, Context(2, 3))
-    y, _, _ = encoder(x, x_lens, state, 2, 3)
     index = tensor([2, 0, 2])
-    close(encoder(x[index], x_lens, select(state, index), 2, 3)[0], y[index])
+    close(encoder(x[index], x_lens.expand(3), select(join(states), index), *context)[0], y[index])
 
 
 @pytest.mark.parametrize("num_frames", [0, 8, 16])
@@ -108,22 +138,27 @@ def test_a_stream_may_run_for_a_month(tiny_encoder):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_nothing_beyond_the_chunk_is_heard(tiny_encoder, chunk):
-    encoder = tiny_encoder()
-    x, x_lens = torch.randn(1, 64, 16), tensor([64])
-    y, _, _ = encoder(x, x_lens, None, chunk)
+def test_nothing_beyond_the_chunk_is_heard(any_encoder, chunk):
+    """Nor beyond the frames that overlap."""
+    encoder = any_encoder()
+    context = in_units(encoder, chunk)
+    last, num = overlapping(encoder, 2 * chunk), overlapping(encoder, 4 * chunk)
+    x, x_lens = torch.randn(1, num, 16), tensor([num])
     changed = x.clone()
-    changed[:, 32:] += 1
-    changed_y, _, _ = encoder(changed, x_lens, None, chunk)
-    close(changed_y[:, :8], y[:, :8], atol=0)
-    assert (changed_y[:, 8] - y[:, 8]).abs().max() > 1e-3
+    changed[:, last:] += 1
+    y, changed_y = (encoder(frames, x_lens, None, *context)[0] for frames in (x, changed))
+    first = 2 * context.chunk
+    close(changed_y[:, :first], y[:, :first], atol=0)
+    assert (changed_y[:, first:] - y[:, first:]).abs().max() > 1e-3
 
 
-def test_the_whole_chunk_is_heard(tiny_encoder):
-    encoder = tiny_encoder()
-    x, x_lens = torch.randn(1, 32, 16), tensor([32])
+def test_the_whole_chunk_is_heard(any_encoder):
+    encoder = any_encoder()
+    context = in_units(encoder, 4)
+    num = overlapping(encoder, 8)
+    x, x_lens = torch.randn(1, num, 16), tensor([num])
     changed = x.clone()
-    changed[:, 28:] += 1
-    y, changed_y = (encoder(frames, x_lens, None, 4)[0] for frames in (x, changed))
-    assert (changed_y - y)[:, 4:].abs().amax(-1).min() > 1e-4
-    close(changed_y[:, :4], y[:, :4], atol=0)
+    changed[:, -1] += 1
+    y, changed_y = (encoder(frames, x_lens, None, *context)[0] for frames in (x, changed))
+    assert (changed_y - y)[:, context.chunk :].abs().amax(-1).min() > 1e-5
+    close(changed_y[:, : context.chunk], y[:, : context.chunk], atol=0)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from asr.errors import AsrError, BundleError, TokensError
-from asr.runtime.bundle import FORMAT, GRAPHS, Bundle, hash_file, read_info
+from asr.runtime.bundle import FORMAT, GRAPHS, Bundle, Field, hash_file, read_info
 from asr.runtime.onnx_scorer import OnnxScorer
 
 
@@ -52,7 +52,8 @@ def test_model_json_says_what_a_runtime_needs(tiny_bundles: Path):
     }
     assert [f.dtype for f in info.encoder_state] == ["float32"] * 6 + ["int64"]
     assert info.streaming.left_chunks > 0
-    assert (info.num_layers, info.streaming.max_look_ahead) == (2, 0)
+    assert (info.streaming.look_ahead_layers, info.streaming.max_look_ahead) == (2, 0)
+    assert (info.overlap_frames, info.streaming.chunk_unit, info.streaming.flush_frames) == (0, 1, 0)
     assert info.streaming.chunk_ms in info.streaming.chunk_choices_ms
     assert set(info.files) == {f"{x}.onnx" for x in (*GRAPHS, "reverse")} | {"tokens.txt"}
 
@@ -165,6 +166,11 @@ def test_a_chunk_must_be_whole_frames(float32: Bundle):
     assert float32.info.chunk_frames(640) == 16
     with pytest.raises(BundleError, match=r"a chunk of 650 ms is not a multiple of 40 ms.*pass 640"):
         float32.info.chunk_frames(650)
+
+
+def test_sizes_of_a_state_may_be_parts_and_multiples():
+    field = Field("keys", (2, "W/4", "2*W", "3*R/2", "U"), "float32")
+    assert field.sizes({"W": 12, "R": 4, "U": 0}) == [2, 3, 24, 6, 0]
 
 
 def test_a_bundle_streams_without_torch(tiny_bundles: Path):

@@ -136,10 +136,10 @@ def test_both_directions_score_the_same_in_torch_and_onnx(
     scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
 ):
     """Several utterances and lengths; the second decoder is asked in the order of the tokens."""
-    hypotheses, owner = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (3, 9)], np.array([0, 1, 1, 0, 1])
+    hypotheses, owner = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (3, 9), (5,), ()], np.array([0, 1, 1, 0, 1, 2, 2])
     answers = []
     for scorer in scorers:
-        _, memory = scorer.encode([sound, sound[:20000]])
+        _, memory = scorer.encode([sound, sound[:20000], sound[:60]])  # the last has no frame
         answers.append([scorer.score(memory, owner, hypotheses, reverse=r) for r in (False, True)])
     for torch_scores, onnx_scores in zip(*answers, strict=True):
         for tokens, a, b in zip(hypotheses, torch_scores, onnx_scores, strict=True):
