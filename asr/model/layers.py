@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asr.model.zipformer_training import sometimes_limit
+from asr.model.shaping import happens, limit_param_value
 
 Norm = Literal["layer_norm", "batch_norm"]
 
@@ -100,9 +100,9 @@ class BiasNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C)."""
-        log_scale = self.log_scale
-        if self.training:
-            log_scale = sometimes_limit(log_scale, -1.5, 1.5)
+        log_scale: Tensor = self.log_scale
+        if self.training and happens(0.6):
+            log_scale = limit_param_value(log_scale, -1.5, 1.5)
         inverse = (x - self.bias).float().square().mean(-1, keepdim=True) ** -0.5
         return x * (inverse * log_scale.exp()).to(x.dtype)
 
@@ -156,7 +156,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def scaled(module: nn.Module, scale: float) -> nn.Module:
-    """Let a linear map or convolution start as torch does, times `scale`; its bias uniform in a tenth of it."""
+    """Let a map start as torch does, times `scale`, and its bias uniform within a tenth of that."""
     with torch.no_grad():
         module.get_parameter("weight").mul_(scale)
         if getattr(module, "bias", None) is not None:

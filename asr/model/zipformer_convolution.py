@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from asr.model.layers import keep, scaled, swoosh_r
 from asr.model.masks import ENDLESS
+from asr.model.schedule import Schedule
+from asr.model.shaping import Balancer, Whitener
+from asr.model.zipformer_training import whiteness_limit
 
 
 class Edges(NamedTuple):
@@ -94,7 +97,6 @@ class Convolution(nn.Module):
     def __init__(self, dim: int, kernel_size: int, causal: bool) -> None:
         super().__init__()
         self.causal = causal
-        self.past_frames = kernel_size // 2 if causal else 0
         self.gated = nn.Linear(dim, 2 * dim)
         self.depthwise = (
             ChunkConvolution(dim, kernel_size)
@@ -102,13 +104,29 @@ class Convolution(nn.Module):
             else nn.Conv2d(dim, dim, (1, kernel_size), padding=(0, kernel_size // 2), groups=dim)
         )
         self.out = nn.Linear(dim, dim)
+        self.gate_balancer = Balancer(
+            min_positive=Schedule((0, 0.05), (8000, 0.025)),
+            max_positive=1.0,
+            min_abs=1.5,
+            max_abs=Schedule((0, 5), (8000, 10)),
+        )
+        self.balancer = Balancer(
+            1,
+            min_positive=Schedule((0, 0.1), (8000, 0.05)),
+            max_positive=1.0,
+            min_abs=Schedule((0, 0.2), (20000, 0.5)),
+            max_abs=10.0,
+        )
+        self.whitener = Whitener(1, whiteness_limit(7.5))
         scaled(self.out, 0.05)
 
     def forward(
         self, x: Tensor, past: Tensor, lens: Tensor, valid: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor]:
         """x (N, T, C), past (N, C, K // 2 or 0), lens (N,), valid (N, T, 1) -> (N, T, C), the next past."""
-        x = torch.where(valid, F.glu(self.gated(x), dim=-1), 0.0)
+        x, gate = self.gated(x).chunk(2, dim=-1)
+        x = torch.where(valid, x * self.gate_balancer(gate).sigmoid(), 0.0)
         seen = torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1).transpose(1, 2)
         y = self.depthwise(seen, edges) if self.causal else self.depthwise(seen[:, :, None])[:, :, 0]
-        return self.out(swoosh_r(y.transpose(1, 2))), keep(seen, lens, past.shape[2], dim=2)
+        y = self.whitener(self.balancer(y).transpose(1, 2))
+        return self.out(swoosh_r(y)), keep(seen, lens, past.shape[2], dim=2)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from asr.errors import ConfigError
 from asr.model.layers import BiasNorm, keep, scaled, swoosh_l, swoosh_r
 from asr.model.masks import valid_mask
+from asr.model.schedule import Schedule
+from asr.model.shaping import Balancer, Whitener
 from asr.model.zipformer_training import Rates, dropout, kept
 
 RATE = 2
@@ -36,14 +38,19 @@ class ConvNeXt(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, size, padding=(0, SIDE), groups=channels)
         self.expand = nn.Conv2d(channels, 3 * channels, 1)
         self.contract = nn.Conv2d(3 * channels, channels, 1)
+        self.hidden_balancer = Balancer(1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
+        self.balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
+        self.whitener = Whitener(1, 5.0)
         scaled(self.contract, 0.01)
 
     def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
         """x (N, C, T' + 2 SIDE, F) -> (N, C, T', F)."""
-        y = self.contract(swoosh_l(self.expand(self.depthwise(x))))
+        hidden = self.hidden_balancer(self.expand(self.depthwise(x)))
+        y = self.contract(swoosh_l(hidden))
         if rates:
             y = y * kept(y, rates.front)
-        return x[:, :, SIDE:-SIDE] + y
+        y = self.balancer(x[:, :, SIDE:-SIDE] + y)
+        return self.whitener(y.transpose(1, 3)).transpose(1, 3)
 
 
 class ZipformerFront(nn.Module):
@@ -54,7 +61,7 @@ class ZipformerFront(nn.Module):
         self.num_bins = ((num_bins - 1) // 2 - 1) // 2
         """Of the features that the linear map sees."""
         if self.num_bins < 1:
-            raise ConfigError(f"features.num_bins: {num_bins}, expected at least 7 for encoder.type zipformer")
+            raise ConfigError(f"features.num_bins: {num_bins}, expected 7 or more for a Zipformer")
         first, second, third = CHANNELS
         self.convolutions = nn.ModuleList(
             [
@@ -63,8 +70,10 @@ class ZipformerFront(nn.Module):
                 nn.Conv2d(second, third, 3, stride=(1, 2)),
             ]
         )
+        self.balancers = nn.ModuleList(Balancer(1, max_abs=most) for most in (1.0, 4.0, 4.0))
         self.mix = ConvNeXt(third)
         self.out = nn.Linear(third * self.num_bins, dim)
+        self.whitener = Whitener(1, Schedule((0, 4), (20000, 8)), grad_scale=0.02)
         self.norm = BiasNorm(dim)
 
     def init_frames(self, n: int) -> Tensor:
@@ -79,15 +88,15 @@ class ZipformerFront(nn.Module):
         Frames whose right side may still arrive, since x ends there, are left to the next call.
         """
         y = x[:, None]
-        for convolution in self.convolutions:
-            y = swoosh_r(convolution(y))
+        for convolution, balancer in zip(self.convolutions, self.balancers, strict=True):
+            y = swoosh_r(balancer(convolution(y)))
         length = y.shape[2] - SIDE
         heard = ((x_lens - WINDOW) // RATE + 1).clamp(min=0)
         y = torch.where(valid_mask(heard, y.shape[2])[:, None, :, None], y, 0.0)
         seen = torch.cat([past.to(y.dtype), y], dim=2)
         y_lens = heard.clamp(max=length)
         y = self.mix(seen, rates)
-        y = self.norm(self.out(y.transpose(1, 2).flatten(2)))
+        y = self.norm(self.whitener(self.out(y.transpose(1, 2).flatten(2))))
         if rates:
             y = dropout(y, rates.dropout)
         return y, y_lens, keep(seen.detach(), y_lens, SIDE, dim=2)

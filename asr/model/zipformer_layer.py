@@ -16,13 +16,14 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.model.attention import join_heads, split_heads
-from asr.model.layers import BiasNorm, append, scaled, sometimes_limit, swoosh_l, swoosh_r
+from asr.model.layers import BiasNorm, append, scaled, swoosh_l
+from asr.model.schedule import Schedule
+from asr.model.shaping import Balancer, Whitener, happens, limit_param_value, penalize_abs_values_gt
 from asr.model.zipformer_convolution import Convolution, Edges
-from asr.model.zipformer_training import Points, Rates, dropout, kept, scheduled
+from asr.model.zipformer_training import Rates, dropout, kept, whiteness_limit
 
 
 class LayerSizes(NamedTuple):
@@ -36,10 +37,10 @@ class LayerSizes(NamedTuple):
     """... of values, ..."""
     position_head_dim: int
     """... and of what asks for positions."""
-    position_dim: int
-    """Channels of the table of positions."""
     ff_dim: int
     kernel_size: int
+    position_dim: int
+    """Channels of the table of positions."""
     causal: bool
 
     @property
@@ -47,6 +48,11 @@ class LayerSizes(NamedTuple):
         """Channels that are kept of a frame: keys, of the non-linear attention, values of both attentions."""
         values = self.num_heads * self.value_dim
         return [self.num_heads * self.query_dim, 3 * self.dim // 4, values, values]
+
+    @property
+    def past_frames(self) -> int:
+        """What a convolution keeps."""
+        return self.kernel_size // 2 if self.causal else 0
 
 
 class Sight(NamedTuple):
@@ -62,7 +68,7 @@ class Sight(NamedTuple):
     """(N, 1, T, W + T)."""
 
     positions: Tensor
-    """(W + 2 T - 1, channels of the table): a row for each distance, from the earliest key on."""
+    """(W + 2 T, channels of the table): a row for each distance, from the earliest key on, and one more."""
 
     edges: Edges
 
@@ -102,29 +108,35 @@ class AttentionWeights(nn.Module):
         self.project = nn.Linear(sizes.dim, sum(self.splits))
         self.position = nn.Linear(sizes.position_dim, self.splits[2], bias=False)
         self.dropout = nn.Dropout(0.15)
+        # a bias of all keys changes nothing, and could drift away
+        self.key_balancer = Balancer(min_positive=0.4, max_positive=0.6, min_abs=0.0, prob=0.025)
+        self.key_whitener = Whitener(heads, whiteness_limit(3.0), grad_scale=0.025)
         scaled(self.project, sizes.query_dim**-0.25)
         scaled(self.position, 0.05)
 
     def forward(self, x: Tensor, keys: Tensor, sight: Sight, rates: Rates | None) -> tuple[Tensor, Tensor]:
         """x (N, T, C), keys (N, W, H D) of the past -> weights (N, H, T, W + T), new keys (N, T, H D)."""
         q, new, p = self.project(x).split(self.splits, dim=-1)
+        new = self.key_whitener(self.key_balancer(new))
         q, k, p = (split_heads(part, self.num_heads) for part in (q, append(keys, new, 1), p))
         table = split_heads(self.position(self.dropout(sight.positions.to(x.dtype)))[None], self.num_heads)
         near = _by_key(p @ table.transpose(2, 3))
-        if rates:
-            near = near * (torch.rand((), device=x.device) >= rates.position)
-        scores = (q @ k.transpose(2, 3) + near).masked_fill(~sight.mask, -torch.inf)
-        return scores.softmax(-1).to(x.dtype), new
+        if rates and happens(rates.position):
+            near = near * 0
+        scores = q @ k.transpose(2, 3) + near
+        if rates and happens(0.1):
+            scores = penalize_abs_values_gt(scores, 25.0, 1e-4)
+        return scores.masked_fill(~sight.mask, -torch.inf).softmax(-1).to(x.dtype), new
 
 
 def _by_key(scores: Tensor) -> Tensor:
-    """(N, H, T, W + 2 T - 1) by distance, earliest first -> (N, H, T, W + T) by key.
+    """(N, H, T, W + 2 T) by distance, earliest first -> (N, H, T, W + T) by key.
 
     Seen as rows that are one shorter, each row begins one distance earlier than the row before.
     """
     length, num = scores.shape[2:]
     rows = scores.flatten(2)[:, :, length - 1 : length * num - 1].unflatten(2, (length, num - 1))
-    return rows[..., : num - length + 1]
+    return rows[..., : num - length]
 
 
 class Attention(nn.Module):
@@ -135,13 +147,14 @@ class Attention(nn.Module):
         self.num_heads = sizes.num_heads
         self.project = nn.Linear(sizes.dim, sizes.num_heads * sizes.value_dim)
         self.out = nn.Linear(sizes.num_heads * sizes.value_dim, sizes.dim)
+        self.whitener = Whitener(1, whiteness_limit(7.5, ratio=3.0))
         scaled(self.out, 0.05)
 
     def forward(self, x: Tensor, weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, T, C), weights (N, H, T, W + T), values (N, W, H D) -> (N, T, C), new values (N, T, H D)."""
         new = self.project(x)
         heard = weights @ split_heads(append(values, new, 1), self.num_heads)
-        return self.out(join_heads(heard)), new
+        return self.whitener(self.out(join_heads(heard))), new
 
 
 class NonlinearAttention(nn.Module):
@@ -152,13 +165,21 @@ class NonlinearAttention(nn.Module):
         hidden = 3 * dim // 4
         self.project = nn.Linear(dim, 3 * hidden)
         self.out = nn.Linear(hidden, dim)
+        self.balancer = Balancer(
+            min_positive=Schedule((0, 0.25), (20000, 0.05)),
+            max_positive=Schedule((0, 0.75), (20000, 0.95)),
+            min_abs=0.5,
+            max_abs=5.0,
+        )
+        self.hidden_whitener = Whitener(1, whiteness_limit(5.0))
+        self.whitener = Whitener(1, whiteness_limit(5.0, ratio=3.0))
         scaled(self.out, 0.05)
 
     def forward(self, x: Tensor, weights: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, T, C), weights (N, T, W + T), past (N, W, 3 C / 4) -> (N, T, C), the new of past."""
         scale, hidden, gate = self.project(x).chunk(3, dim=-1)
-        new = hidden * scale.tanh()
-        return self.out(weights @ append(past, new, 1) * gate), new
+        new = self.hidden_whitener(hidden) * self.balancer(scale).tanh()
+        return self.whitener(self.out(weights @ append(past, new, 1) * gate)), new
 
 
 class ZipformerFeedForward(nn.Module):
@@ -168,12 +189,14 @@ class ZipformerFeedForward(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(dim, hidden_dim)
         self.out = nn.Linear(hidden_dim, dim)
+        self.balancer = Balancer(min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
+        self.whitener = Whitener(1, whiteness_limit(7.5))
         scaled(self.out, 0.1)
 
     def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
         """x (N, T, C)."""
-        x = swoosh_l(self.hidden(x))
-        return self.out(dropout(x, rates.dropout) if rates else x)
+        x = swoosh_l(self.balancer(self.hidden(x)))
+        return self.whitener(self.out(dropout(x, rates.dropout) if rates else x))
 
 
 class Bypass(nn.Module):
@@ -183,18 +206,18 @@ class Bypass(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.full((dim,), 0.5))
 
-    def forward(self, before: Tensor, x: Tensor, rates: Rates | None, skip: Points | None = None) -> Tensor:
+    def forward(self, before: Tensor, x: Tensor, rates: Rates | None, skip: Schedule | None = None) -> Tensor:
         """before, x (N, T, C); skip: how often to take `before` alone."""
-        scale = self.scale
-        if rates:
-            scale = sometimes_limit(scale, rates.bypass_least, 1.0)
-            if skip:
-                scale = scale * kept(x, scheduled(rates.batches, skip))
+        scale: Tensor = self.scale
+        if rates and happens(0.6):
+            scale = limit_param_value(scale, rates.bypass_least, 1.0)
+        if rates and skip:
+            scale = scale * kept(x, skip(rates.batch_count))
         return before + (x - before) * scale
 
 
 class ZipformerLayer(nn.Module):
-    def __init__(self, sizes: LayerSizes, skip: Points) -> None:
+    def __init__(self, sizes: LayerSizes, skip: Schedule) -> None:
         super().__init__()
         dim, ff_dim = sizes.dim, sizes.ff_dim
         self.skip = skip
@@ -211,6 +234,12 @@ class ZipformerLayer(nn.Module):
         self.feed_forward_3 = ZipformerFeedForward(dim, ff_dim * 5 // 4)
         self.norm = BiasNorm(dim)
         self.bypass = Bypass(dim)
+        self.nonlinear_balancer = _balancer(Schedule((0, 0.004), (4000, 0.02)), 100.0)
+        self.balancer_2 = _balancer(Schedule((0, 0), (4000, 0.1)), 2.0)
+        self.balancer_3 = _balancer(Schedule((0, 0), (4000, 0.2)), 4.0)
+        self.norm_balancer = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.2, max_abs=4.0)
+        self.balancer = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.1, max_abs=4.0)
+        self.whitener = Whitener(1, whiteness_limit(4.0, ratio=3.0))
         # public checkpoints have it, and count it; nothing reads it
         self.unused_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
 
@@ -224,32 +253,38 @@ class ZipformerLayer(nn.Module):
 
         x = x + self.feed_forward_1(x, rates)
         y, hidden = self.nonlinear(x, self._first_head(weights, sight, rates), hidden)
-        x = x + y * share
+        x = x + self.nonlinear_balancer(y) * share
         y, values_1 = self.attention_1(x, weights, values_1)
         x = x + y * share
         y, conv_1 = self.convolution_1(x, conv_1, sight.lens, sight.valid, sight.edges)
         x = x + _skipped(y, rates and rates.convolution)
-        x = x + _skipped(self.feed_forward_2(x, rates), rates and rates.feed_forward)
+        y = self.balancer_2(self.feed_forward_2(x, rates))
+        x = x + _skipped(y, rates and rates.feed_forward)
         x = self.bypass_middle(before, x, rates)
 
         y, values_2 = self.attention_2(x, weights, values_2)
         x = x + y * share
         y, conv_2 = self.convolution_2(x, conv_2, sight.lens, sight.valid, sight.edges)
         x = x + _skipped(y, rates and rates.convolution)
-        x = x + _skipped(self.feed_forward_3(x, rates), rates and rates.feed_forward)
+        y = self.balancer_3(self.feed_forward_3(x, rates))
+        x = self.norm_balancer(x + _skipped(y, rates and rates.feed_forward))
         x = self.bypass(before, self.norm(x), rates, self.skip)
+        x = self.whitener(self.balancer(x))
         memory = torch.cat([keys, hidden, values_1, values_2], dim=-1).detach()
         return x, Past(memory, torch.stack([conv_1, conv_2], dim=1).detach())
 
     def _first_head(self, weights: Tensor, sight: Sight, rates: Rates | None) -> Tensor:
         """(N, T, W + T); in training sometimes the mean of all that may be seen."""
-        first = weights[:, 0]
-        if rates is None:
-            return first
-        mean = sight.mask[:, 0].to(first.dtype)
-        mean = mean / mean.sum(-1, keepdim=True)
-        return torch.where(torch.rand((), device=first.device) < rates.constant, mean, first)
+        if not (rates and happens(rates.constant)):
+            return weights[:, 0]
+        mean = sight.mask[:, 0].to(weights.dtype)
+        return mean / mean.sum(-1, keepdim=True)
 
 
-def _skipped(x: Tensor, rate: Tensor | None) -> Tensor:
+def _balancer(min_abs: Schedule, max_abs: float) -> Balancer:
+    """For what a module adds; rarely, as such problems are rare, and grow slowly."""
+    return Balancer(min_positive=0.3, max_positive=0.7, min_abs=min_abs, max_abs=max_abs, prob=0.05)
+
+
+def _skipped(x: Tensor, rate: float | None) -> Tensor:
     return x if rate is None else x * kept(x, rate)
