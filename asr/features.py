@@ -62,6 +62,12 @@ class FbankConfig:
 class Fbank(nn.Module):
     """Log-mel energies of a power spectrum, floored at float32 epsilon, without dither."""
 
+    framed = True
+    """Whether `frames` of windows are those of the whole utterance, so that streams can cut it."""
+
+    max_samples = 0
+    """Of an utterance, at most; 0: any number."""
+
     def __init__(self, config: FbankConfig) -> None:
         super().__init__()
         self.config = config

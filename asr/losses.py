@@ -20,8 +20,8 @@ BLANK = 0
 class LossConfig:
     """Weights of the hybrid loss (Watanabe et al., "Hybrid CTC/Attention Architecture", arXiv:1609.06773)."""
 
-    ctc: float = 0.3
-    """Weight of the CTC loss."""
+    ctc: float | None = 0.3
+    """Weight of the CTC loss; null builds no CTC head, for a decoder that works alone."""
 
     attention: float = 0.7
     """Weight of the decoder's cross-entropy."""

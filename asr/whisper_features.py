@@ -29,6 +29,8 @@ LINEAR_HZ = 1000.0
 class WhisperFbank(nn.Module):
     """As asr.features.Fbank, but every utterance becomes `window_s` seconds long, and all of that counts."""
 
+    framed = False  # the loudest frame of the utterance is heard in all of them
+
     fourier: Tensor
     mel: Tensor
 
@@ -42,7 +44,7 @@ class WhisperFbank(nn.Module):
         self.config = config
         self.frame_samples = round(config.sample_rate * 0.001 * config.frame_ms)
         self.shift_samples = round(config.sample_rate * 0.001 * config.shift_ms)
-        self.window_samples = round(config.sample_rate * config.window_s)
+        self.window_samples = self.max_samples = round(config.sample_rate * config.window_s)
         self.register_buffer("fourier", _fourier_matrix(self.frame_samples).float(), persistent=False)
         self.register_buffer("mel", slaney_mel(config, self.frame_samples).float(), persistent=False)
 
@@ -56,8 +58,8 @@ class WhisperFbank(nn.Module):
         samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,), all of them T. Raises
         AudioError where an utterance is longer than the window.
         """
-        longest = int(sample_lens.max())
-        if longest > self.window_samples:
+        longest = samples.shape[1] if torch.compiler.is_exporting() else int(sample_lens.max())
+        if not torch.compiler.is_exporting() and longest > self.window_samples:
             raise AudioError(
                 f"{longest / self.config.sample_rate:.1f} s of audio, and the model hears "
                 f"{self.config.window_s:g} s at most; cut it at pauses, as asr transcribe does"

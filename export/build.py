@@ -66,8 +66,9 @@ def _prove(model: HybridModel, float32: Bundle) -> Comparison:
     sound = [Utterance("made", made_sound(SOUND_S, info.features.sample_rate), "")]
     found = []
     for context in possible_contexts(info):
-        expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer)
-        found.append(compare(expected, answer(encoding(float32, context), sound, float32.tokenizer)))
+        expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer, info.has_ctc)
+        given = answer(encoding(float32, context), sound, float32.tokenizer, info.has_ctc)
+        found.append(compare(expected, given))
         check_float32(found[-1], f"{context}")
     return max(found, key=lambda comparison: comparison.max_difference)
 
@@ -75,7 +76,9 @@ def _prove(model: HybridModel, float32: Bundle) -> Comparison:
 def _lost(float32: Bundle, bundle: Bundle, utterances: Sequence[Utterance]) -> Comparison:
     """What quantization changes, in the chunks that the bundle streams with, if it does."""
     context = contexts(bundle.info)[:2][-1]
-    answers = [answer(encoding(b, context), utterances, b.tokenizer) for b in (float32, bundle)]
+    answers = [
+        answer(encoding(b, context), utterances, b.tokenizer, b.info.has_ctc) for b in (float32, bundle)
+    ]
     return compare(*answers)
 
 

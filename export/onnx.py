@@ -50,7 +50,7 @@ class EncoderGraph(nn.Module):
         x = self.model.cmvn(self.model.fbank.frames(window))
         context, state = rest[: self.num_context], self.state.of(rest[self.num_context :])
         y, y_lens, present = self.model.encoder(x, num_frames, state, *context)
-        return y, self.model.ctc_log_probs(y), y_lens, *present.tensors()
+        return *_heard(self.model, y), y_lens, *present.tensors()
 
 
 class WholeGraph(nn.Module):
@@ -63,7 +63,25 @@ class WholeGraph(nn.Module):
     def forward(self, window: Tensor, num_frames: Tensor) -> tuple[Tensor, ...]:
         x = self.model.cmvn(self.model.fbank.frames(window))
         y, y_lens, _ = self.model.encoder(x, num_frames)
-        return y, self.model.ctc_log_probs(y), y_lens
+        return *_heard(self.model, y), y_lens
+
+
+class SamplesGraph(nn.Module):
+    """One utterance, all of whose samples its features depend on."""
+
+    def __init__(self, model: HybridModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples: Tensor) -> tuple[Tensor, ...]:
+        lens = torch.full((1,), samples.shape[1], dtype=torch.int64)
+        x, x_lens = self.model.fbank(samples, lens)
+        y, _, _ = self.model.encoder(self.model.cmvn(x), x_lens)
+        return _heard(self.model, y)
+
+
+def _heard(model: HybridModel, y: Tensor) -> tuple[Tensor, ...]:
+    return (y,) if model.ctc is None else (y, model.ctc_log_probs(y))
 
 
 class MemoryGraph(nn.Module):
@@ -125,9 +143,9 @@ class Trace:
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
     """The graphs of a model in float32, by name."""
-    model = model.eval().cpu()
+    model, framed = model.eval().cpu(), model.fbank.framed
     traces = {
-        "encoder": encoder_trace(model) if model.encoder.can_stream else whole_trace(model),
+        "encoder": encoder_trace(model) if model.encoder.can_stream and framed else whole_trace(model),
         "memory": memory_trace(model),
         "decoder": decoder_trace(model),
     }
@@ -149,14 +167,25 @@ def encoder_trace(model: HybridModel) -> Trace:
     inputs, dynamic = _windows(model, 6 * encoder.chunk_unit * encoder.subsampling, n)
     inputs |= {name: torch.tensor(getattr(context, name)) for name in parts} | state.named()
     dynamic |= {name: {} for name in parts} | dynamic_shapes(encoder_fields(encoder), n)
-    outputs = ["y", "log_probs", "y_lens", *(f"next_{name}" for name in state.named())]
+    outputs = [*_outputs(model), "y_lens", *(f"next_{name}" for name in state.named())]
     module = EncoderGraph(model, state, len(parts)).eval()
     return Trace(module, inputs, dynamic, outputs, len(inputs) - 2)
 
 
 def whole_trace(model: HybridModel) -> Trace:
+    """Of samples where all of them are needed for the first frame, else of windows."""
+    if not model.fbank.framed:
+        size = Dim("S", min=1, max=model.fbank.max_samples or None)
+        samples = torch.randn(1, min(16000, model.fbank.max_samples or 16000))
+        return Trace(
+            SamplesGraph(model).eval(), {"samples": samples}, {"samples": {1: size}}, _outputs(model), 0
+        )
     inputs, dynamic = _windows(model, 40 * model.encoder.subsampling, Dim("N"))
-    return Trace(WholeGraph(model).eval(), inputs, dynamic, ["y", "log_probs", "y_lens"], 0)
+    return Trace(WholeGraph(model).eval(), inputs, dynamic, [*_outputs(model), "y_lens"], 0)
+
+
+def _outputs(model: HybridModel) -> list[str]:
+    return ["y"] if model.ctc is None else ["y", "log_probs"]
 
 
 def _windows(model: HybridModel, num_frames: int, n: Dim) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -45,6 +45,10 @@ MIN_WORDS = 1000
 """Fewer reference words than this say nothing about half a per cent."""
 
 
+MADE_TOKENS = 15
+"""Behind which a decoder without CTC is asked what is next."""
+
+
 class Utterance(NamedTuple):
     name: str
     samples: Floats
@@ -82,7 +86,22 @@ class Comparison:
 
 def at_once(scorer: Scorer, context: Context) -> Encode:
     """One call per utterance, in any context: what a stream must be equal to."""
+    if not scorer.has_ctc:
+        return lambda samples: follows(scorer, samples)
     return lambda samples: scorer.encode([samples], context)[0][0]
+
+
+def follows(scorer: Scorer, samples: Floats) -> Floats:
+    """Log-probabilities (U, V) of what the decoder would write behind each of some made tokens: what is
+    compared where there is no CTC head."""
+    _, memory = scorer.encode([samples])
+    state, rows = scorer.start(memory, np.zeros(1, np.int64)), []
+    made = np.random.default_rng(0).integers(0, scorer.num_tokens, MADE_TOKENS)
+    for token in [scorer.sos_eos, *made.tolist()]:
+        step = scorer.step(state, np.array([token]), scorer.num_tokens)
+        rows.append(step.log_probs[0][np.argsort(step.ids[0])])
+        state = step.state
+    return np.stack(rows)
 
 
 def in_chunks(bundle: Bundle, context: Context) -> Encode:
@@ -115,7 +134,7 @@ def encoding(bundle: Bundle, context: Context) -> Encode:
 def contexts(info: ModelInfo) -> list[Context]:
     """At once, with the bundle's chunks, with the shortest, and with look-ahead where it was trained; at once
     alone where the encoder cannot stream."""
-    if info.streaming is None:
+    if info.streaming is None or not info.has_ctc:
         return [WHOLE]
     chunks = {info.streaming.chunk_ms, min(info.streaming.chunk_choices_ms)}
     frames = sorted((info.chunk_frames(ms) for ms in chunks), reverse=True)
@@ -131,13 +150,17 @@ def looking_ahead(info: ModelInfo) -> Context:
 
 def possible_contexts(info: ModelInfo) -> list[Context]:
     """`contexts`, and with look-ahead wherever it is possible."""
-    can_look_ahead = info.streaming is not None and info.streaming.look_ahead_layers > 0
+    can_look_ahead = len(contexts(info)) > 1 and info.stream.look_ahead_layers > 0
     return list(dict.fromkeys([*contexts(info), *([looking_ahead(info)] if can_look_ahead else [])]))
 
 
-def answer(encode: Encode, utterances: Sequence[Utterance], tokenizer: Tokenizer) -> Answers:
-    """Log-probabilities, greedy units, and the word error rate of their text."""
+def answer(
+    encode: Encode, utterances: Sequence[Utterance], tokenizer: Tokenizer, has_ctc: bool = True
+) -> Answers:
+    """Log-probabilities, greedy units, and, with CTC, the word error rate of their text."""
     log_probs = [encode(utterance.samples) for utterance in utterances]
+    if not has_ctc:
+        return Answers(log_probs, [tuple(x.argmax(1).tolist()) for x in log_probs], None, 0)
     tokens = []
     for frames in log_probs:
         search = CtcGreedy()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def decode(
     model: Annotated[Path, typer.Argument(help="experiment or bundle")],
     manifests: Annotated[list[Path], typer.Argument(help="what to decode")],
-    mode: Mode = "ctc-prefix",
+    mode: Mode = "",
     beam: Annotated[int, typer.Option(help="hypotheses kept of an utterance")] = 10,
     nbest: Annotated[int, typer.Option(help="hypotheses written of an utterance, at most")] = 1,
     ctc_weight: Annotated[
@@ -62,10 +62,9 @@ def decode(
 
     Example: asr decode exp/conformer-s data/manifests/corpus_test.jsonl.gz --mode rescore
     """
-    from asr.decode.modes import MODES
+    from asr.decode.modes import check_name
 
-    if mode not in MODES:
-        raise ConfigError(f"--mode {mode}: no such mode; expected one of {', '.join(MODES)}")
+    check_name(mode)
     check_batch_s(batch_s)
     config = search_config(search, beam=beam, nbest=nbest, ctc_weight=ctc_weight)
     if look_ahead < 0 or (look_ahead and not chunk_ms):
@@ -75,8 +74,9 @@ def decode(
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
     context += f"_r{look_ahead}" if look_ahead else ""
     context += "".join(f"_{setting.replace('=', '')}" for setting in search or ())
-    folders = _folders(model, manifests, f"{mode}{context}")
+    check_manifests(model, manifests)
     recogniser = _load(model, checkpoint, device, mode, config)
+    folders = _folders(model, manifests, f"{recogniser.mode}{context}")
     recogniser.set_context(chunk_ms, left_chunks, look_ahead)
     failed = sum(
         _decode_set(recogniser, manifest, folder, batch_s)
@@ -163,15 +163,18 @@ class Report:
         return f"{name}  {mode}  {rate}  {rtf}{guards}"
 
 
-def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
-    """Where the hypotheses go, made at once, so that a full disk is met before a model is loaded."""
-    names = Counter(set_name(path) for path in manifests)
-    for name, count in names.items():
+def check_manifests(model: Path, manifests: Sequence[Path]) -> None:
+    """ConfigError or CheckpointError where hypotheses could not be written, before a model is loaded."""
+    for name, count in Counter(set_name(path) for path in manifests).items():
         if count > 1:
             raise ConfigError(f"{count} manifests are named {name}: their hypotheses would share a folder")
     if not model.is_dir():
         raise CheckpointError(f"{model}: no such experiment or bundle")
-    folders = [model / "decode" / f"{name}_{what}" for name in names]
+
+
+def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
+    """Where the hypotheses go, made at once, so that a full disk is met before anything is decoded."""
+    folders = [model / "decode" / f"{set_name(path)}_{what}" for path in manifests]
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -181,14 +184,16 @@ def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
 
 
 def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchConfig) -> Recogniser:
+    from asr.decode.modes import mode_of
+
     if (model / "model.json").is_file():
         from asr.runtime.bundle import Bundle
         from asr.runtime.onnx_scorer import OnnxScorer
 
         bundle = Bundle.load(model, threads=os.cpu_count() or 1)
-        return Recogniser(
-            OnnxScorer(bundle), bundle.tokenizer, bundle.info.features.sample_rate, mode, search
-        )
+        onnx = OnnxScorer(bundle)
+        rate = bundle.info.features.sample_rate
+        return Recogniser(onnx, bundle.tokenizer, rate, mode_of(onnx, mode), search)
     from asr.decode.words import word_starts
     from asr.model.torch_scorer import TorchScorer
     from asr.train.checkpoint import load_model
@@ -196,8 +201,8 @@ def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchCo
 
     trained, tokenizer, config = load_model(model, checkpoint)
     starts = word_starts(tokenizer.words, len(tokenizer.symbols))
-    scorer = TorchScorer(trained, device_of(device), starts)
-    return Recogniser(scorer, tokenizer, config.features.sample_rate, mode, search)
+    scorer = TorchScorer(trained, device_of(device), starts, tokenizer.symbols)
+    return Recogniser(scorer, tokenizer, config.features.sample_rate, mode_of(scorer, mode), search)
 
 
 def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: float) -> int:

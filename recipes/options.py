@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 MODES = (
     "ctc-greedy, ctc-prefix, attention, joint, rescore; where the decoder writes as frames arrive, alignatt, "
-    "edatt or triggered; of models with such a decoder, segmental or chunked"
+    "edatt or triggered; of models with such a decoder, segmental or chunked; not given: ctc-prefix, or "
+    "attention where there is no CTC head"
 )
 
 Mode = Annotated[str, typer.Option(help=MODES)]

@@ -41,7 +41,7 @@ def transcribe(
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="txt, srt, vtt or json")] = "txt",
     recursive: Annotated[bool, typer.Option("--recursive", help="also folders in folders")] = False,
-    mode: Mode = "ctc-prefix",
+    mode: Mode = "",
     search: Search = None,
     chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
     left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,
@@ -148,10 +148,10 @@ class Run:
 
     def _finals(self, source: Source) -> Iterator[Event]:
         """The final events of a source; partial ones are shown on a terminal."""
-        from asr.runtime import Stream
+        from asr.runtime import open_stream
 
         config = self.config if source.is_live else replace(self.config, chunks_per_call=CHUNKS_PER_CALL)
-        stream = Stream(self.bundle, config)
+        stream = open_stream(self.bundle, config)
         blocks = source.blocks(self.bundle.info.features.sample_rate)
         with (
             contextlib.suppress(KeyboardInterrupt)

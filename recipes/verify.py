@@ -55,7 +55,8 @@ def verify(
         for context in contexts(bundle.info):
             print(f"{context}, {len(heard)} utterances")
             answers = {
-                name: answer(one.encode(context), heard, bundle.tokenizer) for name, one in models.items()
+                name: answer(one.encode(context), heard, bundle.tokenizer, bundle.info.has_ctc)
+                for name, one in models.items()
             }
             reference = next(iter(answers.values()))
             for name, given in answers.items():
@@ -87,7 +88,8 @@ def _models(experiment: Path, checkpoint: str, bundle: Bundle, folder: Path) -> 
     if info.tokens_sha256 != bundle.info.tokens_sha256:
         raise BundleError(f"{bundle.folder}: its units are not those of {experiment}; export again")
     write_bundle(export_graphs(model), info, experiment / "tokens", folder / "float32")
-    scorer = TorchScorer(model, "cpu", word_starts(tokenizer.words, info.num_tokens))
+    starts = word_starts(tokenizer.words, info.num_tokens)
+    scorer = TorchScorer(model, "cpu", starts, tokenizer.symbols)
     return {
         "torch": Model(scorer, lambda context: at_once(scorer, context)),
         "onnx float32": _bundle_model(Bundle.load(folder / "float32")),
@@ -107,7 +109,7 @@ def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -
     from export.verify import check_searches, count_same_searches
 
     print(f"searches at once, {len(heard)} utterances, torch and onnx float32")
-    for mode in modes_for(torch.decoder_type):
+    for mode in modes_for(torch.decoder_type, torch.has_ctc):
         same = count_same_searches(mode, torch, onnx, heard)
         print(f"  {mode:<18}same units {same}/{len(heard)}", flush=True)
         check_searches(mode, same, len(heard))
@@ -119,7 +121,7 @@ def _compare_streams(torch: Scorer, float32: Bundle, heard: Sequence[Utterance],
     from export.verify import check_searches, count_same_streams
 
     print(f"streams of onnx float32 and searches of torch, {context}, {len(heard)} utterances")
-    for mode in modes_for(torch.decoder_type):
+    for mode in modes_for(torch.decoder_type, torch.has_ctc):
         same = count_same_streams(mode, torch, float32, heard, context)
         print(f"  {mode:<18}same text {same}/{len(heard)}", flush=True)
         check_searches(mode, same, len(heard))

@@ -37,6 +37,10 @@ class SearchConfig:
     """... of which it counts so many more, and divides by one more than these, to that power, at the end: by
     ((length_offset + tokens) / (length_offset + 1)) ** length_penalty; 5 is that of arXiv:1609.08144."""
 
+    prompt: tuple[int | str, ...] | None = None
+    """Units that the decoder is shown behind sos/eos, as names or ids; None: those of the model. They are
+    never a part of the text. For modes attention, unbounded, joint and rescore."""
+
     temperature: float = 1.0
     """The decoder's logits are divided by this where it writes token by token."""
 

@@ -2,7 +2,8 @@
 
 A label-synchronous decoder can skip, loop, or never end, most of all on audio longer than it was trained
 on. CTC cannot: it emits what it hears, when it hears it. So its best path says how long an answer may be,
-and whether a phrase may be repeated.
+and whether a phrase may be repeated. In a model without CTC, an answer has as many tokens as there are
+encoder frames at most, and no phrase may be repeated more often than options say.
 """
 
 import math
@@ -17,8 +18,10 @@ from asr.decode.scorer import Ints
 LENGTH, REPETITION = "length", "repetition"
 
 
-def max_tokens(num_ctc_tokens: int, num_frames: int, config: SearchConfig) -> int:
-    """The most tokens the decoder may write, where the CTC best path has `num_ctc_tokens`."""
+def max_tokens(num_ctc_tokens: int | None, num_frames: int, config: SearchConfig) -> int:
+    """The most tokens the decoder may write, where the CTC best path has `num_ctc_tokens`; None: no CTC."""
+    if num_ctc_tokens is None:
+        return config.most_tokens(num_frames)
     by_ctc = math.ceil(config.length_factor * num_ctc_tokens) + config.length_margin
     return min(config.most_tokens(num_frames), by_ctc)
 

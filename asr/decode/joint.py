@@ -12,7 +12,8 @@ the best CTC token sequence.
 
 What the guards (guards.py) cut off is remembered by its score. If nothing that finished is better than
 that, the decoder would have run away, and the answer is that of the CTC prefix beam, saying which guard it
-was.
+was. Without a CTC head, what is cut off is merely gone, as long as anything is left that finishes; if
+nothing does, the best of it is the answer. Tokens are then where the decoder listened most.
 
 N utterances · B hypotheses of all of them · K candidates of each · U tokens so far.
 
@@ -33,6 +34,7 @@ from asr.decode.config import SearchConfig
 from asr.decode.ctc import CtcGreedy, CtcPrefixBeam
 from asr.decode.guards import LENGTH, REPETITION, max_tokens, repeats
 from asr.decode.prefix_score import CtcPrefixScorer, PrefixState
+from asr.decode.prompt import begin, prompt_ids
 from asr.decode.scorer import BLANK, Floats, Hypothesis, Ints, Scorer
 from asr.decode.step import step
 
@@ -75,6 +77,7 @@ class Search:
         """None when the search is over."""
         owner = np.array([n for n, x in enumerate(log_probs) if len(x)], np.int64)
         self._ctc = CtcPrefixScorer(log_probs) if config.ctc_weight and len(owner) else None
+        self._first = scorer.sos_eos
         if len(owner):
             self.live = self._begin(memory, owner, written.tokens)
 
@@ -82,15 +85,16 @@ class Search:
         """A hypothesis for each utterance that has frames; what is written is put in at once."""
         tokens = np.tile(np.array(written, np.int64), (len(owner), 1))
         log_probs = np.zeros(tokens.shape)
-        state = self.scorer.start(memory, owner)
+        prompt = prompt_ids(self.config)
+        state, self._first = begin(self.scorer, memory, owner, (*prompt, *written))
         prefix = self._ctc.start(owner) if self._ctc else None
         if written:
-            sos = np.full((len(owner), 1), self.scorer.sos_eos)
-            state = self.scorer.step(state, np.concatenate((sos, tokens[:, :-1]), 1), 1).state
-            log_probs += [x[:-1] for x in self.scorer.score(memory, owner, tokens.tolist())]
+            scores = self.scorer.score(memory, owner, tokens.tolist(), prompt=prompt)
+            log_probs += [x[:-1] for x in scores]
         for token in tokens.T:
             prefix = self._ctc.extend(prefix, token) if self._ctc and prefix else None
-        return Live(owner, tokens, log_probs, state, prefix, np.full(len(owner), len(written)))
+        nowhere = np.zeros(tokens.shape, np.int64)
+        return Live(owner, tokens, log_probs, state, prefix, np.full(len(owner), len(written)), nowhere)
 
     def finish(self) -> list[list[Hypothesis]]:
         """Search to the end: the answers for each utterance."""
@@ -102,7 +106,7 @@ class Search:
         """Append one token to every hypothesis; those that end or are cut go to `answers`."""
         live, ctc, scorer, config = self.live, self._ctc, self.scorer, self.config
         assert live is not None
-        last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), scorer.sos_eos)
+        last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), self._first)
         pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 1)
         candidates, log_probs, attention, state = step(scorer, live.state, last, pool, config)
         values = log_probs.astype(np.float64)
@@ -120,24 +124,25 @@ class Search:
         free = live.free
         if self.allows:
             free = free + ((free == live.tokens.shape[1]) & self.allows(attention))
-        grows = self._sort_out(owner, tokens, score, values, free[row])
+        places = np.concatenate((live.places, listened(attention)[:, None]), 1)[row]
+        ends = Ends(score, tokens, values, free[row], places)
+        grows = self._sort_out(owner, ends)
         if not grows.any():
             self.live = None
             return
         index = row[grows]
         prefix = ctc.extend(live.prefix.select(index), token[grows]) if ctc and live.prefix else None
         state = scorer.select(state, index)
-        self.live = Live(owner[grows], tokens[grows], values[grows], state, prefix, free[index])
+        self.live = Live(
+            owner[grows], tokens[grows], values[grows], state, prefix, free[index], places[grows]
+        )
 
-    def _sort_out(
-        self, owner: Ints, tokens: Ints, score: Doubles, log_probs: Doubles, free: Ints
-    ) -> NDArray[np.bool_]:
+    def _sort_out(self, owner: Ints, ends: "Ends") -> NDArray[np.bool_]:
         """Which hypotheses grow on; what ends, and what the guards cut, is noted in `answers`."""
+        tokens, score = ends.tokens, ends.score
         grows = tokens[:, -1] != self.scorer.sos_eos
         for b in np.flatnonzero(~grows):
-            kept = tuple(tokens[b, :-1].tolist())
-            found = Finished(float(score[b]), kept, log_probs[b], min(int(free[b]), len(kept)))
-            self.answers[owner[b]].finished.append(found)
+            self.answers[owner[b]].finished.append(ends.row(int(b), tokens.shape[1] - 1))
         loops = repeats(tokens, [self.answers[n].ctc_tokens for n in owner], self.config)
         for n in np.unique(owner):
             answer = self.answers[n]
@@ -145,6 +150,7 @@ class Search:
             cut = here & (loops | too_long)
             guard = LENGTH if too_long else REPETITION
             grows[cut] = False
+            answer.keep_cut([ends.row(int(b), tokens.shape[1]) for b in np.flatnonzero(cut)], guard)
             if not answer.judge(score[here & ~cut], score[cut], guard, self.config.nbest):
                 grows[here] = False
         return grows
@@ -164,6 +170,8 @@ class Live:
     prefix: PrefixState | None
     free: Ints
     """Of its first tokens, how many were allowed (B,)."""
+    places: Ints
+    """The frame that was listened to most before each token (B, U)."""
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -178,6 +186,25 @@ class Finished(NamedTuple):
     """The decoder's, of each token and of eos."""
     free: int
     """Of its first tokens, how many were allowed."""
+    places: tuple[int, ...] = ()
+    """The frame that was listened to most before each token."""
+
+
+class Ends(NamedTuple):
+    """B hypotheses with the token that is new in each."""
+
+    score: Doubles
+    tokens: Ints
+    log_probs: Doubles
+    free: Ints
+    places: Ints
+
+    def row(self, b: int, num_tokens: int) -> Finished:
+        """Hypothesis b up to num_tokens, as an answer."""
+        tokens, places = (tuple(x[b, :num_tokens].tolist()) for x in (self.tokens, self.places))
+        return Finished(
+            float(self.score[b]), tokens, self.log_probs[b], min(int(self.free[b]), num_tokens), places
+        )
 
 
 @dataclass
@@ -192,13 +219,27 @@ class Answers:
     finished: list[Finished] = field(default_factory=list)
     guard: str = ""
     """Which guard stopped the search, if one did."""
+    cut: tuple[Finished, str] | None = None
+    """Without CTC, the best that a guard removed, and which."""
 
     @classmethod
     def begin(cls, log_probs: Floats, config: SearchConfig, written: Hypothesis) -> "Answers":
+        if not log_probs.shape[1]:
+            return cls(log_probs, (), max_tokens(None, len(log_probs), config), written)
         greedy = CtcGreedy()
         greedy.advance(log_probs)
         tokens = greedy.best().tokens
         return cls(log_probs, tokens, max_tokens(len(tokens), len(log_probs), config), written)
+
+    @property
+    def has_ctc(self) -> bool:
+        return bool(self.log_probs.shape[1])
+
+    def keep_cut(self, removed: Sequence[Finished], guard: str) -> None:
+        """Without CTC, note the best of what a guard removed, for want of anything better."""
+        for found in removed if not self.has_ctc else ():
+            if self.cut is None or found.score > self.cut[0].score:
+                self.cut = found, guard
 
     def judge(self, grows: Doubles, cut: Doubles, guard: str, count: int) -> bool:
         """Whether to go on, given the scores of what grows and of what `guard` removed.
@@ -207,7 +248,7 @@ class Answers:
         """
         scores = sorted((x.score for x in self.finished), reverse=True)
         best = grows.max(initial=-np.inf)
-        if cut.max(initial=-np.inf) > max(best, *scores[:1], -np.inf):
+        if self.has_ctc and cut.max(initial=-np.inf) > max(best, *scores[:1], -np.inf):
             self.guard = guard
         return not self.guard and (len(scores) < count or scores[count - 1] < best)
 
@@ -215,7 +256,10 @@ class Answers:
         """What finished, or the CTC hypotheses if a guard stopped the search."""
         finished = sorted(self.finished, key=lambda x: -x.score)[: config.nbest]
         if finished and not self.guard:
-            return [hypothesis(self.log_probs, x.score, x.tokens, x.log_probs, config) for x in finished]
+            return [hypothesis(self.log_probs, x, config) for x in finished]
+        if not self.has_ctc:
+            answer, guard = self.cut or (None, "")
+            return [replace(hypothesis(self.log_probs, answer, config), guard=guard) if answer else NOTHING]
         beam = CtcPrefixBeam(config.beam, config.tokens_per_frame)
         beam.advance(self.log_probs)
         heard = {x.tokens: x for x in map(self._behind, beam.nbest(config.nbest))}
@@ -237,17 +281,26 @@ class Answers:
         )
 
 
-def hypothesis(
-    frames: Floats, score: float, tokens: tuple[int, ...], log_probs: Doubles, config: SearchConfig
-) -> Hypothesis:
-    """An answer, aligned to the CTC log-probabilities `frames` (T, V).
+def hypothesis(frames: Floats, found: Finished, config: SearchConfig) -> Hypothesis:
+    """An answer, aligned to the CTC log-probabilities `frames` (T, V); without CTC, as the decoder listened.
 
-    log_probs (U + 1,), or (U,) without an end: the decoder's, of the tokens and of eos.
+    found.log_probs (U + 1,), or (U,) without an end: the decoder's, of the tokens and of eos.
     """
-    starts, peaks = locate(frames, tokens)
-    parts = {"ctc": ctc_log_prob(frames, tokens), "attention": float(log_probs.sum())}
-    confidence = np.exp(config.blend(log_probs[: len(tokens)], peaks))
-    return Hypothesis(tokens, score, parts, starts, tuple(confidence.tolist()))
+    tokens, log_probs = found.tokens, found.log_probs
+    parts = {"attention": float(log_probs.sum())}
+    if frames.shape[1]:
+        parts = {"ctc": ctc_log_prob(frames, tokens), **parts}
+        starts, peaks = locate(frames, tokens)
+        confidence = np.exp(config.blend(log_probs[: len(tokens)], peaks))
+    else:
+        starts = tuple(np.maximum.accumulate(np.array(found.places, np.int64)).tolist())
+        confidence = np.exp(log_probs[: len(tokens)])
+    return Hypothesis(tokens, found.score, parts, starts, tuple(confidence.tolist()))
+
+
+def listened(attention: Floats) -> Ints:
+    """attention (B, T) -> the frame of the most (B,)."""
+    return attention.argmax(1) if attention.shape[1] else np.zeros(len(attention), np.int64)
 
 
 def choose(scores: Doubles, owner: Ints, beam: int) -> tuple[Ints, Ints]:

@@ -3,7 +3,8 @@
 Every mode says for each token at which encoder frame it is emitted, by the best CTC alignment, and how sure
 it is: the highest CTC posterior of the token in the frames aligned to it, and in modes with the decoder the
 geometric mean of that and of the decoder's probability of the token, weighted as the score is (the decoder
-alone in modes attention and chunked).
+alone in modes attention and chunked). Without a CTC head there are modes of the decoder alone, and a token is
+where the decoder listened most, which is rough: seldom wrong by words, often by tenths of a second.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 from asr.decode.joint import search
 from asr.decode.online import OnlineSearch, StartSearch, search_online
 from asr.decode.policies import align_att, ed_att
+from asr.decode.prompt import with_prompt
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
@@ -89,6 +91,9 @@ ONLINE: dict[str, StartSearch] = {
 
 MODES = (*AT_END, *ONLINE)
 
+DEFAULT = "ctc-prefix"
+"""Of models with a CTC head; of others, the first that they can be used in."""
+
 NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
     **dict.fromkeys(("segmental", "segmental-simple", "segmental-label"), "segmental"),
@@ -97,20 +102,42 @@ NEEDS = {
 """The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
 
 
-def modes_for(decoder: str) -> list[str]:
-    """The modes of a model with that type of decoder."""
-    return [mode for mode in MODES if NEEDS.get(mode, "transformer") in ("", decoder)]
+WITHOUT_CTC = ("attention", "unbounded")
+"""The modes that need no CTC head."""
 
 
-def check_mode(mode: str, decoder: str) -> None:
-    """ConfigError where there is no such mode, or a model with that type of decoder cannot be used in it."""
-    if mode not in MODES:
+def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
+    """The modes of a model with that type of decoder, the one to use unless another is asked for first."""
+    modes = [mode for mode in MODES if NEEDS.get(mode, "transformer") in ("", decoder)]
+    modes = [mode for mode in modes if has_ctc or mode in WITHOUT_CTC]
+    return sorted(modes, key=lambda mode: mode != DEFAULT)
+
+
+def check_name(mode: str) -> None:
+    """ConfigError where there is no such mode; "" stands for that of the model."""
+    if mode and mode not in MODES:
         raise ConfigError(f"no such mode: {mode}; there are {', '.join(MODES)}")
-    if mode not in modes_for(decoder):
-        raise ConfigError(
-            f"mode {mode}: this model's decoder is of type {decoder}, expected "
-            f"{NEEDS.get(mode, 'transformer')}; use one of {', '.join(modes_for(decoder))}"
-        )
+
+
+def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
+    """ConfigError where there is no such mode, or a model with that type of decoder, with or without a CTC
+    head, cannot be used in it."""
+    check_name(mode)
+    possible = modes_for(decoder, has_ctc)
+    if mode in possible:
+        return
+    use = f"use one of {', '.join(possible)}" if possible else "it has a search of its own"
+    if not has_ctc and mode not in WITHOUT_CTC:
+        raise ConfigError(f"mode {mode}: this model has no CTC head, which it needs; {use}")
+    needs = NEEDS.get(mode, "transformer")
+    raise ConfigError(f"mode {mode}: this model's decoder is of type {decoder}, expected {needs}; {use}")
+
+
+def mode_of(scorer: Scorer, mode: str = "") -> str:
+    """The mode, or if none is given, the model's own; ConfigError as `check_mode`."""
+    mode = mode or next(iter(modes_for(scorer.decoder_type, scorer.has_ctc)), DEFAULT)
+    check_mode(mode, scorer.decoder_type, scorer.has_ctc)
+    return mode
 
 
 def decode(
@@ -122,7 +149,7 @@ def decode(
 ) -> list[list[Hypothesis]]:
     """The n-best list of each waveform, best first; at least one hypothesis, without tokens for silence of
     length 0."""
-    check_mode(mode, scorer.decoder_type)
+    mode, config = mode_of(scorer, mode), with_prompt(scorer, config)
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
     if heard:
@@ -137,32 +164,35 @@ def decode(
 
 
 class AtEnd:
-    """A mode that searches whole utterances, as an OnlineSearch: until the end, CTC writes."""
+    """A mode that searches whole utterances, as an OnlineSearch: until the end, CTC writes, if any."""
 
     def __init__(self, mode: str, scorer: Scorer, config: SearchConfig) -> None:
         self._mode, self._scorer, self._config = mode, scorer, config
         greedy = mode == "ctc-greedy"
-        self._ctc = CtcGreedy() if greedy else CtcPrefixBeam(config.beam, config.tokens_per_frame)
+        self._ctc: CtcGreedy | CtcPrefixBeam | None = None
+        if scorer.has_ctc:
+            self._ctc = CtcGreedy() if greedy else CtcPrefixBeam(config.beam, config.tokens_per_frame)
         self._memory: Any = None
         self._log_probs: list[Floats] = []
 
     def advance(self, memory: Any, log_probs: Floats) -> None:
-        self._ctc.advance(log_probs)
+        if self._ctc:
+            self._ctc.advance(log_probs)
         if self._mode not in FIRST_PASS:
             self._memory = memory
             self._log_probs.append(log_probs)
 
     def best(self) -> Hypothesis:
-        return self._ctc.best()
+        return self._ctc.best() if self._ctc else Hypothesis((), 0.0)
 
     def finish(self) -> list[Hypothesis]:
         if not self._log_probs:
-            return self._ctc.nbest(self._config.nbest)
+            return self._ctc.nbest(self._config.nbest) if self._ctc else [self.best()]
         whole = np.concatenate(self._log_probs)
         return AT_END[self._mode](self._scorer, [whole], self._memory, self._config)[0]
 
 
 def start_search(mode: str, scorer: Scorer, config: SearchConfig) -> OnlineSearch:
-    """The search of any mode for one utterance that arrives piece by piece; ConfigError as `check_mode`."""
-    check_mode(mode, scorer.decoder_type)
+    """The search of any mode for one utterance that arrives piece by piece; ConfigError as `mode_of`."""
+    mode, config = mode_of(scorer, mode), with_prompt(scorer, config)
     return ONLINE[mode](scorer, config) if mode in ONLINE else AtEnd(mode, scorer, config)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from asr.decode.config import SearchConfig
+from asr.decode.prompt import prompt_ids
 from asr.decode.scorer import Floats, Hypothesis, Scorer
 
 
@@ -27,7 +28,7 @@ def rescore(
     answers: list[list[Hypothesis]] = [[] for _ in nbests]
     if hypotheses:
         tokens = [x.tokens for x in hypotheses]
-        scores = scorer.score(memory, owner, tokens)
+        scores = scorer.score(memory, owner, tokens, prompt=prompt_ids(config))
         if scorer.has_reverse and config.reverse_weight:
             mirror, share = scorer.score(memory, owner, tokens, reverse=True), config.reverse_weight
             scores = [(1 - share) * a + share * b for a, b in zip(scores, mirror, strict=True)]

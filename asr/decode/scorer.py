@@ -83,6 +83,18 @@ class Scorer(Protocol):
     chunking: Chunking | None
     """What a decoder of type "chunked" hears."""
 
+    has_ctc: bool
+    """Whether there is a CTC head. If not, log-probabilities of CTC are (T, 0): frames, but no units."""
+
+    max_tokens: int
+    """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
+
+    prompt: tuple[str, ...]
+    """Units that every text begins with, and that are no part of it, unless `SearchConfig.prompt` says so."""
+
+    symbols: Sequence[str]
+    """The names of units; empty where they are not known."""
+
     has_reverse: bool
     """Whether there is a second decoder, from right to left, to score with."""
 
@@ -138,11 +150,17 @@ class Scorer(Protocol):
         ...
 
     def score(
-        self, memory: Any, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+        self,
+        memory: Any,
+        owner: Ints,
+        tokens: Sequence[Sequence[int]],
+        reverse: bool = False,
+        prompt: Sequence[int] = (),
     ) -> list[Floats]:
         """Log-probabilities (U + 1,) of each token and of eos; hypothesis b is of utterance owner[b].
 
-        reverse: by the decoder from right to left, in the order of the tokens all the same.
+        reverse: by the decoder from right to left, in the order of the tokens all the same.  prompt: what
+        stands before the tokens, in the other decoder nothing.
         """
         ...
 
@@ -159,7 +177,8 @@ class Hypothesis:
     """Its unweighted terms: "ctc", "attention"."""
 
     frames: tuple[int, ...] = ()
-    """Encoder frame at which each token is emitted, by the CTC alignment."""
+    """Encoder frame at which each token is emitted, by the CTC alignment; without CTC, the one that the
+    decoder listened to most when it wrote the token, or a later one of a token before it."""
 
     confidence: tuple[float, ...] = ()
     """Probability of each token, in [0, 1]."""

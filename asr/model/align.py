@@ -76,7 +76,8 @@ class CtcAligner:
     """A trained model that aligns by its CTC head."""
 
     def __init__(self, model: HybridModel, device: torch.device | str, context: Context = WHOLE) -> None:
-        """context: what attention sees, as in a stream."""
+        """context: what attention sees, as in a stream. ConfigError for a model without a CTC head."""
+        model.require_ctc("alignment")
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.frame_s = model.frame_s

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from asr.errors import ConfigError
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.absent import AbsentConfig
@@ -52,6 +53,8 @@ def build_model(
 
     Raises ConfigError where the sizes do not fit each other.
     """
+    if loss.ctc is None and decoder.type == "none":
+        raise ConfigError("loss.ctc: null, and decoder.type is none: there is nothing to learn; choose one")
     _, encoder_class = ENCODERS[encoder.type]
     _, decoder_class = DECODERS[decoder.type]
     built = encoder_class(encoder, features.num_bins)

@@ -9,7 +9,7 @@ channels per head
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,6 +72,10 @@ class DecoderConfig:
     left_tokens: int = -1
     """Tokens before it that a token sees in each layer; -1: all. Positions are relative, so a limit may also
     be set after training, and keeps a decoder that writes for minutes to texts as long as it has learnt."""
+
+    prompt: list[str] = field(default_factory=list)
+    """Units that every text begins with behind sos/eos, and that are no part of it: what a model that knows
+    several languages or tasks is asked for. Searches and bundles go by it; training does not add it."""
 
     reverse_layers: int = 0
     """L of a second decoder, from right to left, that takes part in rescoring (U2++); 0 is none."""
@@ -187,6 +191,11 @@ class TransformerDecoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         if self.positions is not None:
             nn.init.normal_(self.positions.weight, std=config.dim**-0.5)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that it can be given, sos/eos among them; 0: any number."""
+        return self.config.num_positions if self.config.positions == "learnt" else 0
 
     def memory(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output y (N, T, C) -> cross_keys, cross_values (N, L, H, T, D), once per utterance."""

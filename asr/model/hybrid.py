@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from asr.context import WHOLE, Context
+from asr.errors import ConfigError
 from asr.features import Cmvn, Fbank, FbankConfig
 from asr.losses import LossConfig, ctc_loss
 from asr.model.decoder import TransformerDecoder, reverse
@@ -35,8 +36,8 @@ class Loss(NamedTuple):
 
 
 class HybridModel(nn.Module):
-    """An encoder with heads: CTC, the decoder, and perhaps one from right to left (U2++), and one that counts
-    words."""
+    """An encoder with heads: perhaps CTC, a decoder, perhaps one from right to left (U2++), and one that
+    counts words."""
 
     def __init__(
         self,
@@ -52,11 +53,11 @@ class HybridModel(nn.Module):
         self.fbank = FEATURES[features.type](features)
         self.cmvn = Cmvn(features.num_bins)
         self.encoder = encoder
-        self.ctc = nn.Linear(encoder.dim, num_tokens)
+        self.num_tokens = num_tokens
+        self.ctc = nn.Linear(encoder.dim, num_tokens).apply(initialise) if loss.ctc is not None else None
         self.decoder = decoder
         self.reverse_decoder = reverse_decoder
         self.fire = Fire(encoder.dim) if loss.quantity > 0 else None
-        self.ctc.apply(initialise)
 
     @torch.no_grad()
     def features(self, samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,13 @@ class HybridModel(nn.Module):
         with torch.autocast(samples.device.type, enabled=False):
             x, x_lens = self.fbank(samples, sample_lens)
             return self.cmvn(x), x_lens
+
+    def require_ctc(self, what: str) -> None:
+        """ConfigError without a CTC head."""
+        if self.ctc is None:
+            raise ConfigError(
+                f"{what}: this model has no CTC head, which says when a token is said; use one with loss.ctc"
+            )
 
     @property
     def frame_s(self) -> float:
@@ -80,7 +88,9 @@ class HybridModel(nn.Module):
         return y, y_lens
 
     def ctc_log_probs(self, y: Tensor) -> Tensor:
-        """y (N, T, C) -> (N, T, V)."""
+        """y (N, T, C) -> (N, T, V), or (N, T, 0) without a CTC head."""
+        if self.ctc is None:
+            return y[..., :0].float()
         return self.ctc(y).float().log_softmax(-1)
 
     def forward(
@@ -98,10 +108,15 @@ class HybridModel(nn.Module):
         total = w_ctc * ctc + w_attention * attention + w_quantity * quantity, all summed over the utterances.
         """
         y, y_lens = self.encode(x, x_lens, context)
-        ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
+        ctc = y.new_zeros((), dtype=torch.float32)
+        if self.ctc is not None:
+            ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
         ends = tokens[:, :0] if token_ends is None else token_ends
         attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()
-        total, quantity = self.loss.ctc * ctc + self.loss.attention * attention, torch.zeros_like(ctc)
+        total, quantity = (
+            (self.loss.ctc or 0.0) * ctc + self.loss.attention * attention,
+            torch.zeros_like(ctc),
+        )
         if self.fire:
             quantity = self.fire.loss(y, y_lens, tokens, token_lens, ends, context.chunk).sum()
             total = total + self.loss.quantity * quantity

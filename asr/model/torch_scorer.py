@@ -82,11 +82,16 @@ class TorchScorer:
         model: HybridModel,
         device: torch.device | str,
         word_starts: NDArray[np.bool_] | None = None,
+        symbols: Sequence[str] = (),
     ) -> None:
-        """word_starts: as Scorer.word_starts; None where units do not say."""
+        """word_starts, symbols: as in Scorer; without them, units do not say."""
         self.model = model.to(device)
         self.device = torch.device(device)
-        self.num_tokens = model.ctc.out_features
+        self.num_tokens = model.num_tokens
+        self.has_ctc = model.ctc is not None
+        self.symbols = symbols
+        self.prompt = tuple(model.decoder.config.prompt)
+        self.max_tokens = model.decoder.max_tokens
         self.sos_eos = SOS_EOS
         self.decoder_type: str = model.decoder.config.type
         self.chunking = model.decoder.chunking
@@ -180,14 +185,20 @@ class TorchScorer:
             return self.model.fire(memory.y)[0].cpu().numpy()
 
     def score(
-        self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+        self,
+        memory: Memory,
+        owner: Ints,
+        tokens: Sequence[Sequence[int]],
+        reverse: bool = False,
+        prompt: Sequence[int] = (),
     ) -> list[Floats]:
         """As Scorer.score."""
         if reverse:
             assert self.model.reverse_decoder is not None
             mirrored = self._score_all(self.model.reverse_decoder, memory, owner, [x[::-1] for x in tokens])
             return [np.append(x[-2::-1], x[-1]) for x in mirrored]
-        return self._score_all(self.model.decoder, memory, owner, tokens)
+        behind = self._score_all(self.model.decoder, memory, owner, [[*prompt, *x] for x in tokens])
+        return [x[len(prompt) :] for x in behind]
 
     def _score_all(
         self, decoder: TransformerDecoder, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]

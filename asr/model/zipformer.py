@@ -108,7 +108,8 @@ class Zipformer(nn.Module):
         self.num_bins = num_bins
         self.step = math.lcm(2, *config.rates)
         """Frames of the front that make a whole number of frames in every stack and in the output."""
-        self.chunk_multiple = self.step // 2
+        self.chunk_unit = self.chunk_multiple = self.step // 2
+        self.can_stream = config.causal
         """Encoder frames that divide every chunk."""
         self.front = ZipformerFront(num_bins, config.dims[0])
         sizes = layer_sizes(config)

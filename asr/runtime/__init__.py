@@ -1,6 +1,6 @@
 """Real time: a bundle, streams over it, and their events. onnxruntime and NumPy, never torch.
 
-stream = Stream(Bundle.load("bundle"))
+stream = open_stream(Bundle.load("bundle"))
 for samples in microphone_blocks(device, 16000, block_ms=100):
     for event in stream.accept(samples):
         print(event.text, end="\\n" if event.final else "\\r")
@@ -16,5 +16,15 @@ from asr.runtime.endpoint import EndpointConfig
 from asr.runtime.events import Event
 from asr.runtime.stream import Stream, StreamBatch
 from asr.runtime.utterance import StreamConfig
+from asr.runtime.whole import WholeStream, open_stream
 
-__all__ = ["Bundle", "EndpointConfig", "Event", "Stream", "StreamBatch", "StreamConfig"]
+__all__ = [
+    "Bundle",
+    "EndpointConfig",
+    "Event",
+    "Stream",
+    "StreamBatch",
+    "StreamConfig",
+    "WholeStream",
+    "open_stream",
+]

@@ -2,7 +2,8 @@
 
     model.json      what the model is, and size and SHA-256 of every other file
     encoder.onnx    (window of samples, context, state) -> (y, CTC log-probabilities, state): features are in
-                    the graph; of encoders that cannot stream (window of samples) -> (y, log-probabilities)
+                    the graph; of encoders that cannot stream (window of samples) -> (y, log-probabilities),
+                    and where features are of the whole utterance, (samples) instead
     memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
     decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, where the heads
                     that guide streaming listened, state)
@@ -52,6 +53,11 @@ class Features:
     frame_samples: int
     shift_samples: int
     snip_edges: bool
+    framed: bool
+    """Whether windows of samples have the frames of the whole; if not, the graph takes whole utterances."""
+
+    max_samples: int
+    """Of an utterance, at most; 0: any number."""
 
 
 @checked(frozen=True, config=STRICT)
@@ -135,8 +141,17 @@ class ModelInfo:
     sos_eos: int
     parameters: int
     encoder_state: tuple[Field, ...]
+    has_ctc: bool
+    """Whether the encoder's graph gives log-probabilities of CTC."""
+
     decoder_type: str
     """Its kind: which modes it was trained for."""
+
+    max_tokens: int
+    """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
+
+    prompt: tuple[str, ...]
+    """Units that every text begins with behind sos/eos, and that are no part of it."""
 
     decoder_state: tuple[Field, ...]
     streaming: Streaming | None

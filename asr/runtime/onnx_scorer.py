@@ -8,6 +8,7 @@ N streams or utterances · T encoder frames · C channels · V units · B hypoth
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from asr.context import WHOLE, Context
 from asr.decode.scorer import BLANK, Floats, Ints, Step, Window
+from asr.errors import AudioError
 from asr.runtime.bundle import Bundle, Field
 from asr.runtime.framing import Framer
 
@@ -112,6 +114,10 @@ class OnnxScorer:
         self.frame_s = bundle.info.frame_s
         self.decoder_type = bundle.info.decoder_type
         self.chunking = bundle.info.chunking
+        self.has_ctc = bundle.info.has_ctc
+        self.max_tokens = bundle.info.max_tokens
+        self.prompt = bundle.info.prompt
+        self.symbols: Sequence[str] = bundle.tokenizer.symbols
         self.has_reverse = bundle.info.has_reverse
         self.has_fire = bundle.info.has_fire
         self.word_starts = bundle.word_starts
@@ -138,8 +144,14 @@ class OnnxScorer:
         windows = np.pad(windows, ((0, 0), (0, silence))) if silence > 0 else windows
         inputs = {"window": windows, "num_frames": num_frames}
         inputs |= {name: np.array(getattr(context, name)) for name in info.context_inputs}
-        y, log_probs, y_lens, *states = self.bundle.encoder.run(None, inputs | dict(state))
-        return Encoded(y, log_probs, y_lens, dict(zip(state, states, strict=True)))
+        found = dict(zip(self._outputs, self.bundle.encoder.run(None, inputs | dict(state)), strict=True))
+        y = found["y"]
+        log_probs = found["log_probs"] if info.has_ctc else y[..., :0]
+        return Encoded(y, log_probs, found["y_lens"], {name: found[f"next_{name}"] for name in state})
+
+    @cached_property
+    def _outputs(self) -> list[str]:
+        return [x.name for x in self.bundle.encoder.get_outputs()]
 
     def framer(self) -> Framer:
         """What cuts the samples of one stream."""
@@ -158,18 +170,36 @@ class OnnxScorer:
 
     def _encode_one(self, samples: Floats, context: Context) -> tuple[Floats, Floats]:
         info = self.bundle.info
+        info.check_context(context)
+        if not info.features.framed:
+            return self._encode_samples(samples)
         framer = self.framer()
         framer.accept(samples)
         framer.finish()
         num_frames = framer.ready()
         if num_frames == 0:
-            return np.zeros((0, info.dim), np.float32), np.zeros((0, info.num_tokens), np.float32)
+            columns = info.num_tokens if info.has_ctc else 0
+            return np.zeros((0, info.dim), np.float32), np.zeros((0, columns), np.float32)
         window = framer.take(num_frames)[None]
-        info.check_context(context)
         state, flush_frames = self.init_state(WHOLE), info.flush_frames(WHOLE)
         out = self.advance(window, np.array([num_frames]), context, state, flush_frames)
         num = out.y_lens[0]
         return out.y[0, :num], out.log_probs[0, :num]
+
+    def _encode_samples(self, samples: Floats) -> tuple[Floats, Floats]:
+        """Where features are of a whole utterance, all of them are in the graph."""
+        features = self.bundle.info.features
+        if features.max_samples and len(samples) > features.max_samples:
+            raise AudioError(
+                f"{len(samples) / features.sample_rate:.1f} s of audio, and the model hears "
+                f"{features.max_samples / features.sample_rate:g} s at most; cut it at pauses, as asr "
+                "transcribe does"
+            )
+        found = dict(
+            zip(self._outputs, self.bundle.encoder.run(None, {"samples": samples[None]}), strict=True)
+        )
+        y = found["y"][0]
+        return y, found["log_probs"][0] if self.has_ctc else y[:, :0]
 
     def start(self, memory: Memory, owner: Ints) -> DecoderState:
         past = {field.name: _zeros(field, {"U": 0}, len(owner)) for field in self.bundle.info.decoder_state}
@@ -214,7 +244,12 @@ class OnnxScorer:
         return self.bundle.fire.run(None, {"y": memory.ys[0][None]})[0][0]
 
     def score(
-        self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]], reverse: bool = False
+        self,
+        memory: Memory,
+        owner: Ints,
+        tokens: Sequence[Sequence[int]],
+        reverse: bool = False,
+        prompt: Sequence[int] = (),
     ) -> list[Floats]:
         scores: list[Floats] = []
         for start in range(0, len(tokens), ROWS):
@@ -222,8 +257,8 @@ class OnnxScorer:
             if reverse:
                 scores += self._score_reverse(memory, owner[part], tokens[part])
             else:
-                scores += self._score(memory, owner[part], tokens[part])
-        return scores
+                scores += self._score(memory, owner[part], [[*prompt, *x] for x in tokens[part]])
+        return [x[len(prompt) :] for x in scores] if prompt and not reverse else scores
 
     def _score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
         past = self.start(memory, owner).past

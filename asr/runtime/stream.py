@@ -22,7 +22,7 @@ import numpy as np
 
 from asr.context import Context
 from asr.decode.scorer import Floats
-from asr.errors import AudioError, ConfigError
+from asr.errors import AudioError, BundleError, ConfigError
 from asr.runtime.bundle import Bundle, ModelInfo
 from asr.runtime.events import Event
 from asr.runtime.onnx_scorer import OnnxScorer, State
@@ -39,6 +39,11 @@ class Stream:
         """ConfigError or BundleError where `config` is not possible with this bundle."""
         config = config or StreamConfig()
         info = bundle.info
+        if not info.has_ctc:
+            raise BundleError(
+                f"{bundle.folder}: has no CTC head, which says where utterances of a stream end; use "
+                "asr.runtime.open_stream, which goes by loudness"
+            )
         self._scorer = OnnxScorer(bundle)
         self.context = stream_context(info, config)
         self._call_frames = self.context.chunk * info.subsampling * config.chunks_per_call
@@ -109,7 +114,10 @@ class StreamBatch:
 
 def accept_all(streams: Sequence[Stream], blocks: Sequence[Floats]) -> list[list[Event]]:
     """`Stream.accept` of several streams with equal configuration; a block that is refused changes none."""
-    checked = [_check(stream, block) for stream, block in zip(streams, blocks, strict=True)]
+    checked = [
+        check_samples(block, stream._framer.num_samples, stream._finished)
+        for stream, block in zip(streams, blocks, strict=True)
+    ]
     events: list[list[Event]] = [[] for _ in streams]
     step = streams[0]._call_frames * streams[0]._framer.shift if streams else 1
     for start in range(
@@ -125,7 +133,7 @@ def finish_all(streams: Sequence[Stream]) -> list[list[Event]]:
     """`Stream.finish` of several streams with equal configuration."""
     events: list[list[Event]] = [[] for _ in streams]
     for stream in streams:
-        _check(stream, np.zeros(0, np.float32))
+        check_samples(np.zeros(0, np.float32), stream._framer.num_samples, stream._finished)
         stream._framer.finish()
         stream._finished = True
     _encode_ready(streams, events)
@@ -134,14 +142,15 @@ def finish_all(streams: Sequence[Stream]) -> list[list[Event]]:
     return events
 
 
-def _check(stream: Stream, samples: Floats) -> Floats:
-    if stream._finished:
+def check_samples(samples: Floats, num_samples: int, finished: bool) -> Floats:
+    """Samples (S,) that follow num_samples others, as float32; AudioError for NaN and infinity."""
+    if finished:
         raise ValueError("this stream is finished; start another")
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise ValueError(f"samples are {samples.dtype} of shape {samples.shape}, expected float32 (S,)")
     wrong = ~np.isfinite(samples)
     if wrong.any():
-        first = stream._framer.num_samples + int(wrong.argmax())
+        first = num_samples + int(wrong.argmax())
         raise AudioError(
             f"{int(wrong.sum())} samples are NaN or infinite, the first is sample {first:,} of the stream; "
             "check what records or converts them"

@@ -6,13 +6,13 @@ when `endpoint.py` ends it, the modes that search whole utterances (decode/modes
 T encoder frames · C channels · V units
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from asr.decode.config import SearchConfig
-from asr.decode.modes import FIRST_PASS, MODES, ONLINE, start_search
+from asr.decode.modes import FIRST_PASS, ONLINE, check_name, mode_of, start_search
 from asr.decode.scorer import BLANK, Floats, Hypothesis
 from asr.errors import ConfigError
 from asr.runtime.endpoint import Ending, EndpointConfig, Endpointer
@@ -36,8 +36,9 @@ class StreamConfig:
     look_ahead: int = 0
     """Chunks of the future that attention of every layer sees: later by as many times the layers."""
 
-    mode: str = "ctc-prefix"
-    """One of MODES, for the final text. Partial texts are by CTC in modes that search whole utterances."""
+    mode: str = ""
+    """One of MODES, for the final text; "": the model's own. Partial texts are by CTC in modes that search
+    whole utterances."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
 
@@ -47,8 +48,7 @@ class StreamConfig:
     """More than one: faster, and as much later. For audio that is there already; the context is the same."""
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(f"no such mode: {self.mode}; there are {', '.join(MODES)}")
+        check_name(self.mode)
         if self.chunks_per_call < 1:
             raise ConfigError(f"chunks_per_call is {self.chunks_per_call}, expected at least 1")
         if self.left_chunks is not None and self.left_chunks < 0:
@@ -63,7 +63,7 @@ class Utterance:
     def __init__(self, scorer: OnnxScorer, config: StreamConfig) -> None:
         self.first_frame = 0
         self._scorer = scorer
-        self._config = config
+        self._config = config = replace(config, mode=mode_of(scorer, config.mode))
         self._search = start_search(config.mode, scorer, config.search)
         self._memory: Any = None
         self._endpointer = Endpointer(config.endpoint, scorer.frame_s)

@@ -54,6 +54,7 @@ class Agreement(NamedTuple):
 @torch.inference_mode()
 def hear(model: HybridModel, samples: Tensor, tokens: Sequence[int]) -> Heard | None:
     """Encode samples (S,) as a whole and align tokens; None without tokens, or the frames for them."""
+    model.require_ctc("heads")
     x, x_lens = model.features(samples[None], torch.tensor([len(samples)], device=samples.device))
     y, _ = model.encode(x, x_lens)
     found = align(model.ctc_log_probs(y)[0].cpu().numpy(), tokens) if y.shape[1] > 1 else None

@@ -90,7 +90,7 @@ class Report:
         self._write(
             f"step {v['step']:>7,}  valid {v['loss']:.3f} (ctc {v['ctc']:.3f}, "
             f"attention {v['attention']:.3f})  wer {v['wer']:.2f} "
-            f"(ctc-greedy, {sets}, {v['words']:,.0f} words)"
+            f"({'ctc-greedy' if v['ctc'] else 'attention'}, {sets}, {v['words']:,.0f} words)"
             f"{'  best so far' if is_best else ''}"
         )
         self._record("valid", values)

@@ -4,8 +4,10 @@ import torch
 
 from asr.config import ExperimentConfig
 from asr.data.loader import Batch, Loader
-from asr.decode.ctc import CtcGreedy
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
 from asr.model.hybrid import HybridModel
+from asr.model.torch_scorer import TorchScorer
 from asr.tokens import Tokenizer
 from asr.train import distributed
 from asr.train.step import num_targets
@@ -16,9 +18,10 @@ from asr.wer import ErrorCount, align, count_errors
 def validate(
     model: HybridModel, loader: Loader, tokenizer: Tokenizer, config: ExperimentConfig
 ) -> dict[str, float]:
-    """Loss per token (total, ctc, attention), and WER in per cent of CTC's best path, the whole utterance as
-    the context. Words are those that the units spell, each ideograph one of them, in the reference too. Every
-    rank takes a share of data.valid and gets the result of all."""
+    """Loss per token (total, ctc, attention), and WER in per cent of CTC's best path, or without a CTC head
+    of what the decoder writes greedily, the whole utterance as the context. Words are those that the units
+    spell, each ideograph one of them, in the reference too. Every rank takes a share of data.valid and gets
+    the result of all."""
     model.eval()
     device = model.cmvn.mean.device
     sums = torch.zeros(6, dtype=torch.float64)
@@ -40,14 +43,20 @@ def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor
     x, x_lens = model.features(batch.samples, batch.sample_lens)
     ends = model.frames_behind(batch.token_ends_s)
     loss = model(x, x_lens, batch.tokens, batch.token_lens, token_ends=ends)
-    y, y_lens = model.encode(x, x_lens)
-    log_probs = model.ctc_log_probs(y).cpu().numpy()
+    written = _written(model, batch, tokenizer)
     errors = ErrorCount()
-    for n, (length, num_tokens) in enumerate(zip(y_lens.tolist(), batch.token_lens.tolist(), strict=True)):
-        search = CtcGreedy()
-        search.advance(log_probs[n, :length])
-        spoken = batch.tokens[n, :num_tokens].tolist()
-        ref, hyp = ([word for word, _, _ in tokenizer.words(ids)] for ids in (spoken, search.best().tokens))
+    for tokens, num_tokens, found in zip(batch.tokens, batch.token_lens.tolist(), written, strict=True):
+        spoken = tokens[:num_tokens].tolist()
+        ref, hyp = ([word for word, _, _ in tokenizer.words(ids)] for ids in (spoken, found))
         errors += count_errors(align(ref, hyp))
     losses = [float(value) for value in (loss.total, loss.ctc, loss.attention)]
     return torch.tensor([*losses, num_targets(batch), errors.total, errors.ref], dtype=torch.float64)
+
+
+def _written(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The tokens of each utterance, by CTC or else by the decoder, the likeliest each time."""
+    scorer = TorchScorer(model, model.cmvn.mean.device, symbols=tokenizer.symbols)
+    pairs = zip(batch.samples.cpu().numpy(), batch.sample_lens.tolist(), strict=True)
+    mode = "ctc-greedy" if scorer.has_ctc else "attention"
+    found = decode(scorer, mode, [x[:length] for x, length in pairs], SearchConfig(beam=1))
+    return [nbest[0].tokens for nbest in found]

@@ -24,6 +24,10 @@ class Toy:
     decoder_type = "transformer"
     has_reverse = False
     has_fire = False
+    has_ctc = True
+    max_tokens = 0
+    prompt = ()
+    symbols = ()
 
     def __init__(
         self, num_tokens: int = 4, decoder: Callable[[tuple[int, ...]], Floats] | None = None
@@ -80,9 +84,14 @@ class Toy:
     ) -> list[tuple[int, tuple[int, ...]]]:
         return [state[b] for b in index]
 
-    def score(self, memory: list[int], owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
+    def score(
+        self, memory: list[int], owner: Ints, tokens: Sequence[Sequence[int]], prompt: Sequence[int] = ()
+    ) -> list[Floats]:
         return [
-            np.array([self.following(memory[n], x[:u])[v] for u, v in enumerate([*x, SOS_EOS])], np.float32)
+            np.array(
+                [self.following(memory[n], (*prompt, *x[:u]))[v] for u, v in enumerate([*x, SOS_EOS])],
+                np.float32,
+            )
             for n, x in zip(owner, tokens, strict=True)
         ]
 

@@ -127,7 +127,7 @@ def test_rescoring_in_both_directions_blends_them(toy):
     class Both(toy):
         has_reverse = True
 
-        def score(self, memory, owner, tokens, reverse=False):
+        def score(self, memory, owner, tokens, reverse=False, prompt=()):
             found = super().score(memory, owner, tokens)
             return [x * 3 - 1 for x in found] if reverse else found
 

@@ -61,7 +61,7 @@ def listener(toy):
             ids = np.argsort(-table, 1)[:, :k]
             return Step(ids, np.take_along_axis(table, ids, 1), attention, grown)
 
-        def score(self, memory, owner, tokens, reverse=False):
+        def score(self, memory, owner, tokens, reverse=False, prompt=()):
             return [self._score(memory[n], row) for n, row in zip(owner, tokens, strict=True)]
 
         def _score(self, memory, row):

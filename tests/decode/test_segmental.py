@@ -52,6 +52,10 @@ class Toy:
     frame_s = 0.04
     decoder_type = "segmental"
     has_reverse = False
+    has_ctc = True
+    max_tokens = 0
+    prompt = ()
+    symbols = ()
 
     def __init__(self, num_tokens=4, max_frames=9, scale=2.0, odds=-0.5):
         self.num_tokens, self.max_frames, self.scale, self.odds = num_tokens, max_frames, scale, odds

@@ -100,7 +100,7 @@ def speaker(toy):
             ids = np.argsort(-table, 1, kind="stable")[:, :k]
             return Step(ids, np.take_along_axis(table, ids, 1), attention, grown)
 
-        def score(self, memory, owner, tokens, reverse=False):
+        def score(self, memory, owner, tokens, reverse=False, prompt=()):
             return [np.full(len(x) + 1, -0.01, np.float32) for x in tokens]
 
     return Speaker

@@ -41,6 +41,15 @@ def _decoder_config(**changes: object) -> DecoderConfig:
 TINY: dict[str, dict[str, object]] = {
     "conformer": {"kernel_size": 5, "subsampling_channels": 4},
     "wenet-conformer": {"kernel_size": 4},
+    "zipformer": {
+        "rates": [1, 2],
+        "num_layers": [1, 1],
+        "dims": [24, 32],
+        "causal": True,
+    },
+    "fast-conformer": {"causal": True},
+    "firered": {},
+    "whisper": {},
 }
 """Of every encoder, what it is not given by all: small sizes, and that it can stream."""
 

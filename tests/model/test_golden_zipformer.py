@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asr.model.schedule import Schedule
 from safetensors.torch import load_file
 from torch import Tensor, nn, tensor
 
 from asr.convert.icefall import OTHERS, icefall_names, load_icefall
 from asr.errors import CheckpointError
 from asr.model.layers import BiasNorm, swoosh_l, swoosh_r
-from asr.model.schedule import Schedule
 from asr.model.zipformer import Zipformer, ZipformerConfig
 from asr.model.zipformer_convolution import ChunkConvolution, Edges
 from asr.model.zipformer_front import SIDE
