@@ -7,7 +7,8 @@ from pathlib import Path
 
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
-from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.bundle import Bundle
+from asr.runtime.info import ModelInfo
 from export.bundle import Origin, describe, write_bundle
 from export.onnx import export_graphs
 from export.quantize import quantize

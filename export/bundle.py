@@ -13,7 +13,8 @@ from asr.errors import BundleError
 from asr.model.decoder import SOS_EOS
 from asr.model.encoder import look_ahead_layers
 from asr.model.hybrid import HybridModel
-from asr.runtime.bundle import FORMAT, Features, ModelInfo, Streaming, hash_file
+from asr.runtime.bundle import hash_file
+from asr.runtime.info import FORMAT, Features, ModelInfo, Streaming
 from asr.tokens import tokens_hash
 from export.states import decoder_fields, encoder_fields
 

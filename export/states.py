@@ -19,7 +19,7 @@ from torch.export import Dim
 from asr.model.decoder import TransformerDecoder
 from asr.model.encoder import Encoder, look_ahead_layers
 from asr.model.state import State
-from asr.runtime.bundle import Field, parse_size
+from asr.runtime.info import Field, parse_size
 
 PROBE = 64
 """Frames by which a size is varied: a multiple of every chunk_unit."""

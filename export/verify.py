@@ -21,8 +21,9 @@ from asr.decode.ctc import CtcGreedy
 from asr.decode.modes import AT_END, decode
 from asr.decode.scorer import Floats, Scorer
 from asr.errors import BundleError
-from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.bundle import Bundle
 from asr.runtime.endpoint import EndpointConfig
+from asr.runtime.info import ModelInfo
 from asr.runtime.onnx_scorer import OnnxScorer
 from asr.runtime.stream import Stream
 from asr.runtime.utterance import StreamConfig

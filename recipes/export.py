@@ -10,7 +10,7 @@ import typer
 from asr.errors import ConfigError
 
 if TYPE_CHECKING:
-    from asr.runtime.bundle import ModelInfo
+    from asr.runtime.info import ModelInfo
     from export.bundle import Origin
     from export.sherpa_bundle import Written
     from export.verify import Comparison

@@ -79,7 +79,16 @@ def overlapping_model() -> "HybridModel":
     return _tiny(WenetConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, kernel_size=5))
 
 
-def _tiny(encoder: Any) -> "HybridModel":
+@pytest.fixture(scope="session")
+def whole_model() -> "HybridModel":
+    """A decoder alone, that is shown a prompt, and an encoder of whole utterances."""
+    from asr.model.wenet import WenetConformerConfig
+
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ff_dim": 64, "kernel_size": 5, "causal": False}
+    return _tiny(WenetConformerConfig(**sizes), ctc=None, prompt=["▁the", "a"])  # type: ignore[arg-type]
+
+
+def _tiny(encoder: Any, ctc: float | None = 0.3, prompt: Sequence[str] = ()) -> "HybridModel":
     import torch
 
     from asr.features import FbankConfig
@@ -89,17 +98,20 @@ def _tiny(encoder: Any) -> "HybridModel":
 
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64)
-        model = build_model(FbankConfig(), encoder, decoder, LossConfig(), len(TINY_SYMBOLS)).eval()
+        decoder = DecoderConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64, prompt=list(prompt))
+        model = build_model(FbankConfig(), encoder, decoder, LossConfig(ctc=ctc), len(TINY_SYMBOLS)).eval()
         with torch.no_grad():
             model.cmvn.mean += -6.0
             model.cmvn.istd *= 0.3
+            model.decoder.out.bias[1] -= 4 if model.ctc else 0  # it does not stop at once
+            if not model.ctc:
+                model.decoder.out.weight *= 4
+                return model
             noise = torch.randn(1, 80_000) * torch.rand(1, 50).repeat_interleave(1600, 1).square()
             y, _ = model.encode(*model.features(noise, torch.tensor([80_000])))
             model.ctc.weight *= 3 / model.ctc(y).std(1).mean()
             model.ctc.bias -= model.ctc(y).mean((0, 1))
             model.ctc.bias[0] += 4
-            model.decoder.out.bias[1] -= 4  # it does not stop at once
         model.reverse_decoder = TransformerDecoder(decoder, len(TINY_SYMBOLS), encoder.dim).eval()
         decoder.reverse_layers = 1
     return model
@@ -115,6 +127,12 @@ def tiny_bundles(tiny_model: "HybridModel", tmp_path_factory: pytest.TempPathFac
 def overlapping_bundle(overlapping_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `overlapping_model` in float32."""
     return _exported_once(overlapping_model, "overlapping", tmp_path_factory, ["cpu-fp32"]) / "cpu-fp32"
+
+
+@pytest.fixture(scope="session")
+def whole_bundle(whole_model: "HybridModel", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `whole_model` in float32."""
+    return _exported_once(whole_model, "whole", tmp_path_factory, ["cpu-fp32"]) / "cpu-fp32"
 
 
 def _exported_once(

@@ -92,7 +92,7 @@ ONLINE: dict[str, StartSearch] = {
 MODES = (*AT_END, *ONLINE)
 
 DEFAULT = "ctc-prefix"
-"""Of models with a CTC head; of others, the first that they can be used in."""
+"""Of models with a CTC head; of others it is the first of WITHOUT_CTC."""
 
 NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
@@ -107,10 +107,9 @@ WITHOUT_CTC = ("attention", "unbounded")
 
 
 def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
-    """The modes of a model with that type of decoder, the one to use unless another is asked for first."""
+    """The modes of a model with that type of decoder, with or without a CTC head."""
     modes = [mode for mode in MODES if NEEDS.get(mode, "transformer") in ("", decoder)]
-    modes = [mode for mode in modes if has_ctc or mode in WITHOUT_CTC]
-    return sorted(modes, key=lambda mode: mode != DEFAULT)
+    return [mode for mode in modes if has_ctc or mode in WITHOUT_CTC]
 
 
 def check_name(mode: str) -> None:
@@ -135,7 +134,7 @@ def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
 
 def mode_of(scorer: Scorer, mode: str = "") -> str:
     """The mode, or if none is given, the model's own; ConfigError as `check_mode`."""
-    mode = mode or next(iter(modes_for(scorer.decoder_type, scorer.has_ctc)), DEFAULT)
+    mode = mode or (DEFAULT if scorer.has_ctc else WITHOUT_CTC[0])
     check_mode(mode, scorer.decoder_type, scorer.has_ctc)
     return mode
 

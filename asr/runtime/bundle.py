@@ -19,225 +19,21 @@ are opened from the bytes that were checked, so a graph that keeps weights in an
 """
 
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked
 
-from asr.context import WHOLE, Context
-from asr.decode.scorer import Chunking
 from asr.decode.words import word_starts
 from asr.errors import BundleError
+from asr.runtime.info import FileHash, ModelInfo, read_info
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
-FORMAT = 3
 GRAPHS = ("encoder", "memory", "decoder")
-STRICT = ConfigDict(extra="forbid")
-
-
-@checked(frozen=True, config=STRICT)
-class Features:
-    """What the samples must be, and how windows of them are cut. The maps themselves are in the graph."""
-
-    sample_rate: int
-    num_bins: int
-    frame_samples: int
-    shift_samples: int
-    snip_edges: bool
-    framed: bool
-    """Whether windows of samples have the frames of the whole; if not, the graph takes whole utterances."""
-
-    max_samples: int
-    """Of an utterance, at most; 0: any number."""
-
-
-@checked(frozen=True, config=STRICT)
-class Field:
-    """One tensor of a state: its shape for one stream, or one hypothesis.
-
-    A size is a number, or "W", encoder frames cached as left context, or "R", those that wait for their
-    look-ahead, or "U", tokens so far; or a multiple or a part of one, such as "2*W" or "W/4".
-    """
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: str
-
-    def sizes(self, variables: Mapping[str, int]) -> list[int]:
-        """The shape where the variables have values."""
-        return [x if isinstance(x, int) else _evaluate(x, variables) for x in self.shape]
-
-
-@checked(frozen=True, config=STRICT)
-class Streaming:
-    """The context of a stream, unless the caller chooses another: the graph takes any."""
-
-    chunk_ms: int
-    left_chunks: int
-    chunk_choices_ms: tuple[int, ...]
-    """Those that the model was trained on and the bundle was verified with."""
-
-    chunk_unit: int
-    """A chunk is a multiple of so many encoder frames."""
-
-    max_look_ahead: int
-    """Chunks of look-ahead of every layer that the model was trained on, at most. More is possible, but new
-    to it."""
-
-    look_ahead_layers: int
-    """Layers that wait for their look-ahead, one after another; 0 where none can look ahead."""
-
-    flush_frames: int
-    """Feature frames that the last call needs behind its own, besides those for look-ahead."""
-
-    flush_samples: int
-    """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
-
-
-@checked(frozen=True, config=STRICT)
-class FileHash:
-    """Of one file beside model.json."""
-
-    size: int
-    sha256: str
-
-
-@checked(frozen=True, config=STRICT)
-class ModelInfo:
-    """model.json."""
-
-    format: int
-    version: str
-    """Of the toolkit that wrote it."""
-
-    target: str
-    """The key in export's TARGETS."""
-
-    source: str
-    """The experiment and the checkpoint."""
-
-    licence: str
-    features: Features
-    subsampling: int
-    """Feature frames per encoder frame."""
-
-    dim: int
-    """C, of the encoder's output."""
-
-    overlap_frames: int
-    """Feature frames that a call needs behind its own; the next call of a stream is given them again."""
-
-    num_tokens: int
-    tokens_sha256: str
-    sos_eos: int
-    parameters: int
-    encoder_state: tuple[Field, ...]
-    has_ctc: bool
-    """Whether the encoder's graph gives log-probabilities of CTC."""
-
-    decoder_type: str
-    """Its kind: which modes it was trained for."""
-
-    max_tokens: int
-    """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
-
-    prompt: tuple[str, ...]
-    """Units that every text begins with behind sos/eos, and that are no part of it."""
-
-    decoder_state: tuple[Field, ...]
-    streaming: Streaming | None
-    """None: the encoder can only hear whole utterances, and has no state."""
-
-    files: dict[str, FileHash]
-    chunking: Chunking | None = None
-    """What a decoder of type "chunked" hears."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    """What was measured when it was exported."""
-
-    def write(self, folder: Path) -> None:
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / "model.json").write_text(text + "\n", encoding="utf-8")
-
-    @property
-    def has_reverse(self) -> bool:
-        """Whether there is a decoder from right to left."""
-        return "reverse.onnx" in self.files
-
-    @property
-    def has_fire(self) -> bool:
-        """Whether there is a head that counts words."""
-        return "fire.onnx" in self.files
-
-    @property
-    def frame_s(self) -> float:
-        """Seconds of audio per encoder frame."""
-        return self.subsampling * self.features.shift_samples / self.features.sample_rate
-
-    def chunk_frames(self, chunk_ms: int) -> int:
-        """Milliseconds -> encoder frames; BundleError unless streams can have such chunks."""
-        unit = self.stream.chunk_unit
-        unit_ms = round(1000 * self.frame_s * unit)
-        if chunk_ms <= 0 or chunk_ms % unit_ms:
-            frames = "encoder frame" if unit == 1 else f"unit of {unit} encoder frames"
-            raise BundleError(
-                f"a chunk of {chunk_ms} ms is not a multiple of {unit_ms} ms, this model's {frames}; "
-                f"pass {max(chunk_ms // unit_ms, 1) * unit_ms}"
-            )
-        return chunk_ms // unit_ms * unit
-
-    @property
-    def stream(self) -> Streaming:
-        """`streaming`; BundleError where the model cannot."""
-        if self.streaming is None:
-            raise BundleError(
-                f"{self.source}: its encoder hears whole utterances only, and cannot stream; "
-                "use asr decode without --chunk-ms, or a model with a causal encoder"
-            )
-        return self.streaming
-
-    def check_context(self, context: Context) -> None:
-        """BundleError where the encoder cannot be used in a context."""
-        if context == WHOLE:
-            return
-        unit = self.stream.chunk_unit
-        if context.chunk % unit:
-            raise BundleError(f"a chunk of {context.chunk} encoder frames is not a multiple of {unit}")
-        if context.right and not self.stream.look_ahead_layers:
-            raise BundleError(
-                f"a look-ahead of {context.right} chunks, and layers of this encoder cannot look ahead; "
-                "expected 0"
-            )
-
-    def late_frames(self, context: Context) -> int:
-        """Encoder frames by which outputs of a stream are late, as each layer waits for its look-ahead."""
-        return self.streaming.look_ahead_layers * context.delay if self.streaming else 0
-
-    def flush_frames(self, context: Context) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
-        constant = self.streaming.flush_frames if self.streaming else 0
-        return constant + self.late_frames(context) * self.subsampling
-
-    @property
-    def min_frames(self) -> int:
-        """The fewest feature frames that a call can have, those included that do not count."""
-        return self.subsampling + self.overlap_frames if self.overlap_frames else 1
-
-    @property
-    def context_inputs(self) -> tuple[str, ...]:
-        """Which parts of a Context the encoder's graph takes."""
-        if self.streaming is None:
-            return ()
-        return Context._fields if self.streaming.look_ahead_layers else ("chunk", "left")
 
 
 @dataclass(frozen=True)
@@ -313,18 +109,6 @@ class Bundle:
         return session
 
 
-def parse_size(size: str) -> tuple[str, Fraction]:
-    """A size of a state that varies, such as "2*W/3" -> "W", 2/3."""
-    rest, _, divisor = size.partition("/")
-    factor, _, name = rest.rpartition("*")
-    return name, Fraction(int(factor or 1), int(divisor or 1))
-
-
-def _evaluate(size: str, variables: Mapping[str, int]) -> int:
-    name, share = parse_size(size)
-    return int(share * variables[name])
-
-
 def session_options(threads: int) -> ort.SessionOptions:
     """One call at a time, and no memory that grows with the number of different shapes seen."""
     options = ort.SessionOptions()
@@ -336,34 +120,6 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-
-def read_info(folder: Path) -> ModelInfo:
-    """model.json, whose format is checked before anything else in it."""
-    path = folder / "model.json"
-    try:
-        data = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else "no model.json in it"
-        raise BundleError(f"{folder}: {what}; make a bundle with asr export") from None
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise BundleError(f"{path}: not JSON ({error}); export again") from None
-    version = data.get("format") if isinstance(data, dict) else None
-    if not isinstance(version, int):
-        raise BundleError(f"{path}: has no format number; this is not a bundle of asr export")
-    if version != FORMAT:
-        remedy = "export again or update" if version > FORMAT else "export again"
-        raise BundleError(
-            f"{folder}: model.json says format {version}, this version reads {FORMAT}; {remedy}"
-        )
-    try:
-        return TypeAdapter(ModelInfo).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg'].lower()}; export again") from None
 
 
 def hash_file(path: Path) -> FileHash:

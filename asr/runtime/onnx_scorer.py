@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from asr.context import WHOLE, Context
 from asr.decode.scorer import BLANK, Floats, Ints, Step, Window
 from asr.errors import AudioError
-from asr.runtime.bundle import Bundle, Field
+from asr.runtime.bundle import Bundle
 from asr.runtime.framing import Framer
+from asr.runtime.info import Field
 
 State = Mapping[str, NDArray[Any]]
 """Name of an input of the encoder -> its tensor, streams first."""

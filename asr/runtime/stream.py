@@ -23,8 +23,9 @@ import numpy as np
 from asr.context import Context
 from asr.decode.scorer import Floats
 from asr.errors import AudioError, BundleError, ConfigError
-from asr.runtime.bundle import Bundle, ModelInfo
+from asr.runtime.bundle import Bundle
 from asr.runtime.events import Event
+from asr.runtime.info import ModelInfo
 from asr.runtime.onnx_scorer import OnnxScorer, State
 from asr.runtime.utterance import StreamConfig, Utterance
 

@@ -1,13 +1,16 @@
 """How good the model is on utterances it does not learn from: loss and greedy word error rate."""
 
 import torch
+from torch import Tensor
 
 from asr.config import ExperimentConfig
 from asr.data.loader import Batch, Loader
 from asr.decode.config import SearchConfig
-from asr.decode.modes import decode
+from asr.decode.ctc import CtcGreedy
+from asr.decode.joint import search
+from asr.decode.prompt import with_prompt
 from asr.model.hybrid import HybridModel
-from asr.model.torch_scorer import TorchScorer
+from asr.model.torch_scorer import Memory, TorchScorer
 from asr.tokens import Tokenizer
 from asr.train import distributed
 from asr.train.step import num_targets
@@ -43,7 +46,7 @@ def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor
     x, x_lens = model.features(batch.samples, batch.sample_lens)
     ends = model.frames_behind(batch.token_ends_s)
     loss = model(x, x_lens, batch.tokens, batch.token_lens, token_ends=ends)
-    written = _written(model, batch, tokenizer)
+    written = _written(model, *model.encode(x, x_lens), tokenizer)
     errors = ErrorCount()
     for tokens, num_tokens, found in zip(batch.tokens, batch.token_lens.tolist(), written, strict=True):
         spoken = tokens[:num_tokens].tolist()
@@ -53,10 +56,16 @@ def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor
     return torch.tensor([*losses, num_targets(batch), errors.total, errors.ref], dtype=torch.float64)
 
 
-def _written(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _written(model: HybridModel, y: Tensor, y_lens: Tensor, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """The tokens of each utterance, by CTC or else by the decoder, the likeliest each time."""
-    scorer = TorchScorer(model, model.cmvn.mean.device, symbols=tokenizer.symbols)
-    pairs = zip(batch.samples.cpu().numpy(), batch.sample_lens.tolist(), strict=True)
-    mode = "ctc-greedy" if scorer.has_ctc else "attention"
-    found = decode(scorer, mode, [x[:length] for x, length in pairs], SearchConfig(beam=1))
-    return [nbest[0].tokens for nbest in found]
+    log_probs = model.ctc_log_probs(y).cpu().numpy()
+    frames = [x[:length] for x, length in zip(log_probs, y_lens.tolist(), strict=True)]
+    if model.ctc is None:
+        scorer = TorchScorer(model, y.device, symbols=tokenizer.symbols)
+        memory = Memory(*model.decoder.memory(y), y, y_lens)
+        config = with_prompt(scorer, SearchConfig(beam=1, ctc_weight=0.0))
+        return [nbest[0].tokens for nbest in search(scorer, frames, memory, config)]
+    greedy = [CtcGreedy() for _ in frames]
+    for one, x in zip(greedy, frames, strict=True):
+        one.advance(x)
+    return [one.best().tokens for one in greedy]

@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from asr.errors import AsrError, BundleError, TokensError
-from asr.runtime.bundle import FORMAT, GRAPHS, Bundle, Field, hash_file, read_info
+from asr.runtime.bundle import GRAPHS, Bundle, hash_file
+from asr.runtime.info import FORMAT, Field, read_info
 from asr.runtime.onnx_scorer import OnnxScorer
 
 

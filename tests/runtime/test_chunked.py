@@ -14,8 +14,8 @@ from asr.decode.scorer import Chunking
 from asr.model.chunked import ChunkedConfig, ChunkedDecoder
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle, Stream, StreamConfig
-from asr.runtime.bundle import read_info
 from asr.runtime.endpoint import EndpointConfig
+from asr.runtime.info import read_info
 from asr.runtime.onnx_scorer import OnnxScorer
 from export.bundle import Origin, describe
 
