@@ -16,6 +16,7 @@ from asr.model.conformer import Conformer, ConformerConfig
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.encoder import Encoder
 from asr.model.hybrid import HybridModel
+from asr.model.masks import ChunkConfig
 from asr.model.state import State
 
 NUM_BINS = 16
@@ -38,20 +39,30 @@ def _decoder_config(**changes: object) -> DecoderConfig:
     return DecoderConfig(**{"dim": 16, "num_layers": 2, "num_heads": 2, "ff_dim": 32} | changes)  # type: ignore[arg-type]
 
 
+SMALL = {"dim": 24, "num_layers": 2, "num_heads": 2, "ff_dim": 32}
+
 TINY: dict[str, dict[str, object]] = {
-    "conformer": {"kernel_size": 5, "subsampling_channels": 4},
-    "wenet-conformer": {"kernel_size": 4},
+    "conformer": {**SMALL, "kernel_size": 5, "subsampling_channels": 4},
+    "wenet-conformer": {**SMALL, "kernel_size": 4},
+    "fast-conformer": {**SMALL, "kernel_size": 5, "subsampling_channels": 4, "causal": True},
     "zipformer": {
-        "rates": [1, 2],
-        "num_layers": [1, 1],
-        "dims": [24, 32],
+        "dims": [12, 20, 16],
+        "unmasked_dims": [8, 10, 12],
+        "rates": [1, 2, 8],
+        "depths": [1, 2, 1],
+        "num_heads": [2, 1, 3],
+        "query_dims": [4, 6, 5],
+        "value_dims": [3, 4, 2],
+        "position_head_dims": [2, 2, 2],
+        "position_dim": 6,
+        "ff_dims": [16, 12, 16],
+        "kernel_sizes": [9, 5, 3],
         "causal": True,
     },
-    "fast-conformer": {"causal": True},
-    "firered": {},
-    "whisper": {},
+    "firered": {**SMALL, "chunk": ChunkConfig(dynamic=False)},
+    "whisper": {**SMALL, "chunk": ChunkConfig(dynamic=False)},
 }
-"""Of every encoder, what it is not given by all: small sizes, and that it can stream."""
+"""Small sizes of every encoder, so that it can stream if there is such a one."""
 
 
 @pytest.fixture(params=ENCODERS)
@@ -61,8 +72,7 @@ def any_encoder(request: pytest.FixtureRequest) -> Callable[..., Encoder]:
 
     def build(**changes: object) -> Encoder:
         config, kind = ENCODERS[request.param]
-        sizes = {"dim": 24, "num_layers": 2, "num_heads": 2, "ff_dim": 32}
-        encoder = kind(config(**sizes | TINY[request.param] | changes), NUM_BINS).eval()
+        encoder = kind(config(**TINY[request.param] | changes), NUM_BINS).eval()
         if not encoder.can_stream:
             pytest.skip(f"{request.param} cannot stream")
         with torch.no_grad():
