@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from asr.convert import wenet
+from asr.convert import icefall, wenet
 from asr.convert.converted import Converted
 from asr.convert.source import Source
 from asr.convert.tensors import read_checkpoint
@@ -27,6 +27,7 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
+    "icefall": Family(icefall.read, icefall.MARK, icefall.FILES),
     "wenet": Family(wenet.read, wenet.MARK, wenet.FILES),
 }
 

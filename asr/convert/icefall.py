@@ -1,15 +1,29 @@
 """Public icefall checkpoints: their tensors, under the names of HybridModel.
 
-What is mapped is the front, the Zipformer and its CTC head.
+A folder with pretrained.pt (or epoch-N.pt), tokens.txt, and bpe.model where there is one, at any depth. Sizes
+are inferred from shapes; what they do not say is read from the checkpoint, or from icefall.yaml.
+
+What is mapped is the front, the Zipformer, its CTC head and its attention decoder.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from asr.config import ExperimentConfig, TrainConfig
+from asr.convert.converted import Converted, Tokens, ctc_alone, fresh_model, parts_to_load
+from asr.convert.icefall_decoder import DECODER, PLACE, decoder_config
+from asr.convert.names import Names, Units, arrange_units, load
+from asr.convert.options import Options
+from asr.convert.source import Source
+from asr.convert.units import find_unit, maybe_unit, our_symbols, read_units, splitter
 from asr.errors import CheckpointError
+from asr.features import FbankConfig
+from asr.model.decoder import DecoderConfig
+from asr.model.masks import ChunkConfig
+from asr.model.zipformer import ZipformerConfig
 
 FRONT = {
     "convolutions.0.": "conv.0.",
@@ -52,8 +66,159 @@ HEADS = {
 STACK = re.compile(r"encoder\.stacks\.(\d+)\.(.*)")
 """What comes behind the number is of the stack, or of one of its layers."""
 
-OTHERS = re.compile(r"^(decoder|joiner|simple_am_proj|simple_lm_proj|attention_decoder)\.")
-"""Heads of other kinds that a checkpoint may have."""
+TRANSDUCER = r"^(decoder|joiner|simple_am_proj|simple_lm_proj)\."
+"""Heads of another kind, which most checkpoints have besides."""
+
+FILES = ("*pretrained.pt", "epoch-*.pt", "*.safetensors", "*tokens.txt", "*bpe.model", "*icefall.yaml")
+"""What is fetched from a hub."""
+
+MARK = r"^encoder_embed\.convnext\."
+"""A tensor that no other family has."""
+
+
+KERNEL = "conv_module1.depthwise_conv."
+
+ASK_FOR_OPTIONS = (
+    "write feature_dim, num_heads, query_head_dim, pos_head_dim, value_head_dim, attention_decoder_num_heads "
+    "into icefall.yaml beside it, where they are not icefall's defaults"
+)
+
+
+def read(source: Source) -> Converted:
+    """An icefall checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    file = source.weights_file("pretrained.pt", "epoch-*.pt", "*.safetensors")
+    tensors = source.tensors(file, "model")
+    weights = tensors.weights
+    if not any(name.startswith(HEADS["ctc."]) for name in weights):
+        raise CheckpointError(f"{file}: no CTC head; a transducer alone cannot be represented")
+    options = _options(source, tensors.others, str(file))
+    has_decoder = any(name.startswith(PLACE) for name in weights)
+    parts: dict[str, Any] = {"decoder": _decoder(weights, options)} if has_decoder else ctc_alone()
+    encoder, num_bins = encoder_config(weights, options), _num_bins(weights, options)
+    config = ExperimentConfig(
+        features=FbankConfig(num_bins=num_bins), encoder=encoder, train=TrainConfig(cmvn=False), **parts
+    )
+    units, tokens = _units(source, len(weights[f"{HEADS['ctc.']}weight"]))
+    model = fresh_model(config, len(tokens.symbols))
+    loaded = parts_to_load(model)
+    load(loaded, weights, all_names(list(loaded.state_dict())), str(file), units)
+    left = [f"{name} {tuple(x.shape)}" for name, x in weights.items() if re.match(TRANSDUCER, name)]
+    notes = [*tensors.notes] + [f"the transducer is left out: {', '.join(left)}"] * bool(left)
+    return Converted(config, tokens, model, tuple(notes))
+
+
+def _options(source: Source, others: Mapping[str, Any], where: str) -> Options:
+    """What shapes do not say: of the training, kept in its checkpoints, or in a file."""
+    if file := source.maybe("icefall.yaml"):
+        return Options(source.yaml(file), str(file))
+    return Options(others, where)
+
+
+def encoder_config(weights: Mapping[str, Tensor], options: Options) -> ZipformerConfig:
+    """Sizes that shapes say, and options of icefall's names for the others; published models have its
+    defaults. Raises CheckpointError where the two disagree."""
+    found = [_stack_sizes(weights, i) for i in range(_count(weights, r"^encoder\.encoders\.(\d+)\."))]
+    if not found or min(x["depths"] for x in found) < 1:
+        raise CheckpointError(f"{options.where}: no stacks of layers numbered from 0")
+    sizes = {name: [x[name] for x in found] for name in found[0]}
+    size = len(found)
+    queries, values, positions = (
+        options.counts(name, size, default)
+        for name, default in (("query_head_dim", 32), ("value_head_dim", 12), ("pos_head_dim", 4))
+    )
+    heads = [rows // dim for rows, dim in zip(sizes.pop("positions"), positions, strict=True)]
+    heads = options.counts("num_heads", size) if "num_heads" in options.values else heads
+    rows = zip(sizes.pop("projected"), sizes.pop("valued"), heads, queries, positions, values, strict=True)
+    if any((h * (2 * q + p), h * v) != (both, valued) for both, valued, h, q, p, v in rows):
+        raise CheckpointError(
+            f"{options.where}: {heads} heads of {queries}, {positions} and {values} channels do not fit; "
+            f"{ASK_FOR_OPTIONS}"
+        )
+    causal = any(".chunkwise_conv." in name for name in weights)
+    return ZipformerConfig(
+        **sizes,
+        unmasked_dims=options.counts("encoder_unmasked_dim", size, min(sizes["dims"])),
+        num_heads=heads,
+        query_dims=queries,
+        value_dims=values,
+        position_head_dims=positions,
+        position_dim=weights["encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight"].shape[1],
+        causal=causal,
+        chunk=ChunkConfig(dynamic=causal, max_chunk=32),
+    )
+
+
+def _stack_sizes(weights: Mapping[str, Tensor], number: int) -> dict[str, int]:
+    place = f"encoder.encoders.{number}."
+    downsample = weights.get(f"{place}downsample.bias")
+    layers = f"{place}layers." if downsample is None else f"{place}encoder.layers."
+    depth = _count(weights, rf"^{re.escape(layers)}(\d+)\.")
+
+    def shape(name: str, otherwise: str = "") -> list[int]:
+        found = weights.get(f"{layers}0.{name}", weights.get(f"{layers}0.{otherwise}"))
+        if found is None or not found.dim():
+            raise CheckpointError(f"{layers}0.{name} is missing; damaged, or of another Zipformer")
+        return list(found.shape)
+
+    return {
+        "dims": shape("norm.bias")[0],
+        "rates": 1 if downsample is None else len(downsample),
+        "depths": depth,
+        "ff_dims": shape("feed_forward2.in_proj.weight")[0],
+        "kernel_sizes": shape(f"{KERNEL}weight", f"{KERNEL}chunkwise_conv.weight")[-1],
+        "projected": shape("self_attn_weights.in_proj.weight")[0],
+        "positions": shape("self_attn_weights.linear_pos.weight")[0],
+        "valued": shape("self_attn1.in_proj.weight")[0],
+    }
+
+
+def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
+    """How many numbers there are in names, if they are 0, 1, 2, ...; else 0."""
+    numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    return len(numbers) if numbers == set(range(len(numbers))) else 0
+
+
+def _num_bins(weights: Mapping[str, Tensor], options: Options) -> int:
+    """F, which must fit the channels behind the front: ((F - 1) // 2 - 1) // 2 of each of its maps."""
+    num_bins = options.count("feature_dim", 80)
+    out, maps = weights.get("encoder_embed.out.weight"), weights.get("encoder_embed.conv.7.bias")
+    if out is None or maps is None or out.dim() != 2:
+        raise CheckpointError(f"{options.where}: no front of a Zipformer of 2023 or later")
+    if out.shape[1] != len(maps) * (((num_bins - 1) // 2 - 1) // 2):
+        raise CheckpointError(f"{options.where}: its front is not of {num_bins} bins; {ASK_FOR_OPTIONS}")
+    return num_bins
+
+
+def _decoder(weights: Mapping[str, Tensor], options: Options) -> DecoderConfig:
+    width = len(weights[f"{PLACE}layers.0.self_attn.linear_q.bias"])
+    return decoder_config(
+        {
+            "decoder_dim": weights[f"{PLACE}embed.weight"].shape[1],
+            "attention_dim": width,
+            "num_decoder_layers": _count(weights, rf"^{re.escape(PLACE)}layers\.(\d+)\."),
+            "num_heads": options.count("attention_decoder_num_heads", 8),
+            "feedforward_dim": len(weights[f"{PLACE}layers.0.feed_forward.0.bias"]),
+        }
+    )
+
+
+def _units(source: Source, count: int) -> tuple[Units, Tokens]:
+    """tokens.txt without the symbols that only graphs need, in our order, and what cuts text into them."""
+    file = source.file("tokens.txt")
+    theirs = read_units(source.text(file), str(file))
+    theirs = [x for i, x in enumerate(theirs) if i < count or not re.fullmatch(r"#\d+", x)]
+    if len(theirs) != count:
+        raise CheckpointError(f"{file}: {len(theirs)} units, the checkpoint has {count}; not its own")
+    end = maybe_unit(theirs, "<sos/eos>", "<eos>")
+    blank = find_unit(theirs, str(file), "<blk>", "<blank>", "<eps>")
+    units = arrange_units(count, end, end, blank, maybe_unit(theirs, "<unk>", "<UNK>"))
+    symbols = our_symbols(theirs, units, str(file))
+    return units, Tokens(symbols, splitter(source, symbols, "bpe.model"))
+
+
+def all_names(ours: Sequence[str]) -> Names:
+    """How they call all that is ours; the transducer needs no place."""
+    return Names(icefall_names(ours) | DECODER.heads, DECODER.layers, TRANSDUCER)
 
 
 def icefall_names(ours: Sequence[str]) -> dict[str, str]:
@@ -79,42 +244,3 @@ def _name(name: str, slow: set[str]) -> str:
 def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
     """name with the first prefix that it has replaced; empty where it has none."""
     return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), "")
-
-
-def load_icefall(
-    model: nn.Module, weights: Mapping[str, Tensor], where: str, order: Sequence[int] | None = None
-) -> None:
-    """Load encoder and CTC head of an icefall state dict into a HybridModel, or a part of one.
-
-    where: the file, for errors. order: our unit i is their unit order[i]; None for the same order. Raises
-    CheckpointError where tensors are missing, unused, or of another shape, with the names of all of them.
-    """
-    wanted = model.state_dict()
-    names = icefall_names(list(wanted))
-    problems = [f"{x} is unused" for x in _unused(weights, names.values())]
-    found = {}
-    for name, theirs in names.items():
-        expected = tuple(wanted[name].shape)
-        if theirs not in weights:
-            problems.append(f"{theirs} is missing for {name} {expected}")
-            continue
-        value = weights[theirs]
-        if _sizes(value) != _sizes(wanted[name]):
-            problems.append(f"{theirs} {tuple(value.shape)} does not fit {name} {expected}")
-            continue
-        if order is not None and name.startswith("ctc."):
-            value = value[torch.tensor(order, device=value.device)]
-        found[name] = value.reshape(expected)
-    if problems:
-        raise CheckpointError(f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
-    model.load_state_dict(found, strict=False)
-
-
-def _unused(theirs: Iterable[str], used: Iterable[str]) -> list[str]:
-    known = set(used)
-    return [x for x in theirs if x not in known and not OTHERS.match(x)]
-
-
-def _sizes(x: Tensor) -> list[int]:
-    """The shape without dimensions of one, which kernels of one frame have or have not."""
-    return [n for n in x.shape if n > 1]

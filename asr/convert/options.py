@@ -38,6 +38,19 @@ class Options:
             raise self._wrong(name, value, "a whole number")
         return value
 
+    def counts(self, name: str, size: int, default: int | None = None) -> list[int]:
+        """So many whole numbers: a list, or as icefall writes them, `4,4,8`; one stands for all.
+
+        None as default: they must be there.
+        """
+        value = self._get(name, default)
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+        found = [int(x) if isinstance(x, str) and x.strip().isdigit() else x for x in parts]
+        found = found * size if len(found) == 1 else found
+        if len(found) != size or not all(type(x) is int and 0 < x <= LARGEST for x in found):
+            raise self._wrong(name, value, f"{size} whole numbers")
+        return found
+
     def number(self, name: str, default: float) -> float:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -94,6 +94,9 @@ class Tensors(NamedTuple):
     notes: tuple[str, ...]
     """What was changed or left out."""
 
+    others: Mapping[str, Any]
+    """What stood beside it in the file."""
+
 
 def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
     """The state dict in what `read_checkpoint` found: below the first key that is there, or all of it.
@@ -101,10 +104,11 @@ def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
     Raises CheckpointError where something in it is no tensor, or a tensor that a model cannot have.
     """
     notes: list[str] = []
+    others: dict[str, Any] = {}
     key = next((k for k in keys if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
     if key is not None:
-        if others := sorted(str(name) for name in found if name != key):
-            notes.append(f"not carried over: {', '.join(others)}")
+        others = {str(name): value for name, value in found.items() if name != key}
+        notes += [f"not carried over: {', '.join(sorted(others))}"] * bool(others)
         found = found[key]
     if not isinstance(found, Mapping) or not found:
         kind = type(found).__name__ if not isinstance(found, Mapping) else "nothing"
@@ -121,7 +125,7 @@ def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
         name.removeprefix(prefix): x.detach().float() if x.is_floating_point() else x.detach()
         for name, x in found.items()
     }
-    return Tensors(weights, tuple(notes))
+    return Tensors(weights, tuple(notes), others)
 
 
 def _problems(found: Mapping[Any, Any]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from asr.convert.names import MADE_UP, Units
+from asr.convert.source import Source
 from asr.errors import CheckpointError
 from asr.pieces import makes_units, open_pieces
 from asr.tokens import SPACE, SPECIAL
@@ -29,10 +30,14 @@ def read_units(text: str, where: str) -> list[str]:
 
 def find_unit(theirs: Sequence[str], where: str, *names: str) -> int:
     """The id of the first of some names that is a unit; CheckpointError where none is."""
-    for name in names:
-        if name in theirs:
-            return theirs.index(name)
-    raise CheckpointError(f"{where}: no unit {' or '.join(names)} among {len(theirs)}")
+    if (found := maybe_unit(theirs, *names)) == MADE_UP:
+        raise CheckpointError(f"{where}: no unit {' or '.join(names)} among {len(theirs)}")
+    return found
+
+
+def maybe_unit(theirs: Sequence[str], *names: str) -> int:
+    """The id of the first of some names that is a unit, or MADE_UP."""
+    return next((theirs.index(name) for name in names if name in theirs), MADE_UP)
 
 
 def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
@@ -44,10 +49,14 @@ def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
     return symbols
 
 
-def splits_into(model: bytes, symbols: Sequence[str], where: str) -> bool:
-    """Whether a SentencePiece model cuts text into these units; TokensError where it is no such model."""
-    _, pieces = open_pieces(model, where)
-    return makes_units(pieces, symbols[len(SPECIAL) :])
+def splitter(source: Source, symbols: Sequence[str], *names: str) -> bytes | None:
+    """The SentencePiece model of a source that cuts text into these units; None where there is none, or it
+    makes others, so that units can be decoded and not encoded."""
+    if not (file := source.maybe(*names)):
+        return None
+    model = source.data(file)
+    _, pieces = open_pieces(model, str(file))
+    return model if makes_units(pieces, symbols[len(SPECIAL) :]) else None
 
 
 def _problems(symbols: Sequence[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from asr.convert.kaldi import read_cmvn
 from asr.convert.names import Layers, Names, arrange_units, load
 from asr.convert.options import Options
 from asr.convert.source import Source
-from asr.convert.units import find_unit, our_symbols, read_units, splits_into
+from asr.convert.units import find_unit, our_symbols, read_units, splitter
 from asr.errors import CheckpointError
 from asr.features import FbankConfig
 from asr.losses import LossConfig
@@ -128,12 +128,7 @@ def read(source: Source) -> Converted:
     load(model, weights, wenet_names(weights), str(file), units)
     tables = sum(name.endswith(".pe") for name in weights)
     notes += [f"{tables} tables of sinusoids are computed here"] * bool(tables)
-    pieces = source.maybe("*.model")
-    splitter = source.data(pieces) if pieces else None
-    if pieces and splitter and not splits_into(splitter, symbols, str(pieces)):
-        splitter = None
-        notes.append(f"{pieces.name} does not make all of the units: they can be decoded, and not encoded")
-    return Converted(config, Tokens(symbols, splitter), model, tuple(notes))
+    return Converted(config, Tokens(symbols, splitter(source, symbols, "*.model")), model, tuple(notes))
 
 
 def read_config(options: Options) -> ExperimentConfig:

@@ -75,10 +75,15 @@ def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return run
 
 
-def symbols_for(count: int, special: dict[int, str]) -> list[str]:
+def _symbols(count: int, special: dict[int, str]) -> list[str]:
     """`count` different units, those in `special` by their names."""
     letters = iter("▁abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x4E00, 0x4E00 + count))))
     return [special[i] if i in special else next(letters) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def symbols_for() -> Callable[[int, dict[int, str]], list[str]]:
+    return _symbols
 
 
 def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor
     folder.mkdir(parents=True)
     (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
     names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
-    symbols = symbols_for(options["vocab_size"], names)
+    symbols = _symbols(options["vocab_size"], names)
     lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
     (folder / "units.txt").write_text(lines, encoding="utf-8")
     torch.save(weights, folder / "final.pt")

@@ -1,0 +1,130 @@
+"""A folder as icefall publishes it becomes an experiment that computes what the reference does."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import tensor
+
+from asr.convert.origin import read_origin
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode, modes_for
+from asr.model.torch_scorer import TorchScorer
+from asr.train.checkpoint import load_model
+
+SETS = ["icefall_zipformer2", "icefall_zipformer2_causal"]
+SIZES = ("num_heads", "query_head_dim", "pos_head_dim", "value_head_dim")
+DECODER = "attention_decoder."
+
+
+@pytest.fixture(params=SETS)
+def reference(golden_set, request):
+    return golden_set(request.param)
+
+
+def options_of(config: dict) -> dict:
+    """Those of icefall's training, as its checkpoints keep them."""
+    found = {name: ",".join(map(str, config[name])) for name in SIZES}
+    heads = config["attention_decoder"]["num_heads"]
+    return found | {"feature_dim": config["feature_dim"], "attention_decoder_num_heads": heads}
+
+
+@pytest.fixture
+def source(reference, symbols_for, tmp_path: Path) -> Path:
+    """exp/pretrained.pt and data/lang_bpe/tokens.txt, as in its repositories."""
+    folder = tmp_path / "source"
+    (folder / "exp").mkdir(parents=True)
+    (folder / "data" / "lang_bpe").mkdir(parents=True)
+    saved = {"model": reference.weights, "optimizer": None, **options_of(reference.config)}
+    torch.save(saved, folder / "exp" / "pretrained.pt")
+    count = reference.config["vocab_size"]
+    symbols = [*symbols_for(count, {0: "<blk>", 1: "<sos/eos>", 2: "<unk>"}), "#0", "#1"]
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
+    (folder / "data" / "lang_bpe" / "tokens.txt").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_it_computes_the_same(asr, reference, source, tmp_path):
+    status, out, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    assert "the transducer is left out: " in out
+    assert f"joiner.output_linear.bias ({reference.config['vocab_size']},)" in out
+    model, tokenizer, config = load_model(tmp_path / "exp")
+    assert len(tokenizer.symbols) == reference.config["vocab_size"]
+    assert config.encoder.num_heads == reference.config["num_heads"]
+    with torch.no_grad():
+        for i, n in enumerate(reference["x_lens"].tolist()):
+            y, _ = model.encode(reference["x"][i : i + 1, :n], tensor([n]))
+            close(y, reference[f"full.alone{i}.encoder_out"])
+        close(model.ctc_log_probs(reference["full.encoder_out"]), reference["full.ctc_log_probs"])
+        y, lens = reference["full.encoder_out"], reference["full.encoder_out_lens"]
+        found = model.decoder(reference["att.ys_in"], *model.decoder.memory(y), lens).logits.log_softmax(-1)
+        for row, expected, n in zip(
+            found, reference["att.log_probs"], reference["att.ys_in_lens"].tolist(), strict=True
+        ):
+            close(row[:n], expected[:n])
+    samples = 0.1 * np.random.default_rng(1).standard_normal(20000).astype(np.float32)
+    for mode in ("ctc-greedy", "joint", "rescore"):
+        assert decode(TorchScorer(model, "cpu"), mode, [samples], SearchConfig())[0]
+
+
+def test_without_its_decoder_it_is_a_model_of_ctc_alone(asr, reference, source, tmp_path):
+    weights = {name: x for name, x in reference.weights.items() if not name.startswith(DECODER)}
+    torch.save({"model": weights, **options_of(reference.config)}, source / "exp" / "pretrained.pt")
+    assert asr("convert", "icefall", source, "-o", tmp_path / "exp")[0] == 0
+    model, _, config = load_model(tmp_path / "exp")
+    assert config.decoder.type == "none"
+    assert modes_for("none") == ["ctc-greedy", "ctc-prefix"]
+    with torch.no_grad():
+        close(model.ctc_log_probs(reference["full.encoder_out"]), reference["full.ctc_log_probs"])
+    samples = 0.1 * np.random.default_rng(1).standard_normal(20000).astype(np.float32)
+    assert decode(TorchScorer(model, "cpu"), "ctc-prefix", [samples], SearchConfig())[0]
+
+
+def test_what_shapes_do_not_say_may_stand_in_a_file(asr, reference, source, tmp_path):
+    torch.save({"model": reference.weights}, source / "exp" / "pretrained.pt")
+    status, _, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert "do not fit; write feature_dim, num_heads" in err
+    (source / "icefall.yaml").write_text(yaml.safe_dump(options_of(reference.config)))
+    assert asr("convert", "icefall", source, "-o", tmp_path / "exp")[0] == 0
+    origin = read_origin(tmp_path / "exp")
+    assert origin
+    assert set(origin.files) == {"exp/pretrained.pt", "icefall.yaml", "data/lang_bpe/tokens.txt"}
+
+
+def without(prefix: str):
+    return lambda weights: {name: x for name, x in weights.items() if not name.startswith(prefix)}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (without("ctc_output."), "no CTC head; a transducer alone cannot be represented"),
+        (without("encoder_embed."), "no front of a Zipformer of 2023"),
+        (without("encoder.encoders.0."), "no stacks of layers numbered from 0"),
+        (without("encoder.encoders.1.encoder.layers.0.norm."), "layers.0.norm.bias is missing"),
+        (without("encoder.downsample_output"), "encoder.downsample_output.bias is missing for"),
+        (lambda w: w | {"encoder.new": torch.zeros(2, 3)}, "encoder.new (2, 3) is unused"),
+        (lambda w: w | {"ctc_output.1.weight": torch.zeros(7, 3)}, " units, the checkpoint has 7"),
+    ],
+)
+def test_what_does_not_fit_is_told(asr, reference, source, tmp_path, change, expected):
+    saved = {"model": change(reference.weights), **options_of(reference.config)}
+    torch.save(saved, source / "exp" / "pretrained.pt")
+    status, _, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert expected in err
+    assert not (tmp_path / "exp").exists()
+
+
+def test_another_family_is_named(asr, source, tmp_path):
+    status, _, err = asr("convert", "wenet", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert "it looks like icefall: asr convert icefall" in err
