@@ -12,6 +12,8 @@ from torch import Tensor, nn, tensor
 
 from asr.convert import firered, icefall_decoder, nemo_decoder, whisper_decoder
 from asr.convert.names import Names, Units, arrange_units, load
+from asr.losses import label_smoothed_cross_entropy
+from asr.model.attention import sinusoids
 from asr.model.decoder import DecoderConfig, TransformerDecoder
 from asr.model.masks import valid_mask
 
@@ -247,3 +249,41 @@ def test_published_icefall_models_have_our_tensors(full_size):
                 max(options["encoder_dim"]),
             )
         assert parameters(decoder) == sum(x.numel() for x in theirs.values())
+
+
+def test_losses_of_icefall(golden_set):
+    golden, forced = golden_set("icefall_zipformer2"), of_icefall(golden_set)
+    with torch.no_grad():
+        log_probs = forced.log_probs(forced.y, forced.y_lens, forced.tokens)
+    targets, lens = golden["att.ys_out"].clamp(min=0), forced.token_lens
+    found = -log_probs.gather(2, targets[..., None])[..., 0]
+    valid = valid_mask(lens, targets.shape[1])
+    close(found[valid], golden["att.nll"][valid])
+    smoothing = golden.config["attention_decoder"]["label_smoothing"]
+    loss = label_smoothed_cross_entropy(log_probs, targets, lens, smoothing).sum()
+    torch.testing.assert_close(loss, golden["att.loss_label_smoothed_sum"], rtol=1e-4, atol=0)
+
+
+def test_what_nemo_hears_of_its_own_tokens(golden_set):
+    golden, forced = golden_set("nemo_canary_aed"), of_nemo(golden_set)
+    dim = forced.decoder.config.dim
+    rows = golden["dec.position_table_first_rows"]
+    close(sinusoids(torch.arange(len(rows))[None], dim)[0] / dim**0.5, rows)
+    seen: dict[str, Tensor] = {}
+    modules = {"embedding_out": forced.decoder.embedding_norm, "hidden": forced.decoder.norm}
+    modules |= {f"layer{i}.out": layer for i, layer in enumerate(forced.decoder.layers)}
+
+    def keep(name):
+        def hook(_, args, output):
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    with torch.no_grad():
+        forced.log_probs(forced.y, forced.y_lens, forced.tokens)
+    valid = valid_mask(forced.token_lens, forced.tokens.shape[1])
+    for name in modules:
+        close(seen[name][valid], golden[f"dec.{name}"][valid])
+    for hook in hooks:
+        hook.remove()
