@@ -217,8 +217,10 @@ def _units(source: Source, count: int) -> tuple[Units, Tokens]:
 
 
 def all_names(ours: Sequence[str]) -> Names:
-    """How they call all that is ours; the transducer needs no place."""
-    return Names(icefall_names(ours) | DECODER.heads, DECODER.layers, TRANSDUCER)
+    """How they call all that is ours; the transducer needs no place, nor a decoder where ours has none."""
+    has_decoder = any(name.startswith("decoder.") for name in ours)
+    others = TRANSDUCER if has_decoder else rf"{TRANSDUCER}|^{re.escape(PLACE)}"
+    return Names(icefall_names(ours) | DECODER.heads, DECODER.layers, others)
 
 
 def icefall_names(ours: Sequence[str]) -> dict[str, str]:
