@@ -31,7 +31,6 @@ LANGUAGES = tuple(
 """In the order of their units; models before large-v3 lack the last one."""
 
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
-TIMES = tuple(f"{i / 50:.2f}" for i in range(1501))
 
 NO_SPEECH = tuple(
     re.findall(
@@ -46,14 +45,14 @@ MUSIC = tuple("♩♪♫♬♭♮♯")
 """Their first pieces are of no letters that are spoken."""
 
 
-def whisper_symbols(ranks: Sequence[bytes], num_languages: int) -> list[str]:
-    """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), and so many languages.
+def whisper_symbols(ranks: Sequence[bytes], num_languages: int, num_times: int = 1501) -> list[str]:
+    """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), so many languages, times.
 
-    TokensError where there are not so many.
+    TokensError where there are not so many languages.
     """
     if not 0 < num_languages <= len(LANGUAGES):
         raise TokensError(f"{num_languages} languages, expected 1 to {len(LANGUAGES)}, as those of Whisper")
-    marks = ("startoftranscript", *LANGUAGES[:num_languages], *TASKS, *TIMES)
+    marks = ("startoftranscript", *LANGUAGES[:num_languages], *TASKS, *(f"{i / 50:.2f}" for i in range(num_times)))
     return [*SPECIAL, *map(symbol_of, ranks), *(f"<|{x}|>" for x in marks)]
 
 

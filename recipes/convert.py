@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    family: Annotated[str, typer.Argument(help="icefall, wenet")],
+    family: Annotated[str, typer.Argument(help="icefall, wenet, whisper or firered")],
     source: Annotated[str, typer.Argument(help="folder, file or archive; or OWNER/NAME of the hub")],
     out: Annotated[Path, typer.Option("--out", "-o", help="experiment to write, a new folder")],
     licence: Annotated[str, typer.Option(help="of the weights, where the source does not state it")] = "",

@@ -39,12 +39,17 @@ def ctc_alone() -> dict[str, Any]:
     return {"decoder": AbsentConfig(), "loss": LossConfig(ctc=1.0, attention=0.0)}
 
 
+def decoder_alone() -> dict[str, Any]:
+    """The parts of a configuration that a model without a CTC head has."""
+    return {"loss": LossConfig(ctc=None, attention=1.0)}
+
+
 def parts_to_load(model: HybridModel, *others: str) -> nn.ModuleDict:
     """Encoder, CTC head and decoder of a model, and others by name, for `asr.convert.names.load`.
 
     In the place of no decoder there are zeros.
     """
-    names = ["encoder", "ctc", *others]
+    names = ["encoder", *others, *(["ctc"] if model.ctc is not None else [])]
     if model.decoder.config.type == "none":
         with torch.no_grad():
             for x in model.decoder.parameters():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from asr.convert import icefall, wenet
+from asr.convert import firered, icefall, wenet, whisper
 from asr.convert.converted import Converted
 from asr.convert.source import Source
 from asr.convert.tensors import read_checkpoint
@@ -29,6 +29,8 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "icefall": Family(icefall.read, icefall.MARK, icefall.FILES),
     "wenet": Family(wenet.read, wenet.MARK, wenet.FILES),
+    "whisper": Family(whisper.read, whisper.MARK, whisper.FILES),
+    "firered": Family(firered.read, firered.MARK, firered.FILES),
 }
 
 

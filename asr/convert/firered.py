@@ -1,5 +1,7 @@
 """Checkpoints of FireRedASR-AED (arXiv:2501.14350): the encoder and the decoder.
 
+A folder with model.pth.tar, cmvn.ark, dict.txt, and the SentencePiece model where there is one.
+
 Keys of the decoder have no bias, and its output, which is the embedding, has none either: ours are zeros.
 There is no CTC head.
 """
@@ -7,14 +9,41 @@ There is no CTC head.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from asr.convert.names import Layers, Names, Units, add_biases, arrange_units
+from asr.config import ExperimentConfig, TrainConfig
+from asr.convert.converted import Converted, Tokens, decoder_alone, fresh_model, parts_to_load
+from asr.convert.kaldi import read_cmvn
+from asr.convert.names import Layers, Names, Units, add_biases, arrange_units, count_layers, load
+from asr.convert.options import Options
+from asr.convert.source import Source
+from asr.convert.units import our_symbols, read_units, splitter
+from asr.errors import CheckpointError
+from asr.features import FbankConfig
 from asr.model.decoder import DecoderConfig
 from asr.model.firered import FireRedConfig
 
 BLANK, UNK = 0, 1
 """Their ids of the two."""
+
+FILES = ("model.pth.tar", "cmvn.ark", "dict.txt", "*.model")
+"""What is fetched from a hub."""
+
+MARK = r"^encoder\.layer_stack\.\d+\.mhsa\."
+"""A tensor that no other family has."""
+
+SIZES = (
+    "idim",
+    "odim",
+    "d_model",
+    "n_head",
+    "n_layers_enc",
+    "n_layers_dec",
+    "kernel_size",
+    "sos_id",
+    "eos_id",
+)
 
 ENCODER_LAYER = {
     "feed_forward_1.": ("ffn1.net.",),
@@ -63,6 +92,60 @@ NAMES = Names(
     },
     computed=r"\.positional_encoding\.pe$",
 )
+
+
+def read(source: Source) -> Converted:
+    """A FireRedASR-AED checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    file = source.weights_file("model.pth.tar", "*.pth.tar", "*.pt")
+    found = source.tensors(file, "model_state_dict")
+    args = read_args(found.others.get("args"), str(file))
+    check_layers(found.weights, args, str(file))
+    dictionary = source.file("dict.txt", "tokens.txt", "units.txt")
+    theirs = read_units(source.text(dictionary), str(dictionary))
+    if len(theirs) != args["odim"]:
+        raise CheckpointError(
+            f"{dictionary}: {len(theirs)} units, the checkpoint has {args['odim']}; not its own"
+        )
+    config = ExperimentConfig(
+        features=FbankConfig(num_bins=args["idim"], high_freq_hz=0.0, snip_edges=True, scale=32768.0),
+        encoder=encoder_config(args),
+        decoder=decoder_config(args),
+        train=TrainConfig(cmvn=False),
+        **decoder_alone(),
+    )
+    order = units(args)
+    symbols = our_symbols(theirs, order, str(dictionary))
+    model = fresh_model(config, len(symbols))
+    load(parts_to_load(model), tensors(found.weights), NAMES, str(file), order)
+    statistics = source.file("cmvn.ark", "cmvn.txt")
+    mean, istd = read_cmvn(source.data(statistics), args["idim"], str(statistics))
+    model.cmvn.mean.copy_(mean)
+    model.cmvn.istd.copy_(istd)
+    tokens = Tokens(symbols, splitter(source, symbols, "*.model"))
+    return Converted(config, tokens, model, found.notes)
+
+
+def read_args(found: Any, where: str) -> dict[str, Any]:
+    """The options of a checkpoint, each of them a number; CheckpointError where one is missing or odd."""
+    values = found if isinstance(found, Mapping) else getattr(found, "__dict__", None)
+    if not values or not set(SIZES) <= set(values):
+        raise CheckpointError(f"{where}: no args with {', '.join(SIZES)} in it; not of FireRedASR-AED")
+    options = Options(values, where, "args.")
+    args: dict[str, Any] = {name: options.count(name, 0) for name in SIZES}
+    if min(args.values()) < 1 or not max(args["sos_id"], args["eos_id"]) < args["odim"]:
+        raise CheckpointError(f"{where}: args {args}, expected positive numbers, and ids below odim")
+    return args | {"residual_dropout": options.number("residual_dropout", 0.1)}
+
+
+def check_layers(weights: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> None:
+    """Before a model is built that may be larger than any file: layers, and channels."""
+    for part, name in (("encoder", "n_layers_enc"), ("decoder", "n_layers_dec")):
+        count = count_layers(weights, f"{part}.layer_stack.")
+        if count != args[name]:
+            raise CheckpointError(f"{where}: {count} layers of the {part}, args.{name} is {args[name]}")
+    norm = weights.get("decoder.layer_norm_out.weight", torch.zeros(0))
+    if len(norm) != args["d_model"]:
+        raise CheckpointError(f"{where}: {len(norm)} channels, args.d_model is {args['d_model']}")
 
 
 def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

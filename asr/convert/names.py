@@ -129,6 +129,11 @@ def load(
     model.load_state_dict(found)
 
 
+def count_layers(weights: Mapping[str, Tensor], place: str) -> int:
+    """How many numbers follow `place` in names."""
+    return len({name.removeprefix(place).split(".")[0] for name in weights if name.startswith(place)})
+
+
 def add_biases(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor]:
     """The tensors, and a bias of zeros for each matrix whose name matches, up to ".weight", and has none."""
     matching = re.compile(rf"{pattern}\.weight$")

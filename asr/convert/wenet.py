@@ -16,7 +16,7 @@ from torch import Tensor
 from asr.config import ExperimentConfig, TrainConfig
 from asr.convert.converted import Converted, Tokens, fresh_model
 from asr.convert.kaldi import read_cmvn
-from asr.convert.names import Layers, Names, arrange_units, load
+from asr.convert.names import Layers, Names, arrange_units, count_layers, load
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.units import find_unit, our_symbols, read_units, splitter
@@ -236,9 +236,9 @@ def _check_sizes(
     config: ExperimentConfig, weights: Mapping[str, Tensor], num_units: int, file: str, units_file: str
 ) -> None:
     """What would be told tensor by tensor otherwise, or build a model larger than any file."""
-    layers = {name.split(".")[2] for name in weights if name.startswith("encoder.encoders.")}
-    if len(layers) != config.encoder.num_layers:
-        raise CheckpointError(f"{file}: {len(layers)} layers of the encoder, train.yaml says otherwise")
+    layers = count_layers(weights, "encoder.encoders.")
+    if layers != config.encoder.num_layers:
+        raise CheckpointError(f"{file}: {layers} layers of the encoder, train.yaml says otherwise")
     rows = len(weights.get("ctc.ctc_lo.weight", ()))
     if rows and rows != num_units:
         raise CheckpointError(f"{units_file}: {num_units} units, the checkpoint has {rows}; not its own")

@@ -1,16 +1,38 @@
-"""Public Whisper checkpoints: a dict of `dims` and `model_state_dict` (arXiv:2212.04356)."""
+"""Public Whisper checkpoints: a dict of `dims` and `model_state_dict` (arXiv:2212.04356).
+
+A folder with such a file, as small.pt, and with the ranks of its units: multilingual.tiktoken, or
+gpt2.tiktoken for the models of English alone, as small.en.pt.
+"""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from asr.convert.names import MADE_UP, Layers, Names, Units, add_biases
-from asr.convert.whisper_decoder import DECODER, decoder_tensors
+from asr.byte_tokens import read_ranks
+from asr.config import ExperimentConfig, TrainConfig
+from asr.convert.converted import Converted, Tokens, decoder_alone, fresh_model, parts_to_load
+from asr.convert.names import MADE_UP, Layers, Names, Units, add_biases, count_layers, load
+from asr.convert.options import Options
+from asr.convert.source import Source
+from asr.convert.whisper_decoder import DECODER, decoder_config, decoder_tensors
 from asr.errors import CheckpointError
 from asr.features import FbankConfig
 from asr.model.whisper import WhisperConfig, sinusoid_table
+from asr.whisper_tokens import LANGUAGES, whisper_symbols
+
+FILES = ("*.pt", "*.tiktoken")
+"""What is fetched from a hub."""
+
+MARK = r"^encoder\.blocks\.\d+\.attn\.query\."
+"""A tensor that no other family has."""
+
+DIMS = (
+    *("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer"),
+    *("n_vocab", "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer"),
+)
 
 POSITIONS = "encoder.positional_embedding"
 
@@ -47,6 +69,67 @@ NUM_MARKS = 8
 
 ENGLISH_ONLY = 51864
 """Units of the models of English alone, which have one piece less than the others."""
+
+
+def read(source: Source) -> Converted:
+    """A Whisper checkpoint as ours. Raises CheckpointError or TokensError for what ours cannot be."""
+    file = source.weights_file("model.pt", "*.pt")
+    found = source.tensors(file, "model_state_dict")
+    dims = read_dims(found.others.get("dims"), found.weights, str(file))
+    ranks_file = source.file("multilingual.tiktoken", "gpt2.tiktoken", "*.tiktoken")
+    symbols, num_ranks = _symbols(dims, ranks_file)
+    decoder = decoder_config(dims)
+    language = ["<|en|>", "<|transcribe|>"] if dims["n_vocab"] != ENGLISH_ONLY else []
+    decoder.prompt = [*language, "<|notimestamps|>"]
+    config = ExperimentConfig(
+        features=features_config(dims),
+        encoder=encoder_config(dims),
+        decoder=decoder,
+        train=TrainConfig(cmvn=False),
+        **decoder_alone(),
+    )
+    model = fresh_model(config, len(symbols))
+    units = whisper_units(dims["n_vocab"], num_ranks + 1, num_ranks)
+    load(parts_to_load(model), tensors(found.weights, str(file)), NAMES, str(file), units)
+    asked = f"the decoder is asked for {' '.join(decoder.prompt)}, see decoder.prompt in config.yaml"
+    return Converted(config, Tokens(symbols), model, (*found.notes, asked))
+
+
+def _symbols(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int]:
+    """Our symbols, and how many of them are pieces; the other units are as many as those of languages, marks
+    and times."""
+    ranks = read_ranks(ranks_file)
+    num_times = dims["n_audio_ctx"] + 1
+    num_languages = dims["n_vocab"] - len(ranks) - NUM_MARKS - num_times
+    if not 0 < num_languages <= len(LANGUAGES):
+        raise CheckpointError(
+            f"{ranks_file}: {len(ranks)} units leave no number of languages to the {dims['n_vocab']} of "
+            "the checkpoint; not its own"
+        )
+    return whisper_symbols(ranks, num_languages, num_times), len(ranks)
+
+
+def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, int]:
+    """The sizes of a checkpoint; CheckpointError where they are missing, odd, or not those of its tensors."""
+    if not isinstance(found, Mapping) or not set(DIMS) <= set(found):
+        raise CheckpointError(
+            f"{where}: no dims in it; expected a file of OpenAI's, whose names other toolkits have changed"
+        )
+    options = Options(found, where, "dims.")
+    dims = {name: options.count(name, 0) for name in DIMS}
+    shapes = {
+        "encoder.conv1.weight": (dims["n_audio_state"], dims["n_mels"], 3),
+        POSITIONS: (dims["n_audio_ctx"], dims["n_audio_state"]),
+        "decoder.token_embedding.weight": (dims["n_vocab"], dims["n_text_state"]),
+        "decoder.positional_embedding": (dims["n_text_ctx"], dims["n_text_state"]),
+    }
+    for name, shape in shapes.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            raise CheckpointError(f"{where}: dims say that {name} is {shape}, the checkpoint does not")
+    for part, key in (("encoder", "n_audio_layer"), ("decoder", "n_text_layer")):
+        if (count := count_layers(weights, f"{part}.blocks.")) != dims[key]:
+            raise CheckpointError(f"{where}: {count} layers of the {part}, dims say {dims[key]}")
+    return dims
 
 
 def encoder_config(dims: Mapping[str, Any]) -> WhisperConfig:

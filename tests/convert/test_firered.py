@@ -1,0 +1,94 @@
+"""A folder as FireRedASR-AED is published becomes an experiment that computes what the reference does."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import tensor
+from torchaudio.compliance import kaldi
+
+from asr.convert import firered
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
+from asr.model.torch_scorer import TorchScorer
+from asr.train.checkpoint import load_model
+
+SPECIAL = {0: "<blank>", 1: "<unk>", 2: "<pad>", 3: "<sos>", 4: "<eos>"}
+
+
+@pytest.fixture
+def reference(golden_set):
+    return golden_set("fireredasr_aed")
+
+
+@pytest.fixture
+def source(reference, symbols_for, tmp_path: Path) -> Path:
+    folder, args = tmp_path / "source", reference.config["args"]
+    folder.mkdir()
+    saved = {"args": argparse.Namespace(**args), "model_state_dict": reference.weights}
+    torch.save(saved, folder / "model.pth.tar")
+    special = SPECIAL | {args["sos_id"]: "<sos>", args["eos_id"]: "<eos>", args["pad_id"]: "<pad>"}
+    symbols = symbols_for(args["odim"], special)
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
+    (folder / "dict.txt").write_text(lines, encoding="utf-8")
+    frames = np.random.default_rng(2).normal(10.0, 3.0, (500, args["idim"]))
+    rows = [np.append(frames.sum(0), 500), np.append((frames**2).sum(0), 0)]
+    text = "\n".join(" ".join(map(repr, row.tolist())) for row in rows)
+    (folder / "cmvn.ark").write_text(f" [\n{text} ]\n")
+    return folder
+
+
+def saved_again(source: Path, **changes: object) -> None:
+    saved = torch.load(source / "model.pth.tar", weights_only=False)
+    vars(saved["args"]).update(changes)
+    torch.save(saved, source / "model.pth.tar")
+
+
+def test_it_computes_the_same(asr, reference, source, tmp_path):
+    status, _, err = asr("convert", "firered", source, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    model, tokenizer, _ = load_model(tmp_path / "exp")
+    order = firered.units(reference.config["args"])
+    assert len(tokenizer.symbols) == len(order.outputs)
+    assert model.ctc is None
+    with torch.no_grad():
+        for i, n in enumerate(reference["x_lens"].tolist()):
+            y, y_lens = model.encode(reference["x"][i : i + 1, :n], tensor([n]))
+            expected = reference["encoder_out"][i : i + 1, : int(y_lens)]
+            torch.testing.assert_close(y[:, : int(y_lens)], expected, atol=1e-4, rtol=1e-3)
+        samples = 0.1 * torch.randn(1, 16000)
+        x, _ = model.features(samples, tensor([16000]))
+        bins = reference.config["args"]["idim"]
+        raw = kaldi.fbank(samples * 32768, num_mel_bins=bins, sample_frequency=16000)
+        expected = (raw - model.cmvn.mean) * model.cmvn.istd
+        torch.testing.assert_close(x[0], expected, atol=6e-4, rtol=0)
+    assert 2.0 < (1 / model.cmvn.istd).mean() < 4.0
+    config = SearchConfig(max_tokens=5)
+    assert decode(TorchScorer(model, "cpu"), "unbounded", [samples[0].numpy()], config)[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda x: saved_again(x, n_layers_enc=9), "layers of the encoder, args.n_layers_enc is 9"),
+        (lambda x: saved_again(x, d_model=64), "channels, args.d_model is 64"),
+        (lambda x: saved_again(x, d_model="big"), "args.d_model: 'big', expected a whole number"),
+        (lambda x: saved_again(x, odim=9), "units, the checkpoint has 9; not its own"),
+        (lambda x: saved_again(x, kernel_size=31), "does not fit encoder.layers.0.convolution.depthwise"),
+        (
+            lambda x: torch.save({"model_state_dict": {"a": torch.ones(1)}}, x / "model.pth.tar"),
+            "no args with",
+        ),
+        (lambda x: (x / "cmvn.ark").unlink(), "incomplete, expected one of cmvn.ark"),
+        (lambda x: (x / "dict.txt").unlink(), "incomplete, expected one of dict.txt"),
+        (lambda x: (x / "cmvn.ark").write_bytes(b"\0BDM "), "cmvn.ark: not a matrix of Kaldi"),
+    ],
+)
+def test_what_does_not_fit_is_told(asr, source, tmp_path, spoil, expected):
+    spoil(source)
+    status, _, err = asr("convert", "firered", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert expected in err
+    assert not (tmp_path / "exp").exists()

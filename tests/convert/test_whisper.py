@@ -1,0 +1,104 @@
+"""A folder with OpenAI's file and the ranks of its units becomes an experiment that computes the same."""
+
+import base64
+from pathlib import Path
+
+import pytest
+import torch
+from torch import tensor
+
+from asr.convert.whisper import whisper_units
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
+from asr.model.torch_scorer import TorchScorer
+from asr.train.checkpoint import load_model
+
+
+@pytest.fixture
+def reference(golden_set):
+    return golden_set("openai_whisper")
+
+
+def write_ranks(folder: Path, count: int) -> None:
+    lines = "".join(f"{base64.b64encode(bytes([i % 256, i // 256])).decode()} {i}\n" for i in range(count))
+    (folder / "multilingual.tiktoken").write_text(lines)
+
+
+@pytest.fixture
+def source(reference, tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    saved = {"dims": reference.config["dims"], "model_state_dict": reference.weights}
+    torch.save(saved, folder / "tiny.pt")
+    write_ranks(folder, reference.config["special"]["eot"])
+    return folder
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_it_computes_the_same(asr, reference, source, tmp_path):
+    status, out, err = asr("convert", "whisper", source, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    assert "<|en|> <|transcribe|> <|notimestamps|>" in out
+    model, tokenizer, config = load_model(tmp_path / "exp")
+    special, dims = reference.config["special"], reference.config["dims"]
+    units = whisper_units(dims["n_vocab"], special["sot"], special["eot"])
+    for name, i in special["languages"].items():
+        assert tokenizer.symbols[units.outputs.index(i)] == f"<|{name}|>"
+    for name, unit in (("transcribe", "transcribe"), ("no_timestamps", "notimestamps")):
+        assert tokenizer.symbols[units.outputs.index(special[name])] == f"<|{unit}|>"
+    assert tokenizer.symbols[units.outputs.index(special["timestamp_begin"])] == "<|0.00|>"
+    assert config.decoder.prompt == ["<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    with torch.no_grad():
+        for i in range(len(reference["mel"])):
+            wav = reference[f"wav{i}"][None]
+            x, x_lens = model.features(wav, tensor([wav.shape[1]]))
+            torch.testing.assert_close(x[0].T, reference["mel"][i], atol=2e-4, rtol=0)
+            y, _ = model.encode(x, x_lens)
+            close(y[0], reference["encoder_out"][i])
+    samples = reference["wav0"].numpy()
+    found = decode(
+        TorchScorer(model, "cpu", symbols=tokenizer.symbols), "", [samples], SearchConfig(max_tokens=5)
+    )
+    assert found[0]
+
+
+def changed(source: Path, **dims: int) -> None:
+    saved = torch.load(source / "tiny.pt", weights_only=True)
+    saved["dims"] |= dims
+    torch.save(saved, source / "tiny.pt")
+
+
+def with_other_positions(source: Path) -> None:
+    saved = torch.load(source / "tiny.pt", weights_only=True)
+    saved["model_state_dict"]["encoder.positional_embedding"] += 1
+    torch.save(saved, source / "tiny.pt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (
+            lambda x: (x / "multilingual.tiktoken").unlink(),
+            "incomplete, expected one of multilingual.tiktoken",
+        ),
+        (lambda x: write_ranks(x, 3), "3 units leave no number of languages"),
+        (lambda x: write_ranks(x, 500), "500 units leave no number of languages"),
+        (lambda x: (x / "multilingual.tiktoken").write_text("x"), "multilingual.tiktoken:1: 'x', expected"),
+        (
+            lambda x: torch.save({"a": torch.ones(1)}, x / "tiny.pt"),
+            "no dims in it; expected a file of OpenAI's",
+        ),
+        (lambda x: changed(x, n_audio_layer=7), "layers of the encoder, dims say 7"),
+        (lambda x: changed(x, n_text_state=10**5), "decoder.token_embedding.weight is ("),
+        (with_other_positions, "are not the sinusoids of Whisper"),
+    ],
+)
+def test_what_does_not_fit_is_told(asr, source, tmp_path, spoil, expected):
+    spoil(source)
+    status, _, err = asr("convert", "whisper", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert expected in err
+    assert not (tmp_path / "exp").exists()
