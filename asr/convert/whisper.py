@@ -77,7 +77,7 @@ def read(source: Source) -> Converted:
     found = source.tensors(file, "model_state_dict")
     dims = read_dims(found.others.get("dims"), found.weights, str(file))
     ranks_file = source.file("multilingual.tiktoken", "gpt2.tiktoken", "*.tiktoken")
-    symbols, num_ranks = _symbols(dims, ranks_file)
+    symbols, num_ranks = our_units(dims, ranks_file)
     decoder = decoder_config(dims)
     language = ["<|en|>", "<|transcribe|>"] if dims["n_vocab"] != ENGLISH_ONLY else []
     decoder.prompt = [*language, "<|notimestamps|>"]
@@ -95,18 +95,19 @@ def read(source: Source) -> Converted:
     return Converted(config, Tokens(symbols), model, (*found.notes, asked))
 
 
-def _symbols(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int]:
+def our_units(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int]:
     """Our symbols, and how many of them are pieces; the other units are as many as those of languages, marks
     and times."""
     ranks = read_ranks(ranks_file)
     num_times = dims["n_audio_ctx"] + 1
-    num_languages = dims["n_vocab"] - len(ranks) - NUM_MARKS - num_times
-    if not 0 < num_languages <= len(LANGUAGES):
+    languages = dims["n_vocab"] - len(ranks) - NUM_MARKS - num_times
+    is_other = num_times == NUM_TIMES and len(ranks) != num_pieces(dims["n_vocab"])
+    if is_other or not 0 < languages <= len(LANGUAGES):
         raise CheckpointError(
             f"{ranks_file}: {len(ranks)} units leave no number of languages to the {dims['n_vocab']} of "
             "the checkpoint; not its own"
         )
-    return whisper_symbols(ranks, num_languages, num_times), len(ranks)
+    return whisper_symbols(ranks, languages, num_times), len(ranks)
 
 
 def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, int]:

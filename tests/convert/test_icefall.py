@@ -80,7 +80,7 @@ def test_without_its_decoder_it_is_a_model_of_ctc_alone(asr, reference, source, 
     assert asr("convert", "icefall", source, "-o", tmp_path / "exp")[0] == 0
     model, _, config = load_model(tmp_path / "exp")
     assert config.decoder.type == "none"
-    assert modes_for("none") == ["ctc-greedy", "ctc-prefix"]
+    assert set(modes_for("none")) == {"ctc-greedy", "ctc-prefix"}
     with torch.no_grad():
         close(model.ctc_log_probs(reference["full.encoder_out"]), reference["full.ctc_log_probs"])
     samples = 0.1 * np.random.default_rng(1).standard_normal(20000).astype(np.float32)

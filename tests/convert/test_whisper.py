@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import tensor
 
-from asr.convert.whisper import whisper_units
+from asr.convert.whisper import our_units, whisper_units
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
+from asr.errors import CheckpointError
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
@@ -53,16 +54,35 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
     assert config.decoder.prompt == ["<|en|>", "<|transcribe|>", "<|notimestamps|>"]
     with torch.no_grad():
         for i in range(len(reference["mel"])):
-            wav = reference[f"wav{i}"][None]
+            wav = reference[f"wav{i}"][None, : 320 * dims["n_audio_ctx"]]
             x, x_lens = model.features(wav, tensor([wav.shape[1]]))
             torch.testing.assert_close(x[0].T, reference["mel"][i], atol=2e-4, rtol=0)
             y, _ = model.encode(x, x_lens)
             close(y[0], reference["encoder_out"][i])
-    samples = reference["wav0"].numpy()
+    samples = reference["wav0"].numpy()[: 320 * dims["n_audio_ctx"]]
     found = decode(
         TorchScorer(model, "cpu", symbols=tokenizer.symbols), "", [samples], SearchConfig(max_tokens=5)
     )
     assert found[0]
+
+
+@pytest.mark.parametrize(
+    ("num_units", "num_pieces", "languages"),
+    [(51865, 50257, 99), (51866, 50257, 100), (51864, 50256, 99), (51865, 50256, 0), (51864, 50257, 0)],
+)
+def test_published_units_are_those_of_the_model(tmp_path, num_units, num_pieces, languages):
+    """Those of English alone are one less, which languages could hide."""
+    write_ranks(tmp_path, num_pieces)
+    sizes = {"n_vocab": num_units, "n_audio_ctx": 1500}
+    if not languages:
+        with pytest.raises(CheckpointError, match=f"{num_pieces} units leave no number of languages"):
+            our_units(sizes, tmp_path / "multilingual.tiktoken")
+        return
+    symbols, found = our_units(sizes, tmp_path / "multilingual.tiktoken")
+    assert found == num_pieces
+    start = symbols.index("<|startoftranscript|>")
+    assert symbols.index("<|translate|>") - start - 1 == languages
+    assert len(symbols) == num_units - 1 + 3
 
 
 def changed(source: Path, **dims: int) -> None:
@@ -82,14 +102,14 @@ def with_other_positions(source: Path) -> None:
     [
         (
             lambda x: (x / "multilingual.tiktoken").unlink(),
-            "incomplete, expected one of multilingual.tiktoken",
+            "expected one of multilingual.tiktoken",
         ),
-        (lambda x: write_ranks(x, 3), "3 units leave no number of languages"),
+        (lambda x: write_ranks(x, 150), "150 units leave no number of languages"),
         (lambda x: write_ranks(x, 500), "500 units leave no number of languages"),
-        (lambda x: (x / "multilingual.tiktoken").write_text("x"), "multilingual.tiktoken:1: 'x', expected"),
+        (lambda x: (x / "multilingual.tiktoken").write_text("x"), ".tiktoken:1: 'x', expected"),
         (
             lambda x: torch.save({"a": torch.ones(1)}, x / "tiny.pt"),
-            "no dims in it; expected a file of OpenAI's",
+            "no dims in it; expected a file",
         ),
         (lambda x: changed(x, n_audio_layer=7), "layers of the encoder, dims say 7"),
         (lambda x: changed(x, n_text_state=10**5), "decoder.token_embedding.weight is ("),
