@@ -89,6 +89,18 @@ def test_the_configuration_is_heeded():
     assert set(draws) == {WHOLE, *((chunk, -1, right) for chunk in (1, 2) for right in (0, 1, 2))}
 
 
+def test_contexts_of_a_list_are_drawn_alike():
+    draws = _draws(400, 900, contexts=[[12, 3], [0, 0], [-1, 5]])
+    assert set(draws) == {(4, 3, 0), (1, 0, 0), (6, -1, 0)}
+    assert min(Counter(draws).values()) > 250
+
+
+@pytest.mark.parametrize("pair", [[4], [4, -1], [-2, 3], [5, 3], [4, 3, 2]])
+def test_impossible_contexts_of_a_list_are_refused(pair):
+    with pytest.raises(ConfigError, match=r"contexts has \[.*expected \[left, right\]"):
+        ChunkConfig(contexts=[[4, 3], pair])
+
+
 def test_without_look_ahead_the_contexts_are_those_that_were_always_drawn():
     """What a generator gives must not change, or a training that is resumed would not go on as it was."""
     generator = torch.Generator().manual_seed(5)
