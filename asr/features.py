@@ -28,8 +28,8 @@ FLOOR = torch.finfo(torch.float32).eps
 class FbankConfig:
     """The features of a model: the defaults are those of Kaldi's successors and of sherpa-onnx."""
 
-    type: Literal["kaldi", "whisper"] = "kaldi"
-    """Kaldi's, or those of asr/whisper_features.py."""
+    type: Literal["kaldi", "whisper", "nemo"] = "kaldi"
+    """Kaldi's, or those of asr/whisper_features.py or asr/nemo_features.py."""
 
     sample_rate: int = 16000
     """Of the samples, in Hz."""
@@ -57,6 +57,13 @@ class FbankConfig:
 
     window_s: float = 0.0
     """Type whisper: every utterance is continued by silence up to here, and none may be longer."""
+
+    normalize: Literal["none", "per_feature", "all_features"] = "none"
+    """Type nemo: mean 0 and variance 1 over each utterance, of each bin or of all; not in a stream."""
+
+    def __post_init__(self) -> None:
+        if self.normalize != "none" and self.type != "nemo":
+            raise ConfigError(f"normalize is {self.normalize}; features of type {self.type} know none only")
 
 
 class Fbank(nn.Module):

@@ -1,4 +1,4 @@
-"""Public NeMo checkpoints: the Fast Conformer encoder and its CTC head, under the names of HybridModel.
+"""Public NeMo checkpoints: features, Fast Conformer and CTC head, under the names of HybridModel.
 
 Their blank is the last unit of CTC, and none begins or ends a text: `arrange_units` makes that one up.
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 from asr.convert.names import Layers, Names
 from asr.errors import CheckpointError
+from asr.features import PREEMPHASIS, FbankConfig
 from asr.model.fast_conformer import FastConformerConfig
 from asr.model.masks import ChunkConfig
 
@@ -42,7 +43,7 @@ NEMO = Names(
 )
 """For `load`: encoder and CTC head."""
 
-EXPECTED: Mapping[str, tuple[Any, ...]] = {
+OPTIONS: dict[str, tuple[Any, ...]] = {
     "subsampling": ("dw_striding",),
     "self_attention_model": ("rel_pos", "rel_pos_local_attn"),
     "att_context_style": ("regular", "chunked_limited"),
@@ -54,18 +55,26 @@ EXPECTED: Mapping[str, tuple[Any, ...]] = {
 }
 """Options of theirs that ours lacks, and the values for which it does the same; the first is the default."""
 
+PREPROCESSOR: dict[str, tuple[Any, ...]] = {
+    "window": ("hann",),
+    "normalize": ("per_feature", "all_features", "NA", None),
+    "preemph": (PREEMPHASIS,),
+    "log": (True,),
+    "log_zero_guard_type": ("add",),
+    "log_zero_guard_value": (2**-24,),
+    "mag_power": (2.0,),
+    "mel_norm": ("slaney",),
+    "frame_splicing": (1,),
+    "exact_pad": (False,),
+}
+
 
 def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfig:
     """The section `encoder` of a NeMo model's configuration, as ours.
 
     where: the file, for errors. Raises CheckpointError for what our encoder does not do.
     """
-    for key, values in EXPECTED.items():
-        if options.get(key, values[0]) not in values:
-            expected = " or ".join(map(str, values))
-            raise CheckpointError(
-                f"{where}: encoder.{key} is {options[key]}; only {expected} can be converted"
-            )
+    _expect(options, OPTIONS, "encoder", where)
     dim, kernel_size = options["d_model"], options.get("conv_kernel_size", 31)
     causal = bool(options.get("causal_downsampling", False))
     if (options.get("conv_context_size") in ("causal", [kernel_size - 1, 0])) != causal:
@@ -93,6 +102,39 @@ def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfi
         dropout=options.get("dropout", 0.1),
         chunk=ChunkConfig(dynamic=bool(contexts), contexts=contexts),
     )
+
+
+def features_config(options: Mapping[str, Any], where: str) -> FbankConfig:
+    """The section `preprocessor` of a NeMo model's configuration, as ours.
+
+    where: the file, for errors. Raises CheckpointError for what our features do not do.
+    """
+    sample_rate, window_s = options.get("sample_rate", 16000), options.get("window_size", 0.02)
+    window_samples = round(sample_rate * window_s)
+    expected = PREPROCESSOR | {"n_fft": (None, 1 << (window_samples - 1).bit_length())}
+    _expect(options, expected, "preprocessor", where)
+    normalize = options.get("normalize", "per_feature")
+    return FbankConfig(
+        type="nemo",
+        sample_rate=sample_rate,
+        num_bins=options.get("features", 64),
+        frame_ms=1000 * window_s,
+        shift_ms=1000 * options.get("window_stride", 0.01),
+        low_freq_hz=options.get("lowfreq", 0),
+        high_freq_hz=options.get("highfreq") or 0,
+        normalize="none" if normalize in ("NA", None) else normalize,
+    )
+
+
+def _expect(
+    options: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], section: str, where: str
+) -> None:
+    for key, values in expected.items():
+        if options.get(key, values[0]) not in values:
+            choice = " or ".join(map(str, values))
+            raise CheckpointError(
+                f"{where}: {section}.{key} is {options[key]}; only {choice} can be converted"
+            )
 
 
 def _positive(number: int, otherwise: int) -> int:

@@ -16,9 +16,14 @@ from asr.model.decoder import TransformerDecoder, reverse
 from asr.model.encoder import Encoder
 from asr.model.fire import Fire
 from asr.model.layers import initialise
+from asr.nemo_features import NemoFbank
 from asr.whisper_features import WhisperFbank
 
-FEATURES: dict[str, type[Fbank | WhisperFbank]] = {"kaldi": Fbank, "whisper": WhisperFbank}
+FEATURES: dict[str, type[Fbank | WhisperFbank | NemoFbank]] = {
+    "kaldi": Fbank,
+    "whisper": WhisperFbank,
+    "nemo": NemoFbank,
+}
 """The key is features.type."""
 
 
