@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    family: Annotated[str, typer.Argument(help="icefall, wenet, whisper or firered")],
+    family: Annotated[str, typer.Argument(help="icefall, wenet, nemo, whisper or firered")],
     source: Annotated[str, typer.Argument(help="folder, file or archive; or OWNER/NAME of the hub")],
     out: Annotated[Path, typer.Option("--out", "-o", help="experiment to write, a new folder")],
     licence: Annotated[str, typer.Option(help="of the weights, where the source does not state it")] = "",
@@ -79,8 +79,7 @@ def _open(source: str, family: str, scratch: Path) -> Source:
     if not is_hub_id(source):
         return open_source(Path(source), scratch)
     folder, label = fetch(source, FAMILIES[family].files)
-    archives = sorted(folder.glob("*.nemo"))
-    return open_source(archives[0] if len(archives) == 1 else folder, scratch, label)
+    return open_source(folder, scratch, label)
 
 
 def _origin(family: str, source: Source, converted: Converted, licence: str) -> Origin:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from asr.convert import firered, icefall, wenet, whisper
+from asr.convert import firered, icefall, nemo_read, wenet, whisper
 from asr.convert.converted import Converted
 from asr.convert.source import Source
 from asr.convert.tensors import read_checkpoint
@@ -29,6 +29,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "icefall": Family(icefall.read, icefall.MARK, icefall.FILES),
     "wenet": Family(wenet.read, wenet.MARK, wenet.FILES),
+    "nemo": Family(nemo_read.read, nemo_read.MARK, nemo_read.FILES),
     "whisper": Family(whisper.read, whisper.MARK, whisper.FILES),
     "firered": Family(firered.read, firered.MARK, firered.FILES),
 }
@@ -40,10 +41,11 @@ def convert(family: str, source: Source) -> Converted:
     try:
         return FAMILIES[family].read(source)
     except AsrError as error:
-        seems = looks_like(source)
-        if seems in (None, family):
-            raise
-        raise CheckpointError(f"{error}; it looks like {seems}: asr convert {seems}") from None
+        seems, text = looks_like(source), str(error)
+        if source.archive:
+            text = text.replace(str(source.folder), source.label)
+        hint = "" if seems in (None, family) else f"; it looks like {seems}: asr convert {seems}"
+        raise CheckpointError(f"{text}{hint}") from None
 
 
 def looks_like(source: Source) -> str | None:

@@ -118,7 +118,10 @@ def open_source(path: Path, scratch: Path, label: str = "") -> Source:
     """
     label = label or str(path)
     if path.is_dir():
-        return Source(path, label)
+        inside = list(path.glob("*.nemo"))
+        if len(inside) != 1:
+            return Source(path, label)
+        path = inside[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     if _is_archive(path):

@@ -1,0 +1,180 @@
+"""A .nemo archive, or what it unpacks to, as an experiment of ours.
+
+It holds model_config.yaml, model_weights.ckpt, and the SentencePiece models of its units. What is read are
+Fast Conformers with a CTC head (also of hybrid models, whose transducer is left out), and with the decoder of
+Canary.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from asr.config import ExperimentConfig, TrainConfig
+from asr.convert import nemo_decoder
+from asr.convert.converted import Converted, Tokens, ctc_alone, decoder_alone, fresh_model, parts_to_load
+from asr.convert.names import MADE_UP, Names, Units, arrange_units, count_layers, load
+from asr.convert.nemo import ENCODER, NEMO, encoder_config, features_config
+from asr.convert.source import Source
+from asr.convert.units import find_unit, maybe_unit, our_symbols
+from asr.errors import CheckpointError
+from asr.pieces import open_pieces
+
+FILES = ("*.nemo",)
+"""What is fetched from a hub."""
+
+MARK = r"^encoder\.pre_encode\.conv\."
+"""A tensor that no other family has."""
+
+DECODER = "transf_decoder."
+TRANSDUCER = r"^(decoder\.prediction|joint)\."
+
+PROMPTS = {
+    "canary": ["<|en|>", "<|transcribe|>", "<|en|>", "<|pnc|>"],
+    "canary2": [
+        *("<|startoftranscript|>", "<|emo:undefined|>", "<|en|>", "<|en|>", "<|pnc|>", "<|noitn|>"),
+        *("<|notimestamp|>", "<|nodiarize|>"),
+    ],
+}
+"""What a format of theirs puts behind the first unit, for English speech written with punctuation."""
+
+STARTS = {"canary": "<|startoftranscript|>", "canary2": "<|startofcontext|>"}
+ENDS = ("<|endoftext|>", "</s>")
+
+
+def read(source: Source) -> Converted:
+    """A NeMo checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    file = source.weights_file("model_weights.ckpt", "*.ckpt")
+    path = source.file("model_config.yaml")
+    options = resolved(source.yaml(path), str(path))
+    found = source.tensors(file, "state_dict")
+    weights, where = found.weights, str(file)
+    config = _config(options, weights, str(path))
+    theirs, pieces = _units(source, options, str(path))
+    if has_decoder(weights):
+        units, prompt = _of_decoder(theirs, weights, options, where)
+        config.decoder.prompt = prompt
+        names, weights = _decoder_names(), nemo_decoder.decoder_tensors(weights)
+    else:
+        head = _ctc_head(weights, where)
+        units = _of_ctc(theirs, len(weights[f"{head}weight"]), where)
+        others = rf"{NEMO.computed}|{TRANSDUCER}" if head.startswith("ctc_") else NEMO.computed
+        names = replace(NEMO, heads=NEMO.heads | {"ctc.": head}, computed=others)
+    symbols = our_symbols(theirs, units, str(path))
+    model = fresh_model(config, len(symbols))
+    load(parts_to_load(model), weights, names, where, units)
+    left = [f"{x} {tuple(v.shape)}" for x, v in found.weights.items() if re.match(TRANSDUCER, x)]
+    notes = [*found.notes] + [f"the transducer is left out: {', '.join(left)}"] * bool(left)
+    if config.decoder.prompt:
+        notes.append(f"the decoder is asked for {' '.join(config.decoder.prompt)}, see config.yaml")
+    return Converted(config, Tokens(symbols, pieces), model, tuple(notes))
+
+
+def has_decoder(weights: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(DECODER) for name in weights)
+
+
+def resolved(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """The options with `${a.b}`, and `${model.a.b}`, replaced by what they point to."""
+
+    def resolve(value: Any, depth: int) -> Any:
+        if depth > 20:
+            raise CheckpointError(f"{where}: nested too deep, or ${{...}} in a circle")
+        if isinstance(value, dict):
+            return {key: resolve(x, depth + 1) for key, x in value.items()}
+        if isinstance(value, list):
+            return [resolve(x, depth + 1) for x in value]
+        match = re.fullmatch(r"\$\{(?:model\.)?([\w.]+)\}", value) if isinstance(value, str) else None
+        if not match:
+            return value
+        found: Any = options
+        for key in match[1].split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return resolve(found, depth + 1)
+
+    return resolve(options, 0)
+
+
+def _config(options: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> ExperimentConfig:
+    try:
+        encoder = encoder_config(options["encoder"], where)
+        features = features_config(options["preprocessor"], where)
+        if has_decoder(weights):
+            parts = decoder_alone()
+            inner = options["transf_decoder"].get("config_dict", options["transf_decoder"])
+            parts["decoder"] = nemo_decoder.decoder_config(inner)
+            layers = (parts["decoder"].num_layers, count_layers(weights, f"{DECODER}_decoder.layers."))
+        else:
+            parts, layers = ctc_alone(), (0, 0)
+        both = [(encoder.num_layers, count_layers(weights, "encoder.layers.")), layers]
+        norm = weights.get("encoder.layers.0.norm_out.weight")
+        if any(said != counted for said, counted in both) or norm is None or len(norm) != encoder.dim:
+            raise CheckpointError(f"{where}: layers and channels are not those of the weights: {both}")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{where}: not the options of a Fast Conformer: {error!r}") from None
+    return ExperimentConfig(features=features, encoder=encoder, train=TrainConfig(cmvn=False), **parts)
+
+
+def _units(source: Source, options: Mapping[str, Any], where: str) -> tuple[list[str], bytes | None]:
+    """Theirs in their order, and the SentencePiece model where one makes all of them."""
+    tokenizer = options.get("tokenizer")
+    if not isinstance(tokenizer, Mapping):
+        section = options.get("decoder")
+        listed = section.get("vocabulary") if isinstance(section, Mapping) else None
+        if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+            raise CheckpointError(f"{where}: neither tokenizer nor decoder.vocabulary; its units are unknown")
+        return list(listed), None
+    parts = list(tokenizer["langs"].values()) if isinstance(tokenizer.get("langs"), Mapping) else [tokenizer]
+    theirs: list[str] = []
+    for part in parts:
+        named = part.get("model_path") if isinstance(part, Mapping) else None
+        if not isinstance(named, str):
+            raise CheckpointError(f"{where}: tokenizer: no model_path of a SentencePiece model")
+        file = source.file(
+            Path(named.removeprefix("nemo:")).name, *(["*tokenizer.model"] if len(parts) == 1 else [])
+        )
+        model = source.data(file)
+        theirs += open_pieces(model, str(file))[1]
+    return theirs, model if len(parts) == 1 else None
+
+
+def _ctc_head(weights: Mapping[str, Tensor], where: str) -> str:
+    for head in ("ctc_decoder.decoder_layers.0.", "decoder.decoder_layers.0."):
+        if f"{head}weight" in weights:
+            return head
+    raise CheckpointError(
+        f"{where}: no CTC head and no Transformer decoder; a transducer alone is none of ours"
+    )
+
+
+def _of_ctc(theirs: list[str], rows: int, where: str) -> Units:
+    """Their blank is behind all others; no unit begins or ends a text."""
+    if rows != len(theirs) + 1:
+        raise CheckpointError(f"{where}: {rows} units with blank, its tokenizer makes {len(theirs)}")
+    units = arrange_units(rows, MADE_UP, MADE_UP, rows - 1, maybe_unit(theirs, "<unk>"))
+    theirs.append("<blank>")
+    return units
+
+
+def _of_decoder(
+    theirs: list[str], weights: Mapping[str, Tensor], options: Mapping[str, Any], where: str
+) -> tuple[Units, list[str]]:
+    """Ours, and the prompt. Rows behind those of the last unit stay as `<unused-1>` and so on."""
+    rows = len(weights.get("log_softmax.mlp.layer0.weight", ()))
+    if not len(theirs) <= rows < len(theirs) + 64:
+        raise CheckpointError(f"{where}: {rows} units, its tokenizer has {len(theirs)}; not its own")
+    theirs += [f"<unused-{i}>" for i in range(1, rows - len(theirs) + 1)]
+    kind = options.get("prompt_format", "canary")
+    if kind not in PROMPTS:
+        raise CheckpointError(f"{where}: prompt_format: {kind!r}, expected {' or '.join(PROMPTS)}")
+    start, end = find_unit(theirs, where, STARTS[kind]), find_unit(theirs, where, *ENDS)
+    units = arrange_units(rows, start, end, maybe_unit(theirs, "<pad>"), maybe_unit(theirs, "<unk>"))
+    return units, [x for x in PROMPTS[kind] if find_unit(theirs, where, x) >= 0]
+
+
+def _decoder_names() -> Names:
+    other = nemo_decoder.DECODER
+    return Names(ENCODER | other.heads, {**NEMO.layers, **other.layers}, f"{NEMO.computed}|{other.computed}")

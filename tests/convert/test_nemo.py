@@ -1,0 +1,201 @@
+"""A .nemo archive becomes an experiment that computes what the reference does, of CTC or of a decoder."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import yaml
+from torch import Tensor, tensor
+
+from asr.convert.names import arrange_units
+from asr.convert.origin import read_origin
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
+from asr.model.torch_scorer import TorchScorer
+from asr.train.checkpoint import load_model
+
+MARKS = [
+    "<|nospeech|>",
+    "<pad>",
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|transcribe|>",
+    "<|pnc|>",
+]
+FEATURES = {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512}
+
+
+def pieces(count: int, marks: list[str]) -> bytes:
+    """A SentencePiece model of so many units, the marks behind the unknown one."""
+    model = io.BytesIO()
+    text = " ".join(map(chr, range(ord("a"), ord("z") + 1)))
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text] * 3),
+        model_writer=model,
+        model_type="char",
+        vocab_size=count,
+        user_defined_symbols=marks,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=3,
+    )
+    return model.getvalue()
+
+
+def pack(file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | None) -> Path:
+    """Write the archive as NeMo does."""
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    members = {"model_config.yaml": yaml.safe_dump(options).encode(), "model_weights.ckpt": buffer.getvalue()}
+    members |= {"12ab_tokenizer.model": model} if model else {}
+    with tarfile.open(file, "w") as opened:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            opened.addfile(info, io.BytesIO(data))
+    return file
+
+
+def options_of(config: dict[str, Any]) -> dict[str, Any]:
+    bins = config["encoder"]["feat_in"]
+    preprocessor = FEATURES | config.get("preprocessor", {}) | {"features": bins, "normalize": "per_feature"}
+    tokenizer = {"dir": None, "type": "bpe", "model_path": "nemo:12ab_tokenizer.model"}
+    model = {"sample_rate": 16000, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
+    parts = (
+        {"transf_decoder": {"config_dict": config["transf_decoder"]}} if "transf_decoder" in config else {}
+    )
+    return model | {"encoder": config["encoder"], "tokenizer": tokenizer} | parts
+
+
+@pytest.fixture
+def with_ctc(golden_set: Callable) -> Any:
+    return golden_set("nemo_fastconformer")
+
+
+@pytest.fixture
+def canary(golden_set: Callable) -> Any:
+    return golden_set("nemo_canary_aed")
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+
+def assert_encodes(model: Any, reference: Any, name: str) -> None:
+    for i, n in enumerate(reference["x_lens"].tolist()):
+        y, _ = model.encode(reference["x"][i : i + 1, :, :n].transpose(1, 2), tensor([n]))
+        close(y.transpose(1, 2), reference[f"{name}alone{i}.encoder_out"])
+
+
+def test_a_model_of_ctc(asr, with_ctc, tmp_path):
+    config, count = with_ctc.config, with_ctc.config["vocab_size"]
+    archive = pack(tmp_path / "a.nemo", options_of(config), with_ctc.weights, pieces(count, []))
+    status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    model, tokenizer, converted = load_model(tmp_path / "exp")
+    assert converted.decoder.type == "none"
+    assert len(tokenizer.symbols) == count + 2, "their blank and unknown unit are ours, sos/eos is made up"
+    order = [count, -1, 0, *range(1, count)]
+    with torch.no_grad():
+        assert_encodes(model, with_ctc, "rel_pos.")
+        log_probs = model.ctc_log_probs(with_ctc["rel_pos.alone0.encoder_out"].transpose(1, 2))
+        real = [i for i, theirs in enumerate(order) if theirs >= 0]
+        expected = with_ctc["rel_pos.ctc_log_probs"][:1, : log_probs.shape[1]]
+        close(log_probs[..., real], expected[..., [order[i] for i in real]])
+        samples = torch.randn(1, 16000) * 0.1
+        x, x_lens = model.features(samples, tensor([16000]))
+        close(x[0, : int(x_lens)].mean(0), torch.zeros(x.shape[2]))
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    origin = read_origin(tmp_path / "exp")
+    assert origin
+    assert list(origin.files) == ["a.nemo"]
+    found = decode(
+        TorchScorer(model, "cpu", symbols=tokenizer.symbols), "", [samples[0].numpy()], SearchConfig()
+    )
+    assert found[0]
+
+
+def test_a_hybrid_model_leaves_its_transducer_out(asr, with_ctc, tmp_path):
+    """In a folder, and characters instead of pieces."""
+    count = with_ctc.config["vocab_size"]
+    weights = {
+        name.replace("decoder.decoder_layers", "ctc_decoder.decoder_layers"): x
+        for name, x in with_ctc.weights.items()
+    }
+    weights["decoder.prediction.embed.weight"] = weights["joint.joint_net.2.weight"] = torch.zeros(2, 3)
+    options = options_of(with_ctc.config) | {
+        "decoder": {"vocabulary": [" ", *map(chr, range(97, 96 + count))]}
+    }
+    del options["tokenizer"]
+    (tmp_path / "in").mkdir()
+    pack(tmp_path / "in" / "a.nemo", options, weights, None)
+    status, out, _ = asr("convert", "nemo", tmp_path / "in", "-o", tmp_path / "exp")
+    assert status == 0
+    assert "the transducer is left out: " in out
+    assert "joint.joint_net.2.weight (2, 3)" in out
+    model, tokenizer, _ = load_model(tmp_path / "exp")
+    assert tokenizer.symbols[3:5] == ["▁", "a"]
+    with torch.no_grad():
+        assert_encodes(model, with_ctc, "rel_pos.")
+
+
+def test_a_model_with_the_decoder_of_canary(asr, canary, tmp_path):
+    config, count = canary.config, canary.config["vocab_size"]
+    marks = MARKS.copy()
+    model_of = pieces(count, marks)
+    archive = pack(tmp_path / "a.nemo", options_of(config), canary.weights, model_of)
+    status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    model, tokenizer, converted = load_model(tmp_path / "exp")
+    assert model.ctc is None
+    assert converted.decoder.prompt == ["<|en|>", "<|transcribe|>", "<|en|>", "<|pnc|>"]
+    names = ["<unk>", *marks]
+    start, end = names.index("<|startoftranscript|>"), names.index("<|endoftext|>")
+    assert (start, end) == (config["bos"], config["eos"])
+    units = arrange_units(count, start, end, names.index("<pad>"), 0)
+    ids, lens = canary["dec.input_ids"], canary["dec.input_lens"]
+    with torch.no_grad():
+        assert_encodes(model, canary, "")
+        for i, n in enumerate(lens.tolist()):
+            y = canary[f"alone{i}.encoder_out"].transpose(1, 2)
+            inputs = tensor([[units.inputs.index(x) for x in ids[i, :n].tolist()]])
+            logits = model.decoder(inputs, *model.decoder.memory(y), tensor([y.shape[1]])).logits
+            real = [k for k, theirs in enumerate(units.outputs) if theirs >= 0]
+            expected = canary["dec.log_probs"][i : i + 1, :n, [units.outputs[k] for k in real]]
+            close(logits.log_softmax(-1)[..., real], expected)
+    scorer = TorchScorer(model, "cpu", symbols=tokenizer.symbols)
+    samples = 0.1 * torch.randn(16000).numpy()
+    assert decode(scorer, "", [samples], SearchConfig(max_tokens=5))[0]
+
+
+WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
+    (lambda o, w: o["encoder"].update(subsampling="striding"), "encoder.subsampling"),
+    (lambda o, w: o["encoder"].update(n_layers=9), "layers and channels are not those of the weights"),
+    (lambda o, w: o["encoder"].update(d_model="wide"), "layers and channels are not"),
+    (lambda o, w: o.pop("encoder"), "not the options of a Fast Conformer"),
+    (lambda o, w: o["preprocessor"].update(window="hamming"), "preprocessor.window"),
+    (lambda o, w: o.pop("tokenizer"), "neither tokenizer nor decoder.vocabulary"),
+    (lambda o, w: o["tokenizer"].update(model_path=3), "no model_path of a SentencePiece model"),
+    (lambda o, w: w.pop("decoder.decoder_layers.0.weight"), "no CTC head and no Transformer decoder"),
+    (lambda o, w: w.update({"decoder.decoder_layers.0.weight": torch.zeros(5, 2, 1)}), "5 units with blank"),
+    (lambda o, w: w.update({"encoder.more": torch.zeros(2, 3)}), "encoder.more (2, 3) is unused"),
+    (lambda o, w: o.update(a="${model.b}", b="${a}"), "in a circle"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=[x for _, x in WRONG])
+def test_what_does_not_fit_is_told(asr, with_ctc, tmp_path, spoil, expected):
+    options, weights = yaml.safe_load(yaml.safe_dump(options_of(with_ctc.config))), dict(with_ctc.weights)
+    spoil(options, weights)
+    archive = pack(tmp_path / "a.nemo", options, weights, pieces(with_ctc.config["vocab_size"], []))
+    status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
+    assert status == 2
+    assert expected in err
+    assert err.startswith(f"asr: {archive}/model_")
+    assert sorted(tmp_path.iterdir()) == [archive]
