@@ -189,7 +189,7 @@ def _fourier_matrices(frame_samples: int, fft_size: int) -> tuple[Tensor, Tensor
     i = torch.arange(frame_samples // 2, frame_samples, dtype=torch.float64)
     window = (0.5 - 0.5 * torch.cos(2 * math.pi * i / (frame_samples - 1))) ** 0.85
     time = i - (frame_samples - 1) / 2
-    window[time == 0] /= 2
+    window = torch.where(time == 0, window / 2, window)
     angle = 2 * math.pi * time[:, None] * torch.arange(fft_size // 2) / fft_size
     return window[:, None] * torch.cos(angle), window[:, None] * torch.sin(angle)
 

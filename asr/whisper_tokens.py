@@ -52,7 +52,12 @@ def whisper_symbols(ranks: Sequence[bytes], num_languages: int, num_times: int =
     """
     if not 0 < num_languages <= len(LANGUAGES):
         raise TokensError(f"{num_languages} languages, expected 1 to {len(LANGUAGES)}, as those of Whisper")
-    marks = ("startoftranscript", *LANGUAGES[:num_languages], *TASKS, *(f"{i / 50:.2f}" for i in range(num_times)))
+    marks = (
+        "startoftranscript",
+        *LANGUAGES[:num_languages],
+        *TASKS,
+        *(f"{i / 50:.2f}" for i in range(num_times)),
+    )
     return [*SPECIAL, *map(symbol_of, ranks), *(f"<|{x}|>" for x in marks)]
 
 

@@ -19,13 +19,17 @@ Zhang et al., "Unified Streaming and Non-streaming Two-pass End-to-end Model", a
 "Transformer Transducer", arXiv:2002.02562, whose limited context is chunks of one frame.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from asr.context import WHOLE, Context
 from asr.errors import ConfigError
+
+X = TypeVar("X")
 
 ENDLESS = 1 << 40
 """A chunk longer than any recording."""
@@ -51,6 +55,14 @@ class ChunkConfig:
     """Draw one of these for every batch instead, as cache-aware models do (arXiv:2312.17279): [left, right]
     is a chunk of right + 1 frames and `left` frames before it, a whole number of chunks or -1 for all."""
 
+    chunks: list[int] = field(default_factory=list)
+    """Draw one of these chunks instead, in encoder frames, with the same probability; 0 is the whole
+    utterance."""
+
+    left_frames: list[int] = field(default_factory=lambda: [-1])
+    """With `chunks`, draw the left context from these, in encoder frames, rounded down to whole chunks, at
+    least one; -1 is all."""
+
     def __post_init__(self) -> None:
         for name, least in (("max_chunk", 1), ("max_right", 0)):
             if getattr(self, name) < least:
@@ -61,6 +73,10 @@ class ChunkConfig:
                     f"contexts has {pair}; expected [left, right] in frames, left -1 or a multiple of "
                     "right + 1"
                 )
+        if min(self.chunks, default=0) < 0:
+            raise ConfigError(f"chunks is {self.chunks}; expected numbers of frames, 0 for all")
+        if not self.left_frames or any(frames < 1 and frames != -1 for frames in self.left_frames):
+            raise ConfigError(f"left_frames is {self.left_frames}; expected numbers of frames, -1 for all")
 
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
@@ -108,15 +124,18 @@ def context_mask(
 def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfig) -> Context:
     """The context of one training batch, whose longest utterance has num_frames encoder frames.
 
-    With u uniform in 1 .. num_frames - 1: the whole utterance if u > num_frames / 2, else chunks of
-    (u mod max_chunk) + 1 frames, with unlimited left context or, half of the time, a uniform number of
-    chunks, and a uniform number of chunks of look-ahead up to max_right. Or one of config.contexts.
+    One of config.contexts or of config.chunks, if there are any. Else, with u uniform in 1 .. num_frames - 1:
+    the whole utterance if u > num_frames / 2, else chunks of (u mod max_chunk) + 1 frames, with unlimited left
+    context or, half of the time, a uniform number of chunks, and a uniform number of chunks of look-ahead up
+    to max_right.
     """
     if not config.dynamic or num_frames < 2:
         return WHOLE
     if config.contexts:
-        left, right = config.contexts[_uniform(0, len(config.contexts) - 1, generator)]
-        return cache_aware(left, right)
+        return cache_aware(*_choice(config.contexts, generator))
+    if config.chunks:
+        chunk, left = (_choice(values, generator) for values in (config.chunks, config.left_frames))
+        return Context(chunk, -1 if left < 0 else max(left // chunk, 1)) if chunk else WHOLE
     u = _uniform(1, num_frames - 1, generator)
     if u > num_frames / 2:
         return WHOLE
@@ -130,6 +149,10 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
 def cache_aware(left: int, right: int) -> Context:
     """Chunks of right + 1 frames that see `left` frames before them, -1 for all."""
     return Context(right + 1, left // (right + 1) if left >= 0 else -1)
+
+
+def _choice(values: Sequence[X], generator: torch.Generator) -> X:
+    return values[_uniform(0, len(values) - 1, generator)]
 
 
 def _uniform(low: int, high: int, generator: torch.Generator) -> int:

@@ -175,7 +175,8 @@ class Zipformer(nn.Module):
         if state is None:
             state = self.init_state(x.shape[0], 0)
             x = F.pad(x, (0, 0, 0, self.flush_frames(0)))
-        x = F.pad(x, (0, 0, 0, max(OVERLAP + RATE - x.shape[1], 0)))
+        if x.shape[1] < OVERLAP + RATE:
+            x = F.pad(x, (0, 0, 0, OVERLAP + RATE - x.shape[1]))
         x = torch.where(valid_mask(x_lens, x.shape[1])[..., None], x, 0.0)
         rates = Rates.at(self.batch_count, self.config.dropout) if self.training else None
         y, lens, frames = self.front(x, x_lens, state.frames, rates)
@@ -284,6 +285,12 @@ def _check(config: ZipformerConfig) -> None:
         raise ConfigError(f"encoder.position_dim: {config.position_dim} is odd, expected an even number")
     if config.chunk.dynamic and not config.causal:
         raise ConfigError("encoder.chunk.dynamic: true needs encoder.causal true; set it to false")
+    multiple = math.lcm(2, *config.rates) // 2
+    if config.chunk.dynamic and (not config.chunk.chunks or any(x % multiple for x in config.chunk.chunks)):
+        raise ConfigError(
+            f"encoder.chunk.chunks: {config.chunk.chunks}, expected multiples of {multiple} encoder frames "
+            "as encoder.rates demand"
+        )
     _refuse_look_ahead("encoder.chunk.max_right", config.chunk.max_right)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asr.model.layers import keep
 from asr.model.masks import valid_mask
 from asr.model.schedule import Schedule
 from asr.model.zipformer_layer import Bypass, LayerSizes, Past, Sight, ZipformerLayer
@@ -25,8 +26,8 @@ class Downsample(nn.Module):
 
         The last frame that counts stands for those that are missing behind it.
         """
-        last = x[torch.arange(len(x), device=x.device), (lens - 1).clamp(min=0)]
-        x = torch.where(valid_mask(lens, x.shape[1])[..., None], x, last[:, None])
+        last = keep(x, (lens - 1).clamp(min=0), 1, dim=1)
+        x = torch.where(valid_mask(lens, x.shape[1])[..., None], x, last)
         rows = x.unflatten(1, (-1, len(self.scores)))
         return (rows * self.scores.softmax(0).to(x.dtype)[:, None]).sum(2)
 

@@ -17,6 +17,7 @@ from asr.model.schedule import Schedule
 from safetensors.torch import load_file
 from torch import Tensor, nn, tensor
 
+from asr.config import load_config
 from asr.convert.icefall import all_names, icefall_names
 from asr.convert.names import Units, load
 from asr.errors import CheckpointError
@@ -27,6 +28,7 @@ from asr.model.zipformer_front import SIDE
 from asr.model.zipformer_layer import compact_positions
 from asr.model.zipformer_stack import Downsample
 
+CONF = Path(__file__).parents[2] / "recipes" / "conf"
 SETS = ["icefall_zipformer2", "icefall_zipformer2_causal"]
 OPTIONS = {  # ours: theirs
     "dims": "encoder_dim",
@@ -392,20 +394,26 @@ def test_a_schedule(training):
 COUNTS = {"S": 22_118_279, "M": 64_250_603, "L": 147_010_094}
 
 
+def options_of(golden: Path, size: str) -> dict:
+    file = golden / "checkpoint_tables" / "config.json"
+    if not file.exists():
+        pytest.skip(f"{file} is not there")
+    name = f"icefall_zipformer_{size}"
+    return next(x["options"] for x in json.loads(file.read_text()) if x["name"] == name)
+
+
 @pytest.mark.parametrize("size", ["S", "M", "L", "M_causal"])
 def test_names_and_shapes_of_public_checkpoints(golden, size):
-    name = f"icefall_zipformer_{size}"
-    folder = golden / "checkpoint_tables"
-    if not (folder / f"{name}.tsv").exists():
-        pytest.skip(f"{folder / name}.tsv is not there")
-    options = next(x for x in json.loads((folder / "config.json").read_text()) if x["name"] == name)[
-        "options"
-    ]
     with torch.device("meta"):
-        model = Model(options | {"vocab_size": 500})
-    rows = [row.split("\t") for row in (folder / f"{name}.tsv").read_text().splitlines()[1:]]
+        model = Model(options_of(golden, size) | {"vocab_size": 500})
+    table = golden / "checkpoint_tables" / f"icefall_zipformer_{size}.tsv"
+    rows = [row.split("\t") for row in table.read_text().splitlines()[1:]]
     theirs = {x: [] if shape == "scalar" else list(map(int, shape.split("x"))) for x, shape, _ in rows}
-    theirs = {x: shape for x, shape in theirs.items() if not re.match(all_names(list(model.state_dict())).computed, x)}
+    theirs = {
+        x: shape
+        for x, shape in theirs.items()
+        if not re.match(all_names(list(model.state_dict())).computed, x)
+    }
     ours = {x: list(tensor_.shape) for x, tensor_ in model.state_dict().items()}
     names = icefall_names(list(ours))
     assert set(names) == set(ours)
@@ -416,11 +424,24 @@ def test_names_and_shapes_of_public_checkpoints(golden, size):
         assert sum(p.numel() for p in model.parameters()) == COUNTS[size]
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("s", "S"), ("m", "M"), ("l", "L"), ("m-streaming", "M_causal"), ("s-streaming", "S")],
+)
+def test_configurations_are_those_of_public_models(golden, name, size):
+    found = load_config([CONF / f"zipformer-{name}.yaml"]).encoder
+    expected = {ours: options_of(golden, size)[theirs] for ours, theirs in OPTIONS.items()}
+    expected["causal"] = name.endswith("streaming")
+    assert {ours: getattr(found, ours) for ours in OPTIONS} == expected
+
+
 def test_checkpoints_that_do_not_fit(golden):
     folder = golden / SETS[0]
     options, _ = read(folder)
     weights, model = load_file(folder / "weights.safetensors"), Model(options)
-    with pytest.raises(CheckpointError, match=r"^a\.pt: 1 tensors do not fit: encoder\.other \(1,\) is unused$"):
+    with pytest.raises(
+        CheckpointError, match=r"^a\.pt: 1 tensors do not fit: encoder\.other \(1,\) is unused$"
+    ):
         load_icefall(model, weights | {"encoder.other": torch.zeros(1)}, "a.pt")
     name = "encoder.encoders.1.downsample.bias"
     value = weights.pop(name)

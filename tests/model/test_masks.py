@@ -109,7 +109,18 @@ def test_without_look_ahead_the_contexts_are_those_that_were_always_drawn():
     assert found == [chunked.get(n, WHOLE) for n in range(12)]
 
 
-@pytest.mark.parametrize("bad", [{"max_right": -1}, {"max_chunk": 0}])
+def test_chunks_that_are_listed_are_drawn_alike():
+    draws = Counter(_draws(400, chunks=[8, 32, 0], left_frames=[64, 20, -1]))
+    left = {8: (8, 2, -1), 32: (2, 1, -1)}
+    assert set(draws) == {WHOLE, *((chunk, n, 0) for chunk, numbers in left.items() for n in numbers)}
+    assert 600 < draws[WHOLE] < 740
+    assert all(170 < count < 280 for draw, count in draws.items() if draw != WHOLE)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"max_right": -1}, {"max_chunk": 0}, {"chunks": [4, -1]}, {"left_frames": []}, {"left_frames": [0]}],
+)
 def test_impossible_contexts_are_refused(bad):
     with pytest.raises(ConfigError, match=f"{next(iter(bad))} is"):
         ChunkConfig(**bad)

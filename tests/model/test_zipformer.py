@@ -250,7 +250,9 @@ def test_a_stream_may_run_for_days():
         ({"unmasked_dims": [8, 21, 4]}, r"encoder\.unmasked_dims: \[8, 21, 4\], beyond"),
         ({"position_dim": 5}, r"encoder\.position_dim: 5 is odd"),
         ({"causal": False, "chunk": ChunkConfig()}, r"encoder\.chunk\.dynamic: true needs encoder\.causal"),
-        ({"chunk": ChunkConfig(max_right=1)}, r"encoder\.chunk\.max_right: 1, and layers"),
+        ({"chunk": ChunkConfig()}, r"encoder\.chunk\.chunks: \[\], expected multiples of 4"),
+        ({"chunk": ChunkConfig(chunks=[8, 6])}, r"encoder\.chunk\.chunks: \[8, 6\], expected multiples of 4"),
+        ({"chunk": ChunkConfig(dynamic=False, max_right=1)}, r"encoder\.chunk\.max_right: 1, and layers"),
     ],
 )
 def test_sizes_that_do_not_fit(changes, message):
