@@ -5,12 +5,12 @@ and repeats what comes out; a learnt share of it replaces what went in. Stacks h
 their rate: channels are cut, or zeros are added. At the end two frames become one, 25 a second.
 
 Public icefall checkpoints are of this form (asr/convert/icefall.py). The non-causal form takes whole
-utterances, the causal one streams with any chunk that is a multiple of `chunk_multiple`, and streaming equals
+utterances, the causal one streams with any chunk that is a multiple of `chunk_unit`, and streaming equals
 the masked whole utterance to rounding errors: also where the reference's own streaming hears what pads the
 end of an utterance. Padding changes nothing here.
 
 N streams · T feature frames · T' frames of the front or of a stack · F mel bins · C channels · H heads · D
-channels per head · K kernel · W cached steps: a step is `chunk_multiple` encoder frames, a whole number of
+channels per head · K kernel · W cached steps: a step is `chunk_unit` encoder frames, a whole number of
 frames in every stack
 """
 
@@ -108,9 +108,9 @@ class Zipformer(nn.Module):
         self.num_bins = num_bins
         self.step = math.lcm(2, *config.rates)
         """Frames of the front that make a whole number of frames in every stack and in the output."""
-        self.chunk_unit = self.chunk_multiple = self.step // 2
-        self.can_stream = config.causal
+        self.chunk_unit = self.step // 2
         """Encoder frames that divide every chunk."""
+        self.can_stream = config.causal
         self.front = ZipformerFront(num_bins, config.dims[0])
         sizes = layer_sizes(config)
         self.stacks = nn.ModuleList(
@@ -138,7 +138,7 @@ class Zipformer(nn.Module):
         zeros = self.front.out.weight.new_zeros
         return ZipformerState(
             frames=self.front.init_frames(n),
-            memory=zeros(n, -(-width // self.chunk_multiple), self.layout.memory_dim),
+            memory=zeros(n, -(-width // self.chunk_unit), self.layout.memory_dim),
             convolutions=zeros(n, self.layout.convolutions_dim),
             offset=zeros(n, dtype=torch.int64),
         )
@@ -160,7 +160,7 @@ class Zipformer(nn.Module):
 
         x (N, T, F): padded at the end.  x_lens (N,): frames that count.  state: what the previous call
         returned; None at the start of an utterance that is given whole.  chunk: encoder frames per attention
-        chunk, a multiple of `chunk_multiple`; 0 for the whole utterance.  left: chunks of left context, -1
+        chunk, a multiple of `chunk_unit`; 0 for the whole utterance.  left: chunks of left context, -1
         for all; the state must be wide enough for them.  Both may be int64 scalar tensors.  right: 0.
 
         In a stream, T is a multiple of chunk * subsampling plus `overlap_frames`, which come again at the
@@ -244,10 +244,10 @@ class Zipformer(nn.Module):
             return
         if not self.config.causal:
             raise ConfigError("encoder.causal: false, and has no chunks; encode whole utterances")
-        if chunk % self.chunk_multiple:
-            near = -(-chunk // self.chunk_multiple) * self.chunk_multiple
+        if chunk % self.chunk_unit:
+            near = -(-chunk // self.chunk_unit) * self.chunk_unit
             raise ConfigError(
-                f"chunk: {chunk} encoder frames, not a multiple of {self.chunk_multiple} as encoder.rates "
+                f"chunk: {chunk} encoder frames, not a multiple of {self.chunk_unit} as encoder.rates "
                 f"demand; take {near}"
             )
 

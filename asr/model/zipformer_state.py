@@ -29,7 +29,7 @@ class ZipformerState(State):
     """(N, channels, 3, F'): what the ConvNeXt layer of the front sees to its left."""
 
     memory: Tensor
-    """(N, W, sum over layers): keys and values of `chunk_multiple` encoder frames in each of W rows."""
+    """(N, W, sum over layers): keys and values of `chunk_unit` encoder frames in each of W rows."""
 
     convolutions: Tensor
     """(N, sum over layers): what both convolutions of each layer see to their left."""
@@ -37,9 +37,9 @@ class ZipformerState(State):
     offset: Tensor
     """(N,) int64: encoder frames so far."""
 
-    def widen(self, num_frames: int, chunk_multiple: int) -> Self:
+    def widen(self, num_frames: int, chunk_unit: int) -> Self:
         """Make room for num_frames more cached encoder frames."""
-        return replace(self, memory=F.pad(self.memory, (0, 0, -(-num_frames // chunk_multiple), 0)))
+        return replace(self, memory=F.pad(self.memory, (0, 0, -(-num_frames // chunk_unit), 0)))
 
 
 class Layout:

@@ -15,7 +15,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from asr.config import ExperimentConfig
-from asr.model.schedule import scheduled, set_batch_count
 from asr.optim import learning_rate, set_learning_rate
 from asr.train import distributed
 from asr.train.clock import cpu_s
@@ -49,7 +48,6 @@ def train(
         model, optimizer, progress = learner.model, learner.optimizer, learner.progress
         backward = build_backward(model, config, device)
         batches = loader.forever(progress.position)
-        followers = scheduled(model)
         begin_cpu_s, earlier_cpu_s = cpu_s(), progress.cpu_s
         window = Window()
 
@@ -59,7 +57,6 @@ def train(
             set_learning_rate(optimizer, lr)
             taken = window.take(batches, config.optim.accumulate)
             shared = agree(model, taken, cpu_s() - begin_cpu_s, bool(stop))
-            set_batch_count(followers, progress.audio_s / 600)  # published schedules count batches of 600 s
             context = context_of_step(config, progress.step, shared.num_frames)
             losses = backward(taken, shared, context)
             grad_norm = clip_grad_norm_(model.parameters(), config.optim.clip_norm)

@@ -54,7 +54,7 @@ def stream(encoder, x, x_lens, chunk, left, chunks_per_call=1, wrap=int):
     for start in range(0, int(x_lens.max()), step):
         part = x[:, start : start + step + encoder.overlap_frames]
         if left < 0:
-            state = state.widen(chunk * chunks_per_call, encoder.chunk_multiple)
+            state = state.widen(chunk * chunks_per_call, encoder.chunk_unit)
         lens = (x_lens - start).clamp(0, part.shape[1])
         y, _, state = encoder(part, lens, state, wrap(chunk), wrap(left))
         parts.append(y)
