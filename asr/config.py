@@ -24,7 +24,7 @@ from asr.losses import LossConfig
 from asr.model.build import DECODERS, ENCODERS, EncoderConfig
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
-from asr.optim import OptimConfig
+from asr.optim import OPTIMIZERS, OptimConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,6 +108,7 @@ class ExperimentConfig:
 REGISTERS: dict[str, dict[str, Any]] = {
     "encoder": {name: config for name, (config, _) in ENCODERS.items()},
     "decoder": {name: config for name, (config, _) in DECODERS.items()},
+    "optim": OPTIMIZERS,
 }
 """Parts that come in several kinds: the key `type` says which, and without it the first is meant."""
 

@@ -1,4 +1,4 @@
-"""How parameters move: AdamW, and the learning rate as a pure function of the step."""
+"""How parameters move: AdamW or ScaledAdam, and the learning rate as a pure function of step and epoch."""
 
 import math
 from collections.abc import Callable
@@ -6,16 +6,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from asr.errors import ConfigError
+from asr.scaled_adam import ScaledAdam
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
     """AdamW (arXiv:1711.05101) with a warm-up. The defaults are for some hundred hours of speech."""
 
-    type: Literal["adamw"] = "adamw"
+    type: Literal["adamw", "scaled-adam"] = "adamw"
 
     lr: float = 1e-3
     """The highest learning rate, reached at the end of the warm-up."""
@@ -26,11 +28,21 @@ class OptimConfig:
     weight_decay: float = 0.01
     """Of matrices and kernels; norms and biases are not decayed."""
 
-    schedule: Literal["noam", "cosine"] = "noam"
-    """After the warm-up: `noam` falls as 1 / sqrt(step), `cosine` to zero at max_steps."""
+    schedule: Literal["noam", "cosine", "eden"] = "noam"
+    """After the warm-up: `noam` falls as 1 / sqrt(step), `cosine` to zero at max_steps, `eden` with steps and
+    with epochs, in the end as 1 / sqrt(step * epoch)."""
 
     warmup_steps: int = 2000
     """Steps of linear rise."""
+
+    warmup_start: float = 0.5
+    """Eden: the share of the rate with which the warm-up begins; the others begin with 0."""
+
+    lr_batches: float = 7500
+    """Eden: steps until the rate begins to fall."""
+
+    lr_epochs: float = 3.5
+    """Eden: epochs until the rate begins to fall, too. Whole epochs count, from 0 on."""
 
     max_steps: int = 100_000
     """Training ends here."""
@@ -47,14 +59,55 @@ class OptimConfig:
         for name in ("warmup_steps", "max_steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("clip_norm", "lr_batches", "lr_epochs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if not 0 <= self.warmup_start <= 1:
+            raise ConfigError(f"warmup_start is {self.warmup_start}; expected a share between 0 and 1")
 
 
-def noam(step: int, config: OptimConfig) -> float:
+@dataclass(kw_only=True, slots=True)
+class ScaledAdamConfig(OptimConfig):
+    """ScaledAdam (asr/scaled_adam.py) with Eden (arXiv:2310.11230). The defaults are for 960 hours.
+
+    Fields that it shares with AdamW mean the same, but for these. A rate is relative to the size of each
+    tensor, which makes it some forty times that of AdamW.
+    """
+
+    type: Literal["adamw", "scaled-adam"] = "scaled-adam"
+
+    lr: float = 0.045
+
+    weight_decay: float = 0.0
+    """Nothing but 0: the size of each tensor is learnt."""
+
+    schedule: Literal["noam", "cosine", "eden"] = "eden"
+
+    warmup_steps: int = 500
+
+    clip_norm: float = 2.0
+    """Gradients longer than so many times the median of recent ones are shortened to that; a length is that
+    of all gradients, each times the size of its tensor."""
+
+    def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
+        if self.weight_decay:
+            raise ConfigError(
+                f"weight_decay is {self.weight_decay}; scaled-adam has none, as it learns the size of each "
+                "tensor; leave it out or set it to 0"
+            )
+
+
+OPTIMIZERS = {"adamw": OptimConfig, "scaled-adam": ScaledAdamConfig}
+"""The first is the default."""
+
+
+def noam(step: int, epoch: int, config: OptimConfig) -> float:
     """The share of the highest rate at a step, from 1 on (arXiv:1706.03762, with the peak set by hand)."""
     return min(step / config.warmup_steps, math.sqrt(config.warmup_steps / step))
 
 
-def cosine(step: int, config: OptimConfig) -> float:
+def cosine(step: int, epoch: int, config: OptimConfig) -> float:
     """The share of the highest rate at a step, from 1 on: half a cosine after the rise (arXiv:1608.03983)."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -62,12 +115,24 @@ def cosine(step: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-SCHEDULES: dict[str, Callable[[int, OptimConfig], float]] = {"noam": noam, "cosine": cosine}
+def eden(step: int, epoch: int, config: OptimConfig) -> float:
+    """The share of the base rate at a step, from 1 on, in an epoch, from 0 on (arXiv:2310.11230, 3.5)."""
+    start = config.warmup_start
+    warm = start + (1 - start) * min(1.0, step / config.warmup_steps)
+    fallen = (1 + (step / config.lr_batches) ** 2) * (1 + (epoch / config.lr_epochs) ** 2)
+    return warm * fallen**-0.25
 
 
-def learning_rate(step: int, config: OptimConfig) -> float:
-    """The rate of step 1, 2, ..."""
-    return config.lr * SCHEDULES[config.schedule](step, config)
+SCHEDULES: dict[str, Callable[[int, int, OptimConfig], float]] = {
+    "noam": noam,
+    "cosine": cosine,
+    "eden": eden,
+}
+
+
+def learning_rate(step: int, config: OptimConfig, epoch: int = 0) -> float:
+    """The rate of step 1, 2, ..., whose data is of epoch 0, 1, ..."""
+    return config.lr * SCHEDULES[config.schedule](step, epoch, config)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -75,15 +140,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of a model that is already on its device, one fused kernel per step.
+def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Tensor:
+    """Shorten gradients as config.clip_norm says. Returns the length that they had."""
+    if isinstance(optimizer, ScaledAdam):
+        return optimizer.clip(config.clip_norm)
+    return clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
 
-    Vectors, which is what norms and biases are, are not decayed.
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of the parameters of a model that is already on its device; few kernels per step.
+
+    In AdamW vectors, which is what norms and biases are, are not decayed.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    first, second = config.betas
+    if isinstance(config, ScaledAdamConfig):
+        return ScaledAdam(parameters, lr=config.lr, betas=(first, second))
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    first, second = config.betas
     return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), fused=True)

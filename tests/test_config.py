@@ -42,6 +42,8 @@ def write(path: Path, text: str) -> Path:
         ("encoder: {subsampling: 5}", "a.yaml: encoder.subsampling: 5 is not 4 or 8, in ConformerConfig"),
         ("train: {keep: 1}", "a.yaml: train: keep is 1; expected at least 2"),
         ("optim: {betas: [1, 2]}", "a.yaml: optim: betas is [1.0, 2.0]; expected two numbers"),
+        ("optim: {type: sgd}", "a.yaml: optim.type: no such optim: sgd; there is adamw, scaled-adam"),
+        ("optim: {type: scaled-adam, weight_decay: 0.1}", "a.yaml: optim: weight_decay is 0.1; scaled-adam"),
         ("optim: {lr: 1, lr: 2}", "a.yaml:1: not YAML: lr is given twice"),
         ("a: {b", "a.yaml:1: not YAML"),
         ("- a", "a.yaml: a list, expected a mapping of features, encoder"),

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from asr.config import ExperimentConfig
+from asr.errors import CheckpointError
 from asr.model.build import build_model
 from asr.model.hybrid import HybridModel
+from asr.model.schedule import Scheduled, scheduled, set_batch_count
+from asr.model.shaping import alarms, restore_alarms
 from asr.optim import build_optimizer
 from asr.train.checkpoint import EMA, WEIGHTS, load_state, load_weights, read_weights, verify
-from asr.train.random_state import restore_random_state
+from asr.train.random_state import random_state, restore_random_state
+
+SCHEDULED_BATCH_S = 600.0
+"""Schedules of a model count batches of so much audio, so that they do not depend on how it is dealt out."""
 
 
 @dataclass
@@ -52,12 +58,20 @@ class Learner:
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor] | None
     progress: Progress
+    scheduled: list[Scheduled] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scheduled = scheduled(self.model)
 
     @classmethod
     def fresh(cls, config: ExperimentConfig, num_tokens: int, device: torch.device) -> "Learner":
         model = build_model(config.features, config.encoder, config.decoder, config.loss, num_tokens)
         model.to(device)
         return cls(model, build_optimizer(model, config.optim), None, Progress())
+
+    def follow_schedules(self) -> None:
+        """Tell the modules of the model how much has been heard."""
+        set_batch_count(self.scheduled, self.progress.audio_s / SCHEDULED_BATCH_S)
 
     def start_average(self) -> None:
         """From the present parameters on."""
@@ -87,6 +101,10 @@ class Learner:
         averaged = {} if self.ema is None else {EMA: self.ema}
         return {WEIGHTS: self.model.state_dict(), **averaged}
 
+    def random_state(self) -> dict[str, Any]:
+        """What differs between ranks: random numbers, and what whiteners found in this rank's data."""
+        return {**random_state(), "alarms": alarms(self.model)}
+
     def state(self, random_states: list[Any]) -> dict[str, Any]:
         """All else that a checkpoint needs; random_states of every rank."""
         return {
@@ -99,6 +117,12 @@ class Learner:
         """Become what was saved. Returns its meta.json; raises CheckpointError where it does not fit."""
         meta = verify(path)
         load_weights(self.model, path / WEIGHTS, meta["config"], config)
+        saved_type = meta["config"]["optim"]["type"]
+        if saved_type != config.optim.type:
+            raise CheckpointError(
+                f"{path}: optim.type is {saved_type} in the checkpoint, {config.optim.type} in the "
+                "configuration; begin another experiment with train.init"
+            )
         state = load_state(path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
@@ -108,4 +132,5 @@ class Learner:
             self.ema = {name: averaged[name].to(tensor.device) for name, tensor in (self.ema or {}).items()}
         if rank < len(state["random"]):  # a rank that was not there before starts from its seed
             restore_random_state(state["random"][rank])
+            restore_alarms(self.model, state["random"][rank].get("alarms", alarms(self.model)))
         return meta

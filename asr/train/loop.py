@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from asr.config import ExperimentConfig
-from asr.optim import learning_rate, set_learning_rate
+from asr.optim import clip_gradients, learning_rate, set_learning_rate
 from asr.train import distributed
 from asr.train.clock import cpu_s
 from asr.train.learner import Progress
@@ -53,13 +52,14 @@ def train(
 
         reason = why_done(progress, config)
         while not reason:
-            lr = learning_rate(progress.step + 1, config.optim)
-            set_learning_rate(optimizer, lr)
             taken = window.take(batches, config.optim.accumulate)
+            lr = learning_rate(progress.step + 1, config.optim, taken[-1].position["epoch"])
+            set_learning_rate(optimizer, lr)
             shared = agree(model, taken, cpu_s() - begin_cpu_s, bool(stop))
             context = context_of_step(config, progress.step, shared.num_frames)
+            learner.follow_schedules()
             losses = backward(taken, shared, context)
-            grad_norm = clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            grad_norm = clip_gradients(optimizer, config.optim)
             progress.advance(taken[-1].position, shared.audio_s, earlier_cpu_s + shared.cpu_s)
             if torch.isfinite(grad_norm):
                 optimizer.step()

@@ -80,7 +80,7 @@ class Report:
         v = values
         self._write(
             f"step {v['step']:>7,}  loss {v['loss']:.3f} (ctc {v['ctc']:.3f}, attention {v['attention']:.3f})"
-            f"  lr {v['lr']:.1e}  grad {v['grad']:.2f}  {v['h/h']:,.0f} h/h  pad {v['padding']:.0%}"
+            f"  lr {v['lr']:.1e}  grad {v['grad']:.3g}  {v['h/h']:,.0f} h/h  pad {v['padding']:.0%}"
             f"  wait {v['wait']:.0%}  {v['memory_gb']:.1f} GB  cpu {v['cpu_minutes']:,.1f} min"
         )
         self._record("train", values)

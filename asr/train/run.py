@@ -15,7 +15,6 @@ from asr.errors import TokensError, TrainingError
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 from asr.train import checkpoint, distributed, lock
 from asr.train.learner import Learner, Progress
-from asr.train.random_state import random_state
 from asr.train.report import Report, Window
 from asr.train.storage import remove_litter
 
@@ -76,7 +75,7 @@ class Run:
     def save(self, learner: Learner, is_best: bool = False) -> None:
         """Write a checkpoint, and remove the oldest. Raises CheckpointError where it cannot be written."""
         distributed.barrier(self.config.train.timeout_s)
-        state = learner.state(distributed.gather_objects(random_state()))
+        state = learner.state(distributed.gather_objects(learner.random_state()))
         if not distributed.is_main():
             return
         progress = learner.progress

@@ -13,6 +13,7 @@ import torch
 
 from asr.errors import CheckpointError, TrainingError
 from asr.model.hybrid import HybridModel, Loss
+from asr.optim import learning_rate
 from asr.train.checkpoint import checkpoints, load_state, path_of, read_weights
 from asr.train.report import read_metrics
 
@@ -58,11 +59,29 @@ def test_it_runs_on_as_many_threads_as_it_is_told(lab: Any) -> None:
     assert torch.get_num_threads() == 2
 
 
-def test_stopped_and_resumed_equals_uninterrupted(lab: Any) -> None:
-    whole, _ = lab.train("whole", *ALL_OF_IT, "optim.max_steps=7")
-    parts, _ = lab.train("parts", *ALL_OF_IT, "optim.max_steps=3")
-    lab.train("parts", *ALL_OF_IT, "optim.max_steps=7")
+@pytest.mark.parametrize("optim", ["adamw", "scaled-adam"])
+def test_stopped_and_resumed_equals_uninterrupted(lab: Any, optim: str) -> None:
+    options = (*ALL_OF_IT, f"optim.type={optim}")
+    whole, _ = lab.train("whole", *options, "optim.max_steps=7")
+    parts, _ = lab.train("parts", *options, "optim.max_steps=3")
+    lab.train("parts", *options, "optim.max_steps=7")
     assert_same_checkpoint(path_of(whole, 7), path_of(parts, 7))
+
+
+def test_eden_is_told_the_epoch(lab: Any) -> None:
+    options = ("optim.schedule=eden", "optim.lr_epochs=0.5", "train.log_every=1")
+    exp_dir, _ = lab.train("a", *options, "optim.max_steps=12")
+    config = lab.config(*options).optim
+    rows = read_metrics(exp_dir / "metrics.jsonl")
+    assert {row["epoch"] for row in rows} > {0, 1}
+    for row in rows:
+        assert row["lr"] == pytest.approx(learning_rate(row["step"], config, row["epoch"]))
+
+
+def test_another_optimizer_does_not_go_on(lab: Any) -> None:
+    lab.train("a", "optim.max_steps=2")
+    with pytest.raises(CheckpointError, match=r"optim.type is adamw in the checkpoint, scaled-adam in the"):
+        lab.train("a", "optim.max_steps=4", "optim.type=scaled-adam")
 
 
 def die(line: str) -> None:

@@ -1,0 +1,187 @@
+"""ScaledAdam: every tensor moves in proportion to its own size, and learns that size (arXiv:2310.11230, 3.5).
+
+    v <- b2 v + (1 - b2) g^2          r: root mean square of the tensor's values
+    d = -lr r g / (sqrt(v) + eps)     and in every fourth step, for its scale, d += p s
+    m <- b1 m + (1 - b1) d            p <- p + m
+
+s is an Adam step along the direction in which p grows: from the sums of p g of four steps, a tenth as long.
+r is renewed in every fourth step too, so that m / r, which is what the state holds, moves as the parameters
+of AdamW with a weight decay do: that kernel does most of the work, for all tensors at once. A tensor of one
+element has no size of its own: it moves as in Adam, a tenth as fast.
+
+P tensors
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PERIOD = 4
+"""Steps from one scale step to the next."""
+SCALAR_RATE = 0.1
+"""Of the learning rate: the share that scales, and tensors of one element, learn with."""
+MAX_SCALE_STEP = 0.1
+MAX_SCALAR = 10.0
+MIN_RMS, MAX_RMS = 1e-5, 3.0
+UNBIASED = 0.99
+"""Above it, 1 - b2^step counts as 1."""
+EPS = 1e-8
+NORMS = 100
+"""Gradient norms that are remembered, and steps between two medians of them."""
+EARLY = (10, 20, 40)
+"""Before there are so many, a median is taken at these steps."""
+
+
+class ScaledAdam(torch.optim.Optimizer):
+    """Its parameters are one group; where one has no gradient, that is 0. `clip` comes before `step`."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
+        first: dict[str, Any] = {"step": 0, "norms": [], "threshold": math.inf}
+        super().__init__(params, {"lr": lr, "betas": betas, **first})
+        self._sizes: Tensor | None = None
+
+    @torch.no_grad()
+    def clip(self, multiple: float) -> Tensor:
+        """Shorten gradients longer than `multiple` medians of the last 100 lengths. Returns the length.
+
+        A length is the norm of all gradients, each times the size of its tensor: what a step does, relative
+        to what it does it to. At first nothing is shortened, and twice as long is allowed in steps 10 to 100.
+        What is not finite is returned, and neither shortened nor remembered.
+        """
+        group, grads = self.param_groups[0], self._gradients()
+        self._prepare()
+        norm = (torch.stack(torch._foreach_norm(grads)) * self._units).norm()
+        length, step, norms = norm.item(), group["step"], group["norms"]
+        if step == 0 or not math.isfinite(length):
+            return norm
+        group["norms"] = norms = [*norms, length][-NORMS:]
+        if step in EARLY or step % NORMS == 0:
+            count = min(step, NORMS)
+            median = sorted(norms[-count:])[2 * (count // 4)]
+            group["threshold"] = (2 if step in EARLY else 1) * median
+        if length > multiple * group["threshold"]:
+            torch._foreach_mul_(grads, multiple * group["threshold"] / length)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move the parameters."""
+        group, grads = self.param_groups[0], self._gradients()
+        params, (b1, b2) = group["params"], group["betas"]
+        self._prepare()
+        states = [self.state[p] for p in params]
+        momenta = [state["momentum"] for state in states]
+        place = group["step"] % PERIOD
+        self._slopes[:, place] = _dots(params, grads)
+        growth = self._renew_sizes(momenta) if place == PERIOD - 1 else None
+        lr = max(group["lr"] * (1 - b1), 1e-30)
+        torch._fused_adamw_(
+            momenta,
+            grads,
+            grads,  # with beta1 0 the mean of gradients is the gradient
+            [state["exp_avg_sq"] for state in states],
+            [],
+            self._steps_to_unbias(b2),
+            lr=lr,
+            beta1=0.0,
+            beta2=b2,
+            weight_decay=(1 - b1) / lr,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+        )
+        if growth is not None:
+            _add(momenta, params, (growth * (1 - b1) / self._units).tolist())
+        for scalar in self._scalars:
+            scalar.clamp_(-MAX_SCALAR, MAX_SCALAR)
+        _add(params, momenta, self._scales)
+        group["step"] += 1
+
+    def _steps_to_unbias(self, b2: float) -> list[Tensor]:
+        """The step as the kernel wants it, once for each tensor; infinite where v is taken as it is."""
+        step, device = self.param_groups[0]["step"] + 1, self._rms.device
+        unbiased = math.inf if 1 - b2**step >= UNBIASED else step
+        scalar, other = (torch.full((), float(value), device=device) for value in (step, unbiased))
+        return [scalar if p.numel() == 1 else other for p in self.param_groups[0]["params"]]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._sizes = None
+
+    def _gradients(self) -> list[Tensor]:
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in self.param_groups[0]["params"]]
+
+    def _prepare(self) -> None:
+        """Give every tensor a state, of which `size` is a row of one table (P, 2 + PERIOD): the root mean
+        square, the running mean of squared slopes, and the slopes p . g of the last steps."""
+        if self._sizes is not None:
+            return
+        params = self.param_groups[0]["params"]
+        if not self.state:
+            table = torch.zeros(len(params), 2 + PERIOD, device=params[0].device)
+            table[:, 0] = _rms(params)
+            for p, size in zip(params, table, strict=True):
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg_sq", "momentum")}
+                self.state[p] = {**moments, "size": size}
+        self._sizes = torch.stack([self.state[p]["size"] for p in params])
+        for p, size in zip(params, self._sizes, strict=True):
+            self.state[p]["size"] = size
+        self._rms, self._squares = self._sizes[:, 0], self._sizes[:, 1]
+        self._slopes = self._sizes[:, 2:]
+        self._is_scalar = torch.tensor([p.numel() == 1 for p in params], device=self._sizes.device)
+        self._scalars = [p for p in params if p.numel() == 1]
+        self._set_units()
+
+    def _set_units(self) -> None:
+        """How much of its momentum is added to each tensor (P,)."""
+        self._units = torch.where(self._is_scalar, SCALAR_RATE, self._rms.clamp(min=MIN_RMS))
+        self._scales = self._units.tolist()
+
+    def _renew_sizes(self, momenta: list[Tensor]) -> Tensor:
+        """Measure all tensors, and say by what share each is to grow (P,); momenta are in units of sizes."""
+        group, before = self.param_groups[0], self._units
+        self._rms.copy_(_rms(group["params"]))
+        self._set_units()
+        torch._foreach_mul_(momenta, (before / self._units).tolist())
+        decay = group["betas"][1] ** PERIOD
+        self._squares.mul_(decay).add_(self._slopes.square().mean(1), alpha=1 - decay)
+        unbias = math.sqrt(1 - decay ** ((group["step"] + 1) // PERIOD))
+        growth = -group["lr"] * SCALAR_RATE * unbias * self._slopes.sum(1) / (self._squares.sqrt() + EPS)
+        growth = growth.clamp(-MAX_SCALE_STEP, MAX_SCALE_STEP)
+        growth = torch.minimum(growth, (MAX_RMS - self._rms) / self._rms)
+        return torch.where(self._is_scalar | (self._rms < MIN_RMS), 0.0, growth)
+
+
+def _rms(tensors: list[Tensor]) -> Tensor:
+    """Root mean square of the values of each tensor (P,)."""
+    sizes = torch.tensor([tensor.numel() for tensor in tensors], device=tensors[0].device)
+    return torch.stack(torch._foreach_norm(tensors)) / sizes.sqrt()
+
+
+def _dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    """x . y of each pair (P,): a CPU wants few passes over memory, a GPU few kernels."""
+    if _is_cpu(xs):
+        return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True)])
+    products = torch._foreach_mul(xs, ys)
+    absolute = torch.stack(torch._foreach_norm(products, 1))
+    torch._foreach_clamp_min_(products, 0.0)
+    return 2 * torch.stack(torch._foreach_norm(products, 1)) - absolute
+
+
+def _add(xs: list[Tensor], ys: list[Tensor], scales: list[float]) -> None:
+    """x += scale * y for each pair."""
+    if _is_cpu(xs):
+        for x, y, scale in zip(xs, ys, scales, strict=True):
+            x.add_(y, alpha=scale)
+    else:
+        torch._foreach_add_(xs, torch._foreach_mul(ys, scales))
+
+
+def _is_cpu(tensors: list[Tensor]) -> bool:
+    return tensors[0].device.type == "cpu"
