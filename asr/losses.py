@@ -36,9 +36,26 @@ class LossConfig:
     """Weight of the loss of a head that counts words (asr/model/fire.py); 0 builds none. It learns the same
     with a small one such as 0.01, which keeps its gradient out of the norm that optim.clip_norm limits."""
 
+    consistency: float = 0.0
+    """Weight of the consistency of two views, of which one hides what the other shows (CR-CTC,
+    arXiv:2410.05101); 0 is off. With it a step computes every utterance twice, each time under masks of its
+    own, and other losses are means of both: lower data.max_batch_s. Published with a fifth of the weight of
+    ctc and 2.5 times the time masks: augment.spec_augment.num_time_masks=25 and max_time_share=0.375."""
+
     def __post_init__(self) -> None:
-        if not self.quantity >= 0:
-            raise ConfigError(f"quantity is {self.quantity}; expected 0 or more")
+        for name in ("quantity", "consistency"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.consistency and not self.ctc:
+            raise ConfigError(
+                f"consistency is {self.consistency} and ctc is {self.ctc}; posteriors of CTC are consistent "
+                "by themselves where they learn nothing else, give ctc a weight"
+            )
+
+    @property
+    def views(self) -> int:
+        """How many versions of each utterance a training step needs."""
+        return 2 if self.consistency > 0 else 1
 
 
 def ctc_loss(log_probs: Tensor, x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
@@ -65,6 +82,19 @@ def ctc_feasible(x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
     inside = torch.arange(repeated.shape[1], device=tokens.device) < token_lens[:, None] - 1
     repeats = (repeated & inside).sum(1)
     return token_lens + repeats <= x_lens
+
+
+def consistency_loss(log_probs: Tensor, x_lens: Tensor) -> Tensor:
+    """How far the posteriors of two views of each utterance are from each other (CR-CTC, arXiv:2410.05101).
+
+    log_probs (2 N, T, V): all first views, then all second ones; x_lens (2 N,), the same for both. Returns
+    (N,): sum over frames of KL(second || first) + KL(first || second), in nats. Each view is taught by the
+    other: what is the target has no gradient.
+    """
+    other = log_probs.roll(len(log_probs) // 2, 0).detach()
+    divergence = (other.exp() * (other - log_probs)).sum(-1)
+    inside = torch.arange(log_probs.shape[1], device=log_probs.device) < x_lens[:, None]
+    return torch.where(inside, divergence, 0.0).sum(1).view(2, -1).sum(0)
 
 
 def label_smoothed_cross_entropy(

@@ -3,9 +3,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, tensor
 
-from asr.losses import ctc_feasible, ctc_loss, label_smoothed_cross_entropy, transducer_loss
+from asr.errors import ConfigError
+from asr.losses import (
+    LossConfig,
+    consistency_loss,
+    ctc_feasible,
+    ctc_loss,
+    label_smoothed_cross_entropy,
+    transducer_loss,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +112,68 @@ def test_transducer_losses_of_a_padded_batch_are_those_of_its_utterances():
     both = transducer_loss(logits, x_lens, tokens, token_lens)
     alone = transducer_loss(logits[1:, :3, :2], x_lens[1:], tokens[1:, :1], token_lens[1:])
     close(both[1:], alone)
+
+
+@pytest.mark.parametrize("name", ["icefall_zipformer2", "icefall_zipformer2_causal"])
+def test_consistency_is_that_of_the_reference(golden, name):
+    folder = golden / name
+    weights = load_file(folder / "weights.safetensors")
+    with np.load(folder / "io.npz") as arrays:
+        first, second, lens, both, *ctc = (
+            torch.from_numpy(arrays[key])
+            for key in (
+                "full.encoder_out",
+                "cr_ctc.encoder_out_view2",
+                "full.encoder_out_lens",
+                "cr_ctc.cr_loss_sum",
+                "cr_ctc.ctc_loss_sum",
+                "tokens0",
+                "tokens1",
+            )
+        )
+    y = torch.cat([first, second])
+    weight, bias = weights["ctc_output.1.weight"], weights["ctc_output.1.bias"]
+    log_probs = torch.nn.functional.linear(y, weight, bias).log_softmax(-1)
+    close(consistency_loss(log_probs, lens.repeat(2)).sum(), both, rtol=1e-4, atol=1e-5)
+    tokens = torch.nn.utils.rnn.pad_sequence(ctc[1:], batch_first=True).repeat(2, 1)
+    token_lens = tensor([len(t) for t in ctc[1:]] * 2)
+    close(ctc_loss(log_probs, lens.repeat(2), tokens, token_lens).sum(), ctc[0], rtol=1e-4, atol=1e-5)
+
+
+def test_equal_views_are_consistent():
+    log_probs = torch.randn(2, 5, 4).log_softmax(-1).repeat(2, 1, 1)
+    assert consistency_loss(log_probs, tensor([5, 3, 5, 3])).abs().max() < 1e-6
+
+
+def test_consistency_is_the_divergence_of_the_frames_that_are_there():
+    log_probs = torch.randn(4, 5, 3).log_softmax(-1)
+    loss = consistency_loss(log_probs, tensor([5, 2, 5, 2]))
+    for n, length in enumerate((5, 2)):
+        p, q = log_probs[n, :length], log_probs[n + 2, :length]
+        close(loss[n], (p.exp() * (p - q)).sum() + (q.exp() * (q - p)).sum())
+
+
+def test_each_view_learns_from_the_other_which_does_not_move():
+    """The gradient is that of differences of what is learnt, with the targets held."""
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    lens = tensor([3, 3])
+    consistency_loss(logits.log_softmax(-1), lens).sum().backward()
+    fixed = logits.detach().log_softmax(-1).flip(0)
+
+    def learnt(logits: Tensor) -> Tensor:
+        return (fixed.exp() * (fixed - logits.log_softmax(-1))).sum()
+
+    for index in itertools.product(range(2), range(3), range(4)):
+        shift = torch.zeros_like(logits).detach()
+        shift[index] = 1e-6
+        slope = (learnt(logits + shift) - learnt(logits - shift)) / 2e-6
+        close(logits.grad[index], slope.detach(), rtol=1e-6, atol=1e-8)
+
+
+def test_consistency_without_ctc_is_refused():
+    assert LossConfig(consistency=0.06).views == 2
+    assert LossConfig().views == 1
+    with pytest.raises(ConfigError, match=r"consistency is 0.1 and ctc is 0.0; .* give ctc a weight"):
+        LossConfig(consistency=0.1, ctc=0.0)
+    with pytest.raises(ConfigError, match=r"consistency is -1; expected 0 or more"):
+        LossConfig(consistency=-1)

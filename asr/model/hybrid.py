@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from asr.context import WHOLE, Context
 from asr.errors import ConfigError
 from asr.features import Cmvn, Fbank, FbankConfig
-from asr.losses import LossConfig, ctc_loss
+from asr.losses import LossConfig, consistency_loss, ctc_loss
 from asr.model.decoder import TransformerDecoder, reverse
 from asr.model.encoder import Encoder
 from asr.model.fire import Fire
@@ -106,26 +106,37 @@ class HybridModel(nn.Module):
         token_lens: Tensor,
         context: Context = WHOLE,
         token_ends: Tensor | None = None,
+        views: int = 1,
     ) -> Loss:
         """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
 
-        token_ends (N, U): the encoder frame behind each token, where there is an alignment.
-        total = w_ctc * ctc + w_attention * attention + w_quantity * quantity, all summed over the utterances.
+        token_ends (N, U): the encoder frame behind each token, where there is an alignment.  views: 2 where
+        the second half of the batch is another view of the first, of which the losses are the mean.
+        total = w_ctc * ctc + w_attention * attention + w_quantity * quantity + w_consistency * consistency,
+        all summed over the utterances; the last is the mean of both directions.
         """
         y, y_lens = self.encode(x, x_lens, context)
-        ctc = y.new_zeros((), dtype=torch.float32)
-        if self.ctc is not None:
-            ctc = ctc_loss(self.ctc_log_probs(y), y_lens, tokens, token_lens).sum()
+        ctc, consistency = self._ctc_losses(y, y_lens, tokens, token_lens, views)
         ends = tokens[:, :0] if token_ends is None else token_ends
         attention = self._attention_loss(y, y_lens, tokens, token_lens, ends).sum()
-        total, quantity = (
-            (self.loss.ctc or 0.0) * ctc + self.loss.attention * attention,
-            torch.zeros_like(ctc),
-        )
+        total = (self.loss.ctc or 0.0) * ctc + self.loss.attention * attention
+        total, quantity = total + self.loss.consistency * consistency, torch.zeros_like(ctc)
         if self.fire:
             quantity = self.fire.loss(y, y_lens, tokens, token_lens, ends, context.chunk).sum()
             total = total + self.loss.quantity * quantity
-        return Loss(total, ctc, attention, quantity, token_lens.sum() + len(token_lens))
+        sums = (total, ctc, attention, quantity, token_lens.sum() + len(token_lens))
+        return Loss(*(value / views for value in sums)) if views > 1 else Loss(*sums)
+
+    def _ctc_losses(
+        self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, views: int
+    ) -> tuple[Tensor, Tensor]:
+        """CTC, and how far two views are from each other; 0 without a head, or with one view."""
+        none = y.new_zeros((), dtype=torch.float32)
+        if self.ctc is None:
+            return none, none
+        log_probs = self.ctc_log_probs(y)
+        ctc = ctc_loss(log_probs, y_lens, tokens, token_lens).sum()
+        return ctc, consistency_loss(log_probs, y_lens).sum() if views == 2 else none
 
     def _attention_loss(
         self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, token_ends: Tensor

@@ -94,11 +94,15 @@ class Backward:
         return sums
 
     def _losses(self, batch: Batch, context: Context) -> Tensor:
+        views = self.plain.loss.views
         x, x_lens = self.plain.features(batch.samples, batch.sample_lens)
+        ends = self.plain.frames_behind(batch.token_ends_s)
+        x, x_lens, tokens, token_lens, ends = (
+            _repeat(part, views) for part in (x, x_lens, batch.tokens, batch.token_lens, ends)
+        )
         x = self.spec_augment(x, x_lens)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            ends = self.plain.frames_behind(batch.token_ends_s)
-            loss = self.model(x, x_lens, batch.tokens, batch.token_lens, context, ends)
+            loss = self.model(x, x_lens, tokens, token_lens, context, ends, views)
         # a batch that lost every utterance takes part, as other ranks wait for it, and counts for nothing
         return torch.stack([loss.total, loss.ctc, loss.attention]) * (not batch.is_empty)
 
@@ -107,6 +111,11 @@ class Backward:
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    """The whole batch so many times, one behind the other."""
+    return x if times == 1 else torch.cat([x] * times)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import torch
 from torch import tensor
 
 from asr.context import Context
-from asr.losses import ctc_loss, label_smoothed_cross_entropy
+from asr.losses import consistency_loss, ctc_loss, label_smoothed_cross_entropy
 
 SAMPLES = torch.randn(3, 12000, generator=torch.Generator().manual_seed(0)) * 0.1
 SAMPLE_LENS = tensor([12000, 9000, 4000])
@@ -116,6 +116,24 @@ def test_the_second_decoder_learns_from_right_to_left(tiny_model, x):
     torch.testing.assert_close(losses[1.0], tiny_model(*x, mirrored, TOKEN_LENS).attention)
     torch.testing.assert_close(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0])
     assert abs(losses[1.0] - losses[0.0]) > 1e-3
+
+
+def test_the_losses_of_two_views_are_their_mean_and_how_far_they_are_from_each_other(tiny_model, x):
+    frames, x_lens = x
+    other = frames * (torch.arange(frames.shape[1])[:, None] % 20 > 5)
+    twice = (torch.cat([frames, other]), x_lens.repeat(2), TOKENS.repeat(2, 1), TOKEN_LENS.repeat(2))
+    tiny_model.loss.consistency = 0.2
+    both = tiny_model(*twice, views=2)
+    tiny_model.loss.consistency = 0.0
+    first, second = tiny_model(*x, TOKENS, TOKEN_LENS), tiny_model(other, x_lens, TOKENS, TOKEN_LENS)
+    for name in ("ctc", "attention", "num_tokens"):
+        torch.testing.assert_close(
+            getattr(both, name), (getattr(first, name) + getattr(second, name)) / 2, check_dtype=False
+        )
+    y, y_lens = tiny_model.encode(*twice[:2])
+    apart = consistency_loss(tiny_model.ctc_log_probs(y), y_lens).sum() / 2
+    assert apart > 0.1
+    torch.testing.assert_close(both.total, (first.total + second.total) / 2 + 0.2 * apart)
 
 
 def test_times_become_the_frames_behind_them(tiny_model):

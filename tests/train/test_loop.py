@@ -54,6 +54,13 @@ def test_a_tiny_batch_is_learnt_by_heart(lab: Any) -> None:
     assert progress.step == 60
 
 
+def test_with_consistency_it_learns_too(lab: Any) -> None:
+    options = ("optim.max_steps=40", "optim.lr=0.02", "augment.speed=[]", "loss.consistency=0.06")
+    exp_dir, _ = lab.train("a", *options, "train.save_every=40")
+    losses = [row["loss"] for row in read_metrics(exp_dir / "metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 def test_it_runs_on_as_many_threads_as_it_is_told(lab: Any) -> None:
     lab.train("a", "optim.max_steps=1", "train.threads=2")
     assert torch.get_num_threads() == 2

@@ -42,9 +42,9 @@ def empty() -> Batch:
     return replace(batch, tokens=torch.zeros(1, 0).long(), token_lens=torch.tensor([0]), ids=[], texts=[])
 
 
-def gradients(lab: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+def gradients(lab: Any, batches: list[Batch], *options: str) -> tuple[Tensor, Tensor]:
     """(all gradients of a step, the step's loss per token), of this rank."""
-    config = lab.config(*QUIET)
+    config = lab.config(*QUIET, *options)
     torch.manual_seed(3)
     device = torch.device("cpu")
     model: HybridModel = Learner.fresh(config, 6, device).model.train()
@@ -63,6 +63,19 @@ def test_accumulation_equals_a_large_batch(lab: Any, parts: list[list[int]]) -> 
     assert whole.abs().max() > 0.01
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(split_loss, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_a_consistent_step_without_masks_is_an_ordinary_one(lab: Any) -> None:
+    """Without masks both views are the same, and so are their losses; with masks they are not."""
+    ordinary, loss = gradients(lab, [batch_of([0, 1, 2, 3])])
+    twice, twice_loss = gradients(lab, [batch_of([0, 1]), batch_of([2, 3])], "loss.consistency=0.1")
+    torch.testing.assert_close(twice, ordinary, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(twice_loss, loss, rtol=1e-5, atol=1e-5)
+    masks = ("augment.spec_augment.num_freq_masks=2", "augment.spec_augment.max_freq_bins=60")
+    masked, masked_loss = gradients(lab, [batch_of([0, 1])], *masks, "loss.consistency=100.0")
+    _, less = gradients(lab, [batch_of([0, 1])], *masks, "loss.consistency=1e-9")
+    assert masked_loss > less + 0.01
+    assert masked.isfinite().all()
 
 
 DEALS: dict[str, tuple[list[Any], list[Any]]] = {
