@@ -1,9 +1,9 @@
 """Waveform -> log-mel frames of NeMo's models.
 
 Pre-emphasis of the waveform, silence before it and behind it, frames that are centred at multiples of the
-shift, times a symmetric Hann window, Fourier transform, power, the triangles of Slaney's Auditory Toolbox, and
-the logarithm of that plus 2^-24. Then each bin, or all of them together, may get mean 0 and variance 1 over
-the utterance; a model trained so needs whole utterances, as their end is heard in every frame.
+shift, times a symmetric Hann window, Fourier transform, power, the triangles of Slaney's Auditory Toolbox,
+and the logarithm of that plus 2^-24. Then each bin, or all of them together, may get mean 0 and variance 1
+over the utterance; a model trained so needs whole utterances, as their end is heard in every frame.
 
 N utterances · S samples · T frames, 10 ms apart · F mel bins · K bins of the spectrum
 """

@@ -12,6 +12,8 @@ utterance the causal one has one or two frames more than there are whole ones: t
 N streams · T' encoder frames · F mel bins · P frames before a window that it needs · C channels
 """
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +22,12 @@ from asr.errors import ConfigError
 from asr.model.subsampling import strided_convolutions
 
 PIECE_FRAMES = 512
-"""Encoder frames of a long utterance that go through the convolutions at once: the output of the first one is
-the largest tensor of a model, and indices of tensors on a GPU have 31 bits."""
+"""Feature frames of an utterance that go through the convolutions at once. What the first one makes is the
+largest tensor of a model: of an hour, it has more numbers than 31 bits can index on a GPU; of pieces, it is
+still in the cache of a CPU when the next one reads it, which makes the subsampling twice as fast."""
+
+
+Lens = TypeVar("Lens", int, Tensor)
 
 
 class MaskedSubsampling(nn.Module):
@@ -41,10 +47,7 @@ class MaskedSubsampling(nn.Module):
 
     def num_frames(self, x_lens: Tensor) -> Tensor:
         """Feature frames of an utterance -> its encoder frames, element by element."""
-        lens = x_lens
-        for _ in range(self.rate.bit_length() - 1):
-            lens = (lens + self.before) // 2
-        return torch.where(x_lens > 0, lens, 0)
+        return torch.where(x_lens > 0, self._shrunk(x_lens), 0)
 
     def forward(self, x: Tensor, start: Tensor, x_lens: Tensor) -> Tensor:
         """A window x (N, P + rate * T', F), whose first frame is frame start (N,) of the utterance; it is
@@ -62,14 +65,21 @@ class MaskedSubsampling(nn.Module):
 
     def whole(self, x: Tensor, x_lens: Tensor) -> Tensor:
         """Utterances x (N, T, F), x_lens (N,), in pieces where they are long: (N, T', C)."""
-        length = max(int(self.num_frames(torch.tensor(x.shape[1]))), 1)
+        length = self._shrunk(x.shape[1])
         x = F.pad(x, (0, 0, self.past_frames, length * self.rate - x.shape[1]))
-        pieces = []
-        for first in range(0, length, PIECE_FRAMES):
-            start, end = first * self.rate, min(first + PIECE_FRAMES, length) * self.rate
-            window = x[:, start : end + self.past_frames]
-            pieces.append(self(window, torch.full_like(x_lens, start - self.past_frames), x_lens))
+        begin = torch.full_like(x_lens, -self.past_frames)
+        if torch.compiler.is_exporting():  # how many pieces there are is not known then
+            return self(x, begin, x_lens)
+        size, pieces = max(PIECE_FRAMES // self.rate, 1) * self.rate, []
+        for start in range(0, length * self.rate, size):
+            window = x[:, start : start + size + self.past_frames]
+            pieces.append(self(window, begin + start, x_lens))
         return torch.cat(pieces, dim=1)
+
+    def _shrunk(self, lens: Lens) -> Lens:
+        for _ in range(self.rate.bit_length() - 1):
+            lens = (lens + self.before) // 2
+        return lens
 
 
 def _inside(start: Tensor, lens: Tensor, length: int) -> Tensor:
