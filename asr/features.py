@@ -75,6 +75,9 @@ class Fbank(nn.Module):
     max_samples = 0
     """Of an utterance, at most; 0: any number."""
 
+    fading = 0.0
+    """Not 0: before an utterance samples are 0, behind it each is this part of the one before."""
+
     def __init__(self, config: FbankConfig) -> None:
         super().__init__()
         self.config = config

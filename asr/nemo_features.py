@@ -29,12 +29,17 @@ PIECE_FRAMES = 8192
 class NemoFbank(nn.Module):
     """As asr.features.Fbank. The first sample of a frame is there for the pre-emphasis of the next one."""
 
+    max_samples = 0
+    fading = PREEMPHASIS
+    """What the pre-emphasis of such samples makes is silence."""
+
     fourier: Tensor
     mel: Tensor
 
     def __init__(self, config: FbankConfig) -> None:
         super().__init__()
         self.config = config
+        self.framed = config.normalize == "none"
         window_samples = round(config.sample_rate * 0.001 * config.frame_ms)
         self.frame_samples = window_samples + 1
         self.shift_samples = round(config.sample_rate * 0.001 * config.shift_ms)
@@ -70,8 +75,8 @@ class NemoFbank(nn.Module):
         """The frames that lie within a window of samples: the part that a stream uses and a graph contains.
 
         window (N, (T - 1) * shift_samples + frame_samples). Returns x (N, T, F). Frame t of an utterance
-        begins at sample t * shift_samples - frame_samples // 2 - 1; before the utterance samples are 0,
-        behind it each is 0.97 times the one before. Raises ConfigError where frames are normalised over it.
+        begins at sample t * shift_samples - frame_samples // 2 - 1. Raises ConfigError where frames are
+        normalised over the utterance.
         """
         if self.config.normalize != "none":
             raise ConfigError(

@@ -30,6 +30,7 @@ class WhisperFbank(nn.Module):
     """As asr.features.Fbank, but every utterance becomes `window_s` seconds long, and all of that counts."""
 
     framed = False  # the loudest frame of the utterance is heard in all of them
+    fading = 0.0
 
     fourier: Tensor
     mel: Tensor

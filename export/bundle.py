@@ -47,6 +47,7 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
             frame_samples=fbank.frame_samples,
             shift_samples=fbank.shift_samples,
             snip_edges=fbank.config.snip_edges,
+            fading=fbank.fading,
             framed=fbank.framed,
             max_samples=fbank.max_samples,
         ),

@@ -4,21 +4,26 @@ Frame f covers samples f * shift - lead to f * shift - lead + length, where lead
 centres it. Samples before the start and behind the end are mirrored (-1 -> 0, n -> n - 1), as
 `asr/features.py` does for whole utterances, so that n samples always become (n + shift / 2) // shift frames,
 however they arrive.
+
+Or, for `asr/nemo_features.py`, there is silence before the start and a fading sound behind the end, frame f
+begins at f * shift - length / 2 - 1, and n samples become n // shift frames.
 """
 
 import numpy as np
 
-from asr.decode.scorer import Floats
+from asr.decode.scorer import Floats, Ints
 
 
 class Framer:
     """The samples of one stream that its frames still need; nothing older is kept."""
 
-    def __init__(self, shift: int, length: int, snip_edges: bool = False) -> None:
+    def __init__(self, shift: int, length: int, snip_edges: bool = False, fading: float = 0.0) -> None:
         self.shift, self.length = shift, length
         self.num_samples = 0
-        self._snip_edges = snip_edges
+        self._snip_edges, self._fading = snip_edges, fading
         self._lead = 0 if snip_edges else length // 2 - shift // 2
+        if fading:
+            self._lead = length // 2 + 1
         self._buffer = np.zeros(0, np.float32)
         self._first = 0  # of the buffer, counted from the start of the stream
         self.num_taken = 0
@@ -37,7 +42,9 @@ class Framer:
 
     def ready(self) -> int:
         """Frames that can be taken now."""
-        if self._finished and not self._snip_edges:
+        if self._finished and self._fading:
+            total = self.num_samples // self.shift
+        elif self._finished and not self._snip_edges:
             total = (self.num_samples + self.shift // 2) // self.shift
         else:
             total = (self.num_samples + self._lead - self.length) // self.shift + 1
@@ -50,13 +57,22 @@ class Framer:
         """
         start = self.num_taken * self.shift - self._lead
         position = np.arange(start, start + (num_frames - 1) * self.shift + self.length)
-        if start < 0 or position[-1] >= self.num_samples:
-            position %= 2 * self.num_samples
-            position = np.minimum(position, 2 * self.num_samples - 1 - position)
-        window = self._buffer[position - self._first]
+        window = self._fade(position) if self._fading else self._mirror(position)
         self.num_taken += num_frames - again
         self._forget()
         return window
+
+    def _mirror(self, position: Ints) -> Floats:
+        if len(position) and (position[0] < 0 or position[-1] >= self.num_samples):
+            position %= 2 * self.num_samples
+            position = np.minimum(position, 2 * self.num_samples - 1 - position)
+        return self._buffer[position - self._first]
+
+    def _fade(self, position: Ints) -> Floats:
+        behind = np.maximum(position - (self.num_samples - 1), 0)
+        parts = np.where(position < 0, 0.0, self._fading**behind).astype(np.float32)
+        inside = np.clip(position, self._first, self.num_samples - 1) - self._first
+        return self._buffer[inside] * parts if len(self._buffer) else np.zeros(len(position), np.float32)
 
     def _forget(self) -> None:
         """Drop what is before the next frame; what the mirrored end may need is not, as it is nearer."""

@@ -27,6 +27,9 @@ class Features:
     frame_samples: int
     shift_samples: int
     snip_edges: bool
+    fading: float
+    """Not 0: before an utterance samples are 0, behind it each is this part of the one before."""
+
     framed: bool
     """Whether windows of samples have the frames of the whole; if not, the graph takes whole utterances."""
 

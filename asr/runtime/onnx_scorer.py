@@ -157,7 +157,7 @@ class OnnxScorer:
     def framer(self) -> Framer:
         """What cuts the samples of one stream."""
         features = self.bundle.info.features
-        return Framer(features.shift_samples, features.frame_samples, features.snip_edges)
+        return Framer(features.shift_samples, features.frame_samples, features.snip_edges, features.fading)
 
     def memory(self, ys: Sequence[Floats]) -> Memory:
         """The decoder's memory of utterances that were encoded as streams, y (T, C) each."""

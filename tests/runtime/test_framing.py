@@ -7,10 +7,11 @@ import torch
 
 from asr.decode.scorer import Floats
 from asr.features import Fbank, FbankConfig
+from asr.nemo_features import NemoFbank
 from asr.runtime.framing import Framer
 
 
-def frames_of(framer: Framer, fbank: Fbank, most: int = 1000) -> torch.Tensor:
+def frames_of(framer: Framer, fbank: Fbank | NemoFbank, most: int = 1000) -> torch.Tensor:
     """The features of all frames that are ready, taken at most `most` at a time."""
     parts = [torch.zeros(0, fbank.config.num_bins)]
     while num_frames := min(framer.ready(), most):
@@ -59,8 +60,24 @@ def test_framed_features_are_those_of_the_whole_utterance(
     torch.testing.assert_close(torch.cat(parts), whole[0], rtol=0, atol=1e-3)
 
 
-def test_only_what_is_still_needed_is_kept():
-    framer = Framer(160, 400)
+@pytest.mark.parametrize("block", [1, 160, 777])
+@pytest.mark.parametrize("num_samples", [0, 1, 159, 160, 361, 362, 1000, 4001])
+def test_framed_features_of_nemo_are_those_of_the_whole_utterance(block: int, num_samples: int):
+    fbank = NemoFbank(FbankConfig(type="nemo", low_freq_hz=0, high_freq_hz=0))
+    samples = np.random.default_rng(0).normal(0, 0.1, num_samples).astype(np.float32)
+    framer, parts = Framer(fbank.shift_samples, fbank.frame_samples, fading=fbank.fading), []
+    for start in range(0, num_samples, block):
+        framer.accept(samples[start : start + block])
+        parts.append(frames_of(framer, fbank, most=3))
+    framer.finish()
+    parts.append(frames_of(framer, fbank))
+    whole, _ = fbank(torch.from_numpy(samples)[None], torch.tensor([num_samples]))
+    torch.testing.assert_close(torch.cat(parts), whole[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("fading", [0.0, 0.97])
+def test_only_what_is_still_needed_is_kept(fading: float):
+    framer = Framer(160, 400, fading=fading)
     for _ in range(1000):
         framer.accept(np.zeros(1000, np.float32))
         if framer.ready():
