@@ -178,6 +178,8 @@ class TransformerDecoder(nn.Module):
         self.guide = Guide(config.num_layers - 1, tuple(range(config.num_heads)))
         self.embedding = nn.Embedding(num_tokens, config.dim)
         has_table = config.positions == "learnt"
+        if has_table and config.num_positions < 1:
+            raise ConfigError(f"decoder.num_positions: {config.num_positions}, expected at least 1")
         self.positions = nn.Embedding(config.num_positions, config.dim) if has_table else None
         # that of a norm of what is not yet scaled, as other families have it
         eps = 1e-5 * config.dim

@@ -23,6 +23,7 @@ from asr.errors import ConfigError
 from asr.model.attention import join_heads, sinusoids, split_heads
 from asr.model.layers import FeedForward, initialise, start_small
 from asr.model.masks import ChunkConfig, valid_mask
+from asr.model.relative_attention import align_distances
 from asr.model.state import State
 from asr.model.wenet import ValidSubsampling
 
@@ -219,14 +220,3 @@ def _only_whole(what: str) -> ConfigError:
         f"encoder.type: firered hears whole utterances, not {what}; decode without chunks, or use an encoder "
         "of another type"
     )
-
-
-def align_distances(x: Tensor) -> Tensor:
-    """x (N, H, T, 2 T - 1), by distance, from the first key of the last query on -> (N, H, T, T), by key.
-
-    Row i begins T - 1 - i columns into x. With one column in front, rows of R + 1 numbers read as rows of R
-    begin one number earlier each.
-    """
-    n, heads, length, num_distances = x.shape
-    rows = F.pad(x, (1, 0)).view(n, heads, num_distances + 1, length)[:, :, 1:]
-    return rows.reshape(n, heads, length, num_distances)[..., :length]

@@ -1,13 +1,39 @@
 import pytest
 import torch
-from torch import tensor
+from torch import nn, tensor
+from torch.export import Dim
 
 from asr.errors import ConfigError
-from asr.model.decoder import DecoderConfig, Guide, TransformerDecoder, Window, reverse
+from asr.model.attention import sinusoids
+from asr.model.decoder import (
+    DecoderConfig,
+    DecoderState,
+    Guide,
+    Order,
+    TransformerDecoder,
+    Window,
+    reverse,
+)
 from asr.model.state import join, select, split
 
 TOKENS = tensor([[1, 4, 5, 6, 7], [1, 9, 9, 2, 3]])
 Y_LENS = tensor([6, 4])
+
+
+FAMILIES = [
+    {},
+    {"positions": "sinusoid", "activation": "relu"},  # WeNet
+    {"positions": "sinusoid", "activation": "relu", "embedding_norm": True},  # Canary
+    {"positions": "sinusoid", "attention_dim": 24, "final_norm": False},  # icefall
+    {"positions": "sinusoid", "activation": "gelu"},  # FireRedASR
+    {"positions": "learnt", "num_positions": 10, "activation": "gelu"},  # Whisper
+    {"attention_dim": 8, "embedding_norm": True, "final_norm": False},  # nobody's
+]
+
+
+def family(**options) -> TransformerDecoder:
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "ff_dim": 32}
+    return TransformerDecoder(DecoderConfig(**sizes | options), 11, memory_dim=24).eval()
 
 
 @pytest.fixture
@@ -20,23 +46,27 @@ def close(actual, expected, atol=1e-5):
 
 
 @pytest.mark.parametrize("steps", [[1, 1, 1, 1, 1], [2, 3], [1, 4]])
-def test_stepping_equals_teacher_forcing(tiny_decoder, y, steps):
-    memory = tiny_decoder.memory(y)
-    whole = tiny_decoder(TOKENS, *memory, Y_LENS).logits
+@pytest.mark.parametrize("options", FAMILIES)
+def test_stepping_equals_teacher_forcing(y, options, steps):
+    decoder = family(**options)
+    memory = decoder.memory(y)
+    whole = decoder(TOKENS, *memory, Y_LENS).logits
     parts, state = [], None
     for tokens in TOKENS.split(steps, dim=1):
-        logits, _, state = tiny_decoder(tokens, *memory, Y_LENS, state)
+        logits, _, state = decoder(tokens, *memory, Y_LENS, state)
         parts.append(logits)
     close(torch.cat(parts, dim=1), whole)
 
 
-def test_every_field_of_the_state_matters(tiny_decoder, y):
-    memory = tiny_decoder.memory(y)
-    state = tiny_decoder(TOKENS, *memory, Y_LENS).state
-    expected = tiny_decoder(TOKENS, *memory, Y_LENS, state).logits
+@pytest.mark.parametrize("options", FAMILIES)
+def test_every_field_of_the_state_matters(y, options):
+    decoder = family(**options)
+    memory = decoder.memory(y)
+    state = decoder(TOKENS, *memory, Y_LENS).state
+    expected = decoder(TOKENS, *memory, Y_LENS, state).logits
     for name in ("keys", "values"):
         zeroed = type(state)(**{**vars(state), name: torch.zeros_like(getattr(state, name))})
-        assert (tiny_decoder(TOKENS, *memory, Y_LENS, zeroed)[0] - expected).abs().max() > 1e-3
+        assert (decoder(TOKENS, *memory, Y_LENS, zeroed)[0] - expected).abs().max() > 1e-4
 
 
 def test_hypotheses_join_split_and_reorder(tiny_decoder, y):
@@ -82,6 +112,105 @@ def test_the_memory_is_a_row_of_each_layer(tiny_decoder, y):
 def test_heads_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"decoder\.dim: 30 channels do not divide into 4 heads"):
         TransformerDecoder(DecoderConfig(dim=30, num_heads=4), 10, memory_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"attention_dim": 15},
+            r"decoder\.attention_dim: 15 channels .* 2 heads of even size",
+        ),
+        ({"attention_dim": -4}, r"decoder\.attention_dim: -4 channels do not divide"),
+        ({"dim": 15, "attention_dim": 16}, r"decoder\.dim: 15 channels do not divide"),
+        ({"positions": "learnt", "num_positions": 0}, r"decoder\.num_positions: 0, expected at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        family(**wrong)
+
+
+@pytest.mark.parametrize("options", FAMILIES)
+def test_every_option_matters(y, options):
+    """With the same parameters, as far as there are the same, the others say something else."""
+    decoder = family(**options)
+    weights = decoder.state_dict()
+    for name in options:
+        other = family(**{key: value for key, value in options.items() if key != name})
+        sizes = {key: x.shape for key, x in other.state_dict().items()}
+        same = {key: x for key, x in weights.items() if sizes.get(key) == x.shape}
+        other.load_state_dict(same, strict=False)
+        said, others = (x(TOKENS, *x.memory(y), Y_LENS).logits for x in (decoder, other))
+        if name != "num_positions":
+            assert (said - others).abs().max() > 1e-3, name
+
+
+def test_the_norm_of_the_embedding_is_that_of_what_is_not_scaled():
+    """Also where an embedding is so small that it matters how the norm is kept from dividing by nothing."""
+    decoder = family(positions="sinusoid", embedding_norm=True)
+    with torch.no_grad():
+        decoder.embedding.weight *= 1e-2
+        found = []
+        decoder.embedding_norm.register_forward_hook(lambda *x: found.append(x[2]))
+        decoder(TOKENS, *decoder.memory(torch.randn(2, 6, 24)), Y_LENS)
+        x = decoder.embedding(TOKENS) + sinusoids(torch.arange(5)[None], 16) / 4
+        close(found[0], torch.nn.functional.layer_norm(x, (16,)))
+
+
+def test_a_text_longer_than_the_table_of_positions_is_refused(y):
+    decoder = family(positions="learnt", num_positions=5)
+    memory = decoder.memory(y)
+    state = decoder(TOKENS, *memory, Y_LENS).state
+    with pytest.raises(ConfigError, match=r"num_positions: 5 .* has 6 tokens.* max_tokens at most 4"):
+        decoder(TOKENS[:, :1], *memory, Y_LENS, state)
+    order = Order(tensor([[0, 1, 2, 3, 5]] * 2), torch.ones(2, 5, 5, dtype=torch.bool).tril())
+    with pytest.raises(ConfigError, match="has 6 tokens"):
+        decoder(TOKENS, *memory, Y_LENS, order=order)
+
+
+class Graph(nn.Module):
+    """Tensors alone, as a graph has."""
+
+    def __init__(self, decoder: TransformerDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens, cross_keys, cross_values, y_lens, keys, values):
+        state = DecoderState(keys, values)
+        said = self.decoder(tokens, cross_keys, cross_values, y_lens, state, guide=self.decoder.guide)
+        return said.logits, said.attention, *said.state.tensors()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "learnt", "num_positions": 10},
+        {"positions": "sinusoid", "attention_dim": 24, "embedding_norm": True, "final_norm": False},
+    ],
+)
+def test_a_traced_decoder_says_the_same(y, options):
+    decoder = family(num_layers=1, **options)
+    b, u, t, past = (Dim(name) for name in ("B", "U", "T", "P"))
+    memory = decoder.memory(y)
+    state = decoder(TOKENS[:, :3], *memory, Y_LENS).state
+    rows = ({0: b, 3: t}, {0: b, 3: t}, {0: b}, {0: b, 3: past}, {0: b, 3: past})
+    inputs = tuple(x.contiguous() for x in (TOKENS[:, :2], *memory, Y_LENS, *state.tensors()))
+    traced = torch.export.export(
+        Graph(decoder),
+        inputs,
+        dynamic_shapes=({0: b, 1: u}, *rows),
+    ).module()
+    heard = decoder.memory(torch.randn(3, 9, 24))
+    y_lens = tensor([9, 5, 2])
+    tokens = torch.randint(11, (3, 5))
+    for state in (decoder.init_state(3), decoder(tokens, *heard, y_lens).state):
+        for a, b in zip(
+            traced(tokens, *heard, y_lens, *state.tensors()),
+            Graph(decoder)(tokens, *heard, y_lens, *state.tensors()),
+            strict=True,
+        ):
+            close(a, b)
 
 
 def test_a_window_of_everything_changes_nothing(tiny_decoder, y):
