@@ -6,7 +6,7 @@ until there is none. tokens.txt alone says all that.
 
 In tokens.txt a space is `▁`. A byte is written as `<0xE4>` where it is no part of a letter that the unit
 holds whole, or part of one that does not print, or of `<` or U+2581. So `<` begins a byte, or a unit that is
-no text, as `<|en|>`.
+no text, as `<|en|>`, or as `<>`, a piece of nothing.
 Decoding gives U+FFFD for bytes that are no UTF-8, and nothing for units that are no text.
 """
 
@@ -21,6 +21,8 @@ from pathlib import Path
 
 from asr.errors import TokensError
 from asr.tokens import SPACE, SPECIAL, UNK, UNKNOWN_MARK, Units, normalise
+
+NOTHING = "<>"
 
 _TEXT = re.compile(r"(?:<0x[0-9A-F]{2}>|[^<])+")
 _PART = re.compile(r"<0x([0-9A-F]{2})>|([^<]+)")
@@ -85,8 +87,8 @@ class ByteLevel(Units):
 
 
 def symbol_of(data: bytes) -> str:
-    """A piece of UTF-8 as tokens.txt writes it; any bytes, at least one."""
-    return "".join(map(_written, data.decode("utf-8", "surrogateescape")))
+    """A piece of UTF-8 as tokens.txt writes it; any bytes, also none."""
+    return NOTHING if not data else "".join(map(_written, data.decode("utf-8", "surrogateescape")))
 
 
 def bytes_of(symbol: str) -> bytes:
@@ -147,7 +149,8 @@ def _kind(letter: str) -> str:
 
 
 def read_ranks(path: str | Path) -> list[bytes]:
-    """The units of a `.tiktoken` file, whose lines are `base64 rank`, in the order of their ranks.
+    """The units of a `.tiktoken` file, whose lines are `base64 rank`, in the order of their ranks; one may be
+    nothing, written as `=`.
 
     TokensError with the number of the line that is wrong.
     """
@@ -163,10 +166,10 @@ def read_ranks(path: str | Path) -> list[bytes]:
             continue
         unit, _, rank = line.partition(" ")
         try:
-            data = base64.b64decode(unit, validate=True)
+            data = b"" if unit == "=" else base64.b64decode(unit, validate=True)
         except binascii.Error:
-            data = b""
-        if not data or not rank.isdigit() or int(rank) in found:
+            unit = ""
+        if not unit or not rank.isdigit() or int(rank) in found:
             raise TokensError(
                 f"{path}:{number}: {line[:40]!r}, expected base64, a space, and a rank of its own"
             )

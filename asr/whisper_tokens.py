@@ -15,7 +15,7 @@ five marks of tasks and silence, "no timestamps", and 1501 times from 0 to 30 s.
 import re
 from collections.abc import Sequence
 
-from asr.byte_tokens import ByteLevel, symbol_of
+from asr.byte_tokens import symbol_of
 from asr.errors import TokensError
 from asr.tokens import SPECIAL
 
@@ -32,32 +32,20 @@ LANGUAGES = tuple(
 
 TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps")
 
-NO_SPEECH = tuple(
-    re.findall(
-        r"\S+",
-        '" # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 << >> <<< >>> -- --- -( -[ (\' (" (( )) '
-        "((( ))) [[ ]] {{ }} ♪♪ ♪♪♪",
-    )
-)
-"""What marks speakers, noises and music in subtitles."""
 
-MUSIC = tuple("♩♪♫♬♭♮♯")
-"""Their first pieces are of no letters that are spoken."""
-
-
-def whisper_symbols(ranks: Sequence[bytes], num_languages: int, num_times: int = 1501) -> list[str]:
+def whisper_symbols(
+    ranks: Sequence[bytes], num_languages: int, num_times: int = 1501, only_english: bool = False
+) -> list[str]:
     """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), so many languages, times.
 
-    TokensError where there are not so many languages.
+    only_english: no language is ever named to the model, and its units of them have no use. TokensError where
+    there are not so many languages.
     """
     if not 0 < num_languages <= len(LANGUAGES):
         raise TokensError(f"{num_languages} languages, expected 1 to {len(LANGUAGES)}, as those of Whisper")
-    marks = (
-        "startoftranscript",
-        *LANGUAGES[:num_languages],
-        *TASKS,
-        *(f"{i / 50:.2f}" for i in range(num_times)),
-    )
+    languages = [f"unused-{x}" if only_english else x for x in LANGUAGES[:num_languages]]
+    times = [f"{i / 50:.2f}" for i in range(num_times)]
+    marks = ("startoftranscript", *languages, *TASKS, *times)
     return [*SPECIAL, *map(symbol_of, ranks), *(f"<|{x}|>" for x in marks)]
 
 
@@ -71,15 +59,3 @@ def to_theirs(ours: int, end: int) -> int:
     if ours in (0, 2):
         raise TokensError(f"unit {ours} is {SPECIAL[ours]}, which is not among Whisper's")
     return end if ours == 1 else ours - 3 + (ours > end + 2)
-
-
-def unspoken_units(tokenizer: ByteLevel) -> tuple[int, ...]:
-    """What is kept out of transcripts: signs that subtitles have and speech has not. Hyphens and single
-    quotes may stand within a word and not before it."""
-    encode = tokenizer.encode_exactly
-    found = {encode(" -")[0], encode(" '")[0]}
-    for sign in (*NO_SPEECH, *MUSIC):
-        for units in (encode(sign), encode(f" {sign}")):
-            if len(units) == 1 or sign in MUSIC:
-                found.add(units[0])
-    return tuple(sorted(found))

@@ -65,7 +65,7 @@ def test_every_text_comes_back(tokenizer, text):
     assert all(0 <= first < last <= len(ids) for _, first, last in words)
 
 
-@given(st.binary(min_size=1))
+@given(st.binary())
 @settings(max_examples=300, deadline=None)
 def test_every_piece_has_a_symbol_that_tokens_txt_holds(data):
     symbol = symbol_of(data)
@@ -171,6 +171,8 @@ def test_a_file_of_ranks(tmp_path):
     lines = [f"{base64.b64encode(x).decode()} {i}\n" for i, x in enumerate(RANKS)]
     path.write_text("".join(reversed(lines)))
     assert read_ranks(path) == RANKS
+    path.write_text("".join(lines) + f"= {len(RANKS)}\n")  # as the last of Whisper's
+    assert read_ranks(path) == [*RANKS, b""]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Public Whisper checkpoints: a dict of `dims` and `model_state_dict` (arXiv:2212.04356).
 
 A folder with such a file, as small.pt, and with the ranks of its units: multilingual.tiktoken, or
-gpt2.tiktoken for the models of English alone, as small.en.pt.
+gpt2.tiktoken for the models of English alone, as small.en.pt. Or a folder in the form of the hub
+(asr/convert/whisper_hub.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from asr.convert.names import MADE_UP, Layers, Names, Units, add_biases, count_l
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.whisper_decoder import DECODER, decoder_config, decoder_tensors
+from asr.convert.whisper_hub import hub_dims, hub_pieces, hub_weights, is_of_hub
 from asr.errors import CheckpointError
 from asr.features import FbankConfig
 from asr.model.whisper import WhisperConfig, sinusoid_table
 from asr.whisper_tokens import LANGUAGES, whisper_symbols
 
-FILES = ("*.pt", "*.tiktoken")
+FILES = ("*.pt", "*.tiktoken", "model.safetensors", "config.json", "vocab.json")
 """What is fetched from a hub."""
 
-MARK = r"^encoder\.blocks\.\d+\.attn\.query\."
+MARK = r"^(encoder\.blocks\.\d+\.attn\.query|(model\.)?decoder\.layers\.\d+\.encoder_attn_layer_norm)\."
 """A tensor that no other family has."""
 
 DIMS = (
@@ -58,7 +60,9 @@ ENCODER = Names(
     computed=f"^{POSITIONS}$",
 )
 
-NAMES = Names(ENCODER.heads | DECODER.heads, ENCODER.layers | DECODER.layers, ENCODER.computed)
+NAMES = Names(
+    {**ENCODER.heads, **DECODER.heads}, {**ENCODER.layers, **DECODER.layers}, computed=ENCODER.computed
+)
 
 FRAME_S = 0.01
 """Of the features."""
@@ -73,41 +77,47 @@ ENGLISH_ONLY = 51864
 
 def read(source: Source) -> Converted:
     """A Whisper checkpoint as ours. Raises CheckpointError or TokensError for what ours cannot be."""
-    file = source.weights_file("model.pt", "*.pt")
+    file = source.weights_file("model.pt", "*.pt", "model.safetensors", "*.safetensors")
     found = source.tensors(file, "model_state_dict")
-    dims = read_dims(found.others.get("dims"), found.weights, str(file))
-    ranks_file = source.file("multilingual.tiktoken", "gpt2.tiktoken", "*.tiktoken")
-    symbols, num_ranks = our_units(dims, ranks_file)
-    decoder = decoder_config(dims)
-    language = ["<|en|>", "<|transcribe|>"] if dims["n_vocab"] != ENGLISH_ONLY else []
-    decoder.prompt = [*language, "<|notimestamps|>"]
+    if is_of_hub(found.weights):
+        weights, dims = hub_weights(found.weights), hub_dims(source, found.weights)
+        symbols, num_ranks = name_units(dims, hub_pieces(source), source.label)
+    else:
+        weights, dims = found.weights, read_dims(found.others.get("dims"), found.weights, str(file))
+        ranks_file = source.file("multilingual.tiktoken", "gpt2.tiktoken", "*.tiktoken")
+        symbols, num_ranks = our_units(dims, ranks_file)
     config = ExperimentConfig(
         features=features_config(dims),
         encoder=encoder_config(dims),
-        decoder=decoder,
+        decoder=decoder_config(dims),
         train=TrainConfig(cmvn=False),
         **decoder_alone(),
     )
     model = fresh_model(config, len(symbols))
     units = whisper_units(dims["n_vocab"], num_ranks + 1, num_ranks)
-    load(parts_to_load(model), tensors(found.weights, str(file)), NAMES, str(file), units)
-    asked = f"the decoder is asked for {' '.join(decoder.prompt)}, see decoder.prompt in config.yaml"
-    return Converted(config, Tokens(symbols), model, (*found.notes, asked))
+    load(parts_to_load(model), tensors(weights, str(file)), NAMES, str(file), units)
+    notes = [note for note in found.notes if note != "not carried over: dims"]
+    asked = "mode whisper finds the language out; --set language=en, task=translate, timestamps=true"
+    return Converted(config, Tokens(symbols), model, (*notes, asked))
 
 
 def our_units(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int]:
-    """Our symbols, and how many of them are pieces; the other units are as many as those of languages, marks
-    and times."""
-    ranks = read_ranks(ranks_file)
+    """Our symbols, and how many of them are pieces."""
+    return name_units(dims, read_ranks(ranks_file), str(ranks_file))
+
+
+def name_units(dims: Mapping[str, int], ranks: Sequence[bytes], where: str) -> tuple[list[str], int]:
+    """As `our_units`; the units that are no pieces are as many as those of languages, marks and times."""
     num_times = dims["n_audio_ctx"] + 1
     languages = dims["n_vocab"] - len(ranks) - NUM_MARKS - num_times
     is_other = num_times == NUM_TIMES and len(ranks) != num_pieces(dims["n_vocab"])
     if is_other or not 0 < languages <= len(LANGUAGES):
         raise CheckpointError(
-            f"{ranks_file}: {len(ranks)} units leave no number of languages to the {dims['n_vocab']} of "
+            f"{where}: {len(ranks)} units leave no number of languages to the {dims['n_vocab']} of "
             "the checkpoint; not its own"
         )
-    return whisper_symbols(ranks, languages, num_times), len(ranks)
+    only_english = dims["n_vocab"] == ENGLISH_ONLY
+    return whisper_symbols(ranks, languages, num_times, only_english), len(ranks)
 
 
 def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, int]:

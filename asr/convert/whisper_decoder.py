@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from asr.convert.names import Layers, Names, add_biases
-from asr.model.decoder import DecoderConfig
+from asr.model.whisper import WhisperDecoderConfig
 
 EMBEDDING, OUT = "decoder.token_embedding.weight", "decoder.out.weight"
 
@@ -49,15 +49,12 @@ def decoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return add_biases({**weights, **untied}, r"^decoder\.(out|blocks\.\d+\.(cross_)?attn\.key)")
 
 
-def decoder_config(dims: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(dims: Mapping[str, Any]) -> WhisperDecoderConfig:
     """Ours, from the `dims` of a checkpoint."""
-    return DecoderConfig(
+    return WhisperDecoderConfig(
         dim=dims["n_text_state"],
         num_layers=dims["n_text_layer"],
         num_heads=dims["n_text_head"],
         ff_dim=4 * dims["n_text_state"],
-        activation="gelu",
-        positions="learnt",
         num_positions=dims["n_text_ctx"],
-        dropout=0.0,
     )

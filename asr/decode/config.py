@@ -41,6 +41,18 @@ class SearchConfig:
     """Units that the decoder is shown behind sos/eos, as names or ids; None: those of the model. They are
     never a part of the text. For modes attention, unbounded, joint and rescore."""
 
+    language: str = "auto"
+    """Mode whisper: a code, as in "en"; "auto" asks the model."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """Mode whisper: translate is into English."""
+
+    timestamps: bool = False
+    """Mode whisper: the model writes when each stretch of text begins and ends, as units among the text."""
+
+    patience: float = 1.0
+    """Mode whisper: the search ends when so many times `beam` hypotheses have ended."""
+
     temperature: float = 1.0
     """The decoder's logits are divided by this where it writes token by token."""
 

@@ -26,6 +26,7 @@ from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
 from asr.decode.triggered import Triggered
 from asr.decode.unbounded import unbounded
+from asr.decode.whisper_search import search_windows
 from asr.errors import ConfigError
 
 Mode = Callable[[Scorer, Sequence[Floats], Any, SearchConfig], list[list[Hypothesis]]]
@@ -73,6 +74,7 @@ AT_END: dict[str, Mode] = {
     "joint": search,
     "rescore": two_pass,
     "segmental-label": label_synchronous,
+    "whisper": search_windows,
 }
 """Modes that search whole utterances."""
 
@@ -98,11 +100,12 @@ NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
     **dict.fromkeys(("segmental", "segmental-simple", "segmental-label"), "segmental"),
     "chunked": "chunked",
+    "whisper": "whisper",
 }
 """The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
 
 
-WITHOUT_CTC = ("attention", "unbounded")
+WITHOUT_CTC = ("attention", "unbounded", "whisper")
 """The modes that need no CTC head."""
 
 

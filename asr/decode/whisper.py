@@ -11,7 +11,7 @@ B hypotheses · U tokens written so far · V units
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,20 @@ Doubles = NDArray[np.float64]
 SOS_EOS = 1
 """Goes in as the start of the transcript, comes out as the end of the text."""
 
-NAMED = re.compile(r"<\|.*\|>")
+SPACE = "▁"
+
+
+NO_SPEECH = tuple(
+    re.findall(
+        r"\S+",
+        '" # ( ) * + / : ; < = > @ [ \\ ] ^ _ ` { | } ~ 「 」 『 』 << >> <<< >>> -- --- -( -[ (\' (" (( )) '
+        "((( ))) [[ ]] {{ }} ♪♪ ♪♪♪",
+    )
+)
+"""What marks speakers, noises and music in subtitles."""
+
+MUSIC = tuple("♩♪♫♬♭♮♯")
+"""Their first pieces are of no letters that are spoken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,7 @@ class Specials:
     """Of the transcript: what the decoder may write in the place of `SOS_EOS`, and never should."""
 
     languages: dict[str, int]
-    """By code, as in "en"."""
+    """By code, as in "en"; none in models of English alone."""
 
     translate: int
     transcribe: int
@@ -60,7 +73,11 @@ class Specials:
             start, translate = ids["<|startoftranscript|>"], ids["<|translate|>"]
             return cls(
                 start=start,
-                languages={symbols[i][2:-2]: i for i in range(start + 1, translate)},
+                languages={
+                    symbols[i][2:-2]: i
+                    for i in range(start + 1, translate)
+                    if not symbols[i].startswith("<|unused-")
+                },
                 translate=translate,
                 transcribe=ids["<|transcribe|>"],
                 start_lm=ids["<|startoflm|>"],
@@ -68,7 +85,7 @@ class Specials:
                 no_speech=ids["<|nospeech|>"],
                 no_timestamps=ids["<|notimestamps|>"],
                 timestamps=ids["<|0.00|>"],
-                space=ids.get("▁"),
+                space=ids.get(SPACE),
             )
         except KeyError as error:
             raise ConfigError(f"tokens.txt: no unit {error.args[0]}; expected the units of Whisper") from None
@@ -81,9 +98,8 @@ class Specials:
 
     def is_text(self, num_tokens: int) -> NDArray[np.bool_]:
         """Which units are text (V,)."""
-        text = np.ones(num_tokens, bool)
-        text[[BLANK, SOS_EOS, UNK, *self.others, self.no_timestamps, *self.languages.values()]] = False
-        text[self.timestamps :] = False
+        text = np.arange(num_tokens) < self.start
+        text[[BLANK, SOS_EOS, UNK]] = False
         return text
 
 
@@ -135,6 +151,25 @@ class WhisperOptions:
             raise ConfigError(f"task is {self.task}, expected transcribe or translate")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1")
+
+
+def unspoken(symbols: Sequence[str]) -> tuple[int, ...]:
+    """Units that are kept out of transcripts: signs that subtitles have and speech has not. Hyphens and
+    single quotes may stand within a word and not before it."""
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    found = [_first(ids, [f"{SPACE}{sign}", SPACE]) for sign in "-'"]
+    for before in ("", SPACE):
+        found += [ids.get(before + sign.replace("<", "<0x3C>")) for sign in NO_SPEECH]
+        for sign in MUSIC:
+            data = [f"<0x{x:02X}>" for x in sign.encode()]
+            parts = [before + x for x in (sign, data[0] + data[1], data[0])]
+            found.append(_first(ids, [*parts, before]))
+    return tuple(sorted({i for i in found if i is not None}))
+
+
+def _first(ids: Mapping[str, int], names: Sequence[str]) -> int | None:
+    """The id of the first of some names that is there."""
+    return next((ids[name] for name in names if name in ids), None)
 
 
 def language_unit(specials: Specials, language: str) -> int:

@@ -16,7 +16,7 @@ from asr.model.firered import FireRedConfig, FireRedEncoder
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import SegmentalConfig, SegmentalDecoder
 from asr.model.wenet import WenetConformer, WenetConformerConfig
-from asr.model.whisper import WhisperConfig, WhisperEncoder
+from asr.model.whisper import WhisperConfig, WhisperDecoderConfig, WhisperEncoder
 from asr.model.zipformer import Zipformer, ZipformerConfig
 
 EncoderConfig = (
@@ -42,6 +42,7 @@ DECODERS: dict[str, tuple[type[DecoderConfig], type[TransformerDecoder]]] = {
     "transformer": (DecoderConfig, TransformerDecoder),
     "segmental": (SegmentalConfig, SegmentalDecoder),
     "chunked": (ChunkedConfig, ChunkedDecoder),
+    "whisper": (WhisperDecoderConfig, TransformerDecoder),
     "none": (AbsentConfig, TransformerDecoder),
 }
 

@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "ge
 class DecoderConfig:
     """Size of the attention decoder."""
 
-    type: Literal["transformer", "segmental", "chunked", "none"] = "transformer"
+    type: Literal["transformer", "segmental", "chunked", "whisper", "none"] = "transformer"
     """The key in DECODERS: what the decoder hears is everything, or segments, or chunks; or there is none."""
 
     dim: int = 256

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from asr.errors import ConfigError
 from asr.model.attention import SelfAttention
+from asr.model.decoder import DecoderConfig
 from asr.model.layers import FeedForward, initialise, start_small
 from asr.model.masks import ChunkConfig
 from asr.model.state import State
@@ -50,6 +51,25 @@ class WhisperConfig:
 
     chunk: ChunkConfig = field(default_factory=lambda: ChunkConfig(dynamic=False))
     """dynamic must be false: the encoder hears whole windows."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WhisperDecoderConfig(DecoderConfig):
+    """A decoder that is asked as asr/decode/whisper.py says; the defaults are those of size base."""
+
+    type: Literal["whisper"] = "whisper"
+
+    dim: int = 512
+
+    num_heads: int = 8
+
+    ff_dim: int = 2048
+
+    activation: Literal["silu", "relu", "gelu"] = "gelu"
+
+    positions: Literal["rotary", "sinusoid", "learnt"] = "learnt"
+
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

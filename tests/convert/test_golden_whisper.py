@@ -12,11 +12,11 @@ from torch import Tensor, nn, tensor
 
 from asr.convert.names import Units, load
 from asr.convert.whisper import (
+    ENGLISH_ONLY,
     NAMES,
     encoder_config,
     features_config,
     num_languages,
-    num_pieces,
     tensors,
     whisper_units,
 )
@@ -32,6 +32,9 @@ from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import Memory, TorchScorer
 from asr.model.whisper import WhisperEncoder, sinusoid_table
 from asr.whisper_tokens import LANGUAGES, to_ours, to_theirs, whisper_symbols
+
+GPT2_PIECES = 50256
+"""Of models of English alone; the others have one more."""
 
 WINDOW_S = 30
 """Of the reference, whatever the model: its times are so many seconds over the frames of the encoder."""
@@ -243,7 +246,8 @@ def test_published_models_have_our_tensors(full_size):
     for model, weights in full_size("whisper"):
         dims = model["options"]
         count, dim = dims["n_vocab"], dims["n_text_state"]
-        end = num_pieces(count)
+        end = GPT2_PIECES + (count != ENGLISH_ONLY)
+        languages = num_languages(count)
         units = whisper_units(count, start=end + 1, end=end)
         with torch.device("meta"):
             encoder = WhisperEncoder(encoder_config(dims), dims["n_mels"])
@@ -253,10 +257,10 @@ def test_published_models_have_our_tensors(full_size):
         biases = dims["n_audio_layer"] * dims["n_audio_state"] + 2 * dims["n_text_layer"] * dim
         untied = len(units.inputs) * (dim + 1) + 2 * dim  # blank and unknown, less the end that goes in
         assert sum(p.numel() for p in parts.parameters()) == model["params"] + biases + untied
-        symbols = whisper_symbols([b"a"] * end, num_languages(count))
+        symbols = whisper_symbols([b"a"] * end, languages)
         assert len(symbols) == len(units.inputs)
         assert symbols[units.inputs.index(end + 1, 2)] == "<|startoftranscript|>"
         assert symbols[-1] == "<|30.00|>"
-        assert set(Specials.of(symbols).languages) == set(LANGUAGES[: num_languages(count)])
-        sizes.append((count, num_languages(count)))
+        assert set(Specials.of(symbols).languages) == set(LANGUAGES[:languages])
+        sizes.append((count, languages))
     assert set(sizes) <= {(51864, 99), (51865, 99), (51866, 100)}
