@@ -84,9 +84,10 @@ def _experiment(path: Path) -> dict[str, Any]:
         about["best"] = best.name
     if found:
         about |= _size(found[-1] / "model.safetensors")
-    if (path / AVERAGE).is_file():
+    if (path / AVERAGE).is_file() and not origin:
         about["average of"] = ", ".join(about_weights(path / AVERAGE)["sources"])
-        about |= {} if found else _size(path / AVERAGE)
+    if (path / AVERAGE).is_file() and not found:
+        about |= _size(path / AVERAGE)
     rows = read_metrics(path / "metrics.jsonl")
     for kind in ("train", "valid"):
         last = next((row for row in reversed(rows) if row["kind"] == kind), None)
