@@ -66,6 +66,8 @@ def artefacts(model: HybridModel) -> tuple[dict[str, Artefact], dict[str, str]]:
 
 
 def _no_ctc(model: HybridModel) -> str:
+    if model.ctc is None:
+        return "the model has no CTC head"
     if model.encoder.subsampling % RATE:
         return f"encoder frames are {model.encoder.subsampling} feature frames, no multiple of {RATE}"
     return _other_features(model, FbankConfig())
@@ -78,8 +80,13 @@ def _no_streaming(model: HybridModel) -> str:
 
 
 def _no_aed(model: HybridModel) -> str:
-    kind = model.decoder.config.type
-    return "" if kind == "transformer" else f"the decoder is of type {kind}, expected transformer"
+    config = model.decoder.config
+    if config.type != "transformer":
+        return f"the decoder is of type {config.type}, expected transformer"
+    if config.prompt:
+        return "its decoder begins with a prompt"
+    kind = model.fbank.config.type
+    return "" if kind == "kaldi" else f"features.type is {kind}, expected kaldi"
 
 
 def _no_fire_red(model: HybridModel) -> str:
@@ -87,7 +94,16 @@ def _no_fire_red(model: HybridModel) -> str:
 
 
 def _other_features(model: HybridModel, theirs: FbankConfig) -> str:
-    names = ("sample_rate", "num_bins", "frame_ms", "shift_ms", "low_freq_hz", "high_freq_hz", "snip_edges")
+    names = (
+        "type",
+        "sample_rate",
+        "num_bins",
+        "frame_ms",
+        "shift_ms",
+        "low_freq_hz",
+        "high_freq_hz",
+        "snip_edges",
+    )
     for name in names:
         ours, needed = getattr(model.fbank.config, name), getattr(theirs, name)
         if ours != needed:
@@ -105,7 +121,7 @@ def offline_ctc(model: HybridModel) -> Artefact:
 
 def online_ctc(model: HybridModel) -> Artefact:
     module = OnlineCtc(model)
-    encoder, config = model.encoder, model.encoder.config
+    encoder, config = module.encoder, module.encoder.config
     chunk, cached = 4, 8
     rate = encoder.subsampling
     shape = (config.num_layers, config.num_heads, cached * module.repeats, 2 * encoder.head_dim)
@@ -130,7 +146,7 @@ def online_ctc(model: HybridModel) -> Artefact:
         "cnn_module_kernel": module.columns + module.spare + 1,
         "right_context": RATE - 1,
         "subsampling_factor": RATE,
-        "vocab_size": model.ctc.out_features,
+        "vocab_size": model.decoder.out.out_features,
     }
     return Artefact({"model": Trace(module.eval(), inputs, dynamic, outputs, 0)}, metadata)
 

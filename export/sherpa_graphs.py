@@ -55,7 +55,8 @@ class OnlineCtc(nn.Module):
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.model = model
-        self.encoder: Conformer = model.encoder
+        assert isinstance(model.encoder, Conformer)
+        self.encoder = model.encoder
         config = self.encoder.config
         self.repeats = self.encoder.subsampling // RATE
         self.frames_shape = (1, self.encoder.front.past_frames, self.encoder.num_bins)

@@ -46,7 +46,6 @@ MAY_IMPORT = {  # layer: what it may import of this repository, besides itself a
     "asr.convert": {"asr.model", "asr.features", "asr.losses", "asr.config"}
     | {"asr.tokens", "asr.pieces", "asr.byte_tokens", "asr.whisper_tokens"},
     "asr.train": TRAINING | {"asr.config", "asr.decode", "asr.wer", "asr.tokens"},
-    "asr.convert": {"asr.model", "asr.features", "asr.config", "asr.tokens"},
     "asr.runtime": {"asr.decode", "asr.audio", "asr.tokens"},
     "export": {"asr.*"},
     "recipes": {"asr.*", "export"},

@@ -120,7 +120,7 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
     found = [_stack_sizes(weights, i) for i in range(_count(weights, r"^encoder\.encoders\.(\d+)\."))]
     if not found or min(x["depths"] for x in found) < 1:
         raise CheckpointError(f"{options.where}: no stacks of layers numbered from 0")
-    sizes = {name: [x[name] for x in found] for name in found[0]}
+    sizes: dict[str, Any] = {name: [x[name] for x in found] for name in found[0]}
     size = len(found)
     queries, values, positions = (
         options.counts(name, size, default)
@@ -144,7 +144,7 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
         position_head_dims=positions,
         position_dim=weights["encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight"].shape[1],
         causal=causal,
-        chunk=ChunkConfig(dynamic=causal, max_chunk=32),
+        chunk=ChunkConfig(dynamic=causal, max_chunk=32, chunks=[8, 16, 32, 0], left_frames=[32, 64, 128, -1]),
     )
 
 
@@ -220,7 +220,7 @@ def all_names(ours: Sequence[str]) -> Names:
     """How they call all that is ours; the transducer needs no place, nor a decoder where ours has none."""
     has_decoder = any(name.startswith("decoder.") for name in ours)
     others = TRANSDUCER if has_decoder else rf"{TRANSDUCER}|^{re.escape(PLACE)}"
-    return Names(icefall_names(ours) | DECODER.heads, DECODER.layers, others)
+    return Names(icefall_names(ours) | dict(DECODER.heads), DECODER.layers, others)
 
 
 def icefall_names(ours: Sequence[str]) -> dict[str, str]:

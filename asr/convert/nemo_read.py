@@ -62,7 +62,7 @@ def read(source: Source) -> Converted:
         head = _ctc_head(weights, where)
         units = _of_ctc(theirs, len(weights[f"{head}weight"]), where)
         others = rf"{NEMO.computed}|{TRANSDUCER}" if head.startswith("ctc_") else NEMO.computed
-        names = replace(NEMO, heads=NEMO.heads | {"ctc.": head}, computed=others)
+        names = replace(NEMO, heads={**NEMO.heads, "ctc.": head}, computed=others)
     symbols = our_symbols(theirs, units, str(path))
     model = fresh_model(config, len(symbols))
     load(parts_to_load(model), weights, names, where, units)
@@ -177,4 +177,6 @@ def _of_decoder(
 
 def _decoder_names() -> Names:
     other = nemo_decoder.DECODER
-    return Names(ENCODER | other.heads, {**NEMO.layers, **other.layers}, f"{NEMO.computed}|{other.computed}")
+    return Names(
+        ENCODER | dict(other.heads), {**NEMO.layers, **other.layers}, f"{NEMO.computed}|{other.computed}"
+    )

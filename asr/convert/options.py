@@ -45,7 +45,7 @@ class Options:
         """
         value = self._get(name, default)
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
-        found = [int(x) if isinstance(x, str) and x.strip().isdigit() else x for x in parts]
+        found: list[Any] = [int(x) if isinstance(x, str) and x.strip().isdigit() else x for x in parts]
         found = found * size if len(found) == 1 else found
         if len(found) != size or not all(type(x) is int and 0 < x <= LARGEST for x in found):
             raise self._wrong(name, value, f"{size} whole numbers")

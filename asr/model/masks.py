@@ -125,9 +125,9 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
     """The context of one training batch, whose longest utterance has num_frames encoder frames.
 
     One of config.contexts or of config.chunks, if there are any. Else, with u uniform in 1 .. num_frames - 1:
-    the whole utterance if u > num_frames / 2, else chunks of (u mod max_chunk) + 1 frames, with unlimited left
-    context or, half of the time, a uniform number of chunks, and a uniform number of chunks of look-ahead up
-    to max_right.
+    the whole utterance if u > num_frames / 2, else chunks of (u mod max_chunk) + 1 frames, with unlimited
+    left context or, half of the time, a uniform number of chunks, and a uniform number of chunks of
+    look-ahead up to max_right.
     """
     if not config.dynamic or num_frames < 2:
         return WHOLE

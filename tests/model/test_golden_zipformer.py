@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from asr.model.schedule import Schedule
 from safetensors.torch import load_file
 from torch import Tensor, nn, tensor
 
@@ -22,6 +21,7 @@ from asr.convert.icefall import all_names, icefall_names
 from asr.convert.names import Units, load
 from asr.errors import CheckpointError
 from asr.model.layers import BiasNorm, swoosh_l, swoosh_r
+from asr.model.schedule import Schedule
 from asr.model.zipformer import Zipformer, ZipformerConfig
 from asr.model.zipformer_convolution import ChunkConvolution, Edges
 from asr.model.zipformer_front import SIDE
