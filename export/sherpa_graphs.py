@@ -8,6 +8,7 @@ N utterances · T feature frames · T' encoder frames · S samples · F mel bins
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,7 @@ class OnlineCtc(nn.Module):
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.model = model
-        assert isinstance(model.encoder, Conformer)
-        self.encoder = model.encoder
+        self.encoder = cast(Conformer, model.encoder)
         config = self.encoder.config
         self.repeats = self.encoder.subsampling // RATE
         self.frames_shape = (1, self.encoder.front.past_frames, self.encoder.num_bins)
