@@ -91,6 +91,8 @@ class ScaledAdamConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         OptimConfig.__post_init__(self)
+        if not self.betas[0]:
+            raise ConfigError(f"betas is {self.betas}; scaled-adam needs a momentum, the first above 0")
         if self.weight_decay:
             raise ConfigError(
                 f"weight_decay is {self.weight_decay}; scaled-adam has none, as it learns the size of each "

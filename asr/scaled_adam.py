@@ -59,8 +59,8 @@ class ScaledAdam(torch.optim.Optimizer):
             return norm
         group["norms"] = norms = [*norms, length][-NORMS:]
         if step in EARLY or step % NORMS == 0:
-            count = min(step, NORMS)
-            median = sorted(norms[-count:])[2 * (count // 4)]
+            recent = sorted(norms[-step:])
+            median = recent[2 * (len(recent) // 4)]
             group["threshold"] = (2 if step in EARLY else 1) * median
         if length > multiple * group["threshold"]:
             torch._foreach_mul_(grads, multiple * group["threshold"] / length)
@@ -76,7 +76,8 @@ class ScaledAdam(torch.optim.Optimizer):
         momenta = [state["momentum"] for state in states]
         place = group["step"] % PERIOD
         self._slopes[:, place] = _dots(params, grads)
-        growth = self._renew_sizes(momenta) if place == PERIOD - 1 else None
+        if place == PERIOD - 1:
+            self._step_scales(momenta)
         lr = max(group["lr"] * (1 - b1), 1e-30)
         torch._fused_adamw_(
             momenta,
@@ -93,8 +94,6 @@ class ScaledAdam(torch.optim.Optimizer):
             amsgrad=False,
             maximize=False,
         )
-        if growth is not None:
-            _add(momenta, params, (growth * (1 - b1) / self._units).tolist())
         for scalar in self._scalars:
             scalar.clamp_(-MAX_SCALAR, MAX_SCALAR)
         _add(params, momenta, self._scales)
@@ -143,19 +142,22 @@ class ScaledAdam(torch.optim.Optimizer):
         self._units = torch.where(self._is_scalar, SCALAR_RATE, self._rms.clamp(min=MIN_RMS))
         self._scales = self._units.tolist()
 
-    def _renew_sizes(self, momenta: list[Tensor]) -> Tensor:
-        """Measure all tensors, and say by what share each is to grow (P,); momenta are in units of sizes."""
+    def _step_scales(self, momenta: list[Tensor]) -> None:
+        """Measure all tensors, whose momenta are in units of their sizes, and let them grow or shrink."""
         group, before = self.param_groups[0], self._units
-        self._rms.copy_(_rms(group["params"]))
+        params, (b1, b2) = group["params"], group["betas"]
+        self._rms.copy_(_rms(params))
         self._set_units()
-        torch._foreach_mul_(momenta, (before / self._units).tolist())
-        decay = group["betas"][1] ** PERIOD
+        decay = b2**PERIOD
         self._squares.mul_(decay).add_(self._slopes.square().mean(1), alpha=1 - decay)
         unbias = math.sqrt(1 - decay ** ((group["step"] + 1) // PERIOD))
         growth = -group["lr"] * SCALAR_RATE * unbias * self._slopes.sum(1) / (self._squares.sqrt() + EPS)
         growth = growth.clamp(-MAX_SCALE_STEP, MAX_SCALE_STEP)
         growth = torch.minimum(growth, (MAX_RMS - self._rms) / self._rms)
-        return torch.where(self._is_scalar | (self._rms < MIN_RMS), 0.0, growth)
+        growth = torch.where(self._is_scalar | (self._rms < MIN_RMS), 0.0, growth)
+        # the kernel is about to multiply by b1 what is added here
+        added = growth * (1 - b1) / (b1 * self._units)
+        _scale_and_add(momenta, (before / self._units).tolist(), params, added.tolist())
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:
@@ -180,6 +182,16 @@ def _add(xs: list[Tensor], ys: list[Tensor], scales: list[float]) -> None:
         for x, y, scale in zip(xs, ys, scales, strict=True):
             x.add_(y, alpha=scale)
     else:
+        torch._foreach_add_(xs, torch._foreach_mul(ys, scales))
+
+
+def _scale_and_add(xs: list[Tensor], factors: list[float], ys: list[Tensor], scales: list[float]) -> None:
+    """x = factor * x + scale * y for each pair."""
+    if _is_cpu(xs):
+        for x, factor, y, scale in zip(xs, factors, ys, scales, strict=True):
+            x.mul_(factor).add_(y, alpha=scale)
+    else:
+        torch._foreach_mul_(xs, factors)
         torch._foreach_add_(xs, torch._foreach_mul(ys, scales))
 
 

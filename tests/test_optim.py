@@ -131,6 +131,7 @@ def test_clipping_is_that_of_the_optimizer() -> None:
     ("field", "message"),
     [
         ({"weight_decay": 0.1}, "weight_decay is 0.1; scaled-adam has none"),
+        ({"betas": [0.0, 0.98]}, "needs a momentum, the first above 0"),
         ({"lr_batches": 0}, "lr_batches is 0; expected more than 0"),
         ({"lr_epochs": -1.0}, "lr_epochs is -1.0; expected more than 0"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0; expected more than 0"),

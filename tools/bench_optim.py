@@ -3,7 +3,7 @@
 Tensors of the shapes of Zipformer-S (arXiv:2310.11230) with heads for 500 units and an attention decoder;
 the two in turns, medians over the rounds of milliseconds: processor time on a CPU, elapsed time on a GPU.
 
-    python tools/bench_optim.py --rounds 20 --threads 1
+    python tools/bench_optim.py --rounds 10 --threads 1
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from asr.scaled_adam import ScaledAdam
+from asr.scaled_adam import PERIOD, ScaledAdam
 
 STACKS = [  # layers, channels, hidden channels, heads, kernel
     (2, 192, 512, 4, 31),
@@ -26,6 +26,7 @@ STACKS = [  # layers, channels, hidden channels, heads, kernel
     (2, 256, 768, 4, 31),
 ]
 QUERY, VALUE, POSITION, OFFSETS = 32, 12, 4, 48
+WARM = 2
 DECODER_LAYERS, DECODER, DECODER_HIDDEN, UNITS = 6, 512, 2048, 500
 
 
@@ -62,17 +63,19 @@ def parameters(device: torch.device) -> list[nn.Parameter]:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, after some rounds for warming up."""
+    """Milliseconds of a step of each, the median over rounds of as many steps as ScaledAdam needs for one of
+    every kind."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    for number in range(rounds + 4):
+    for number in range(rounds + WARM):
         for name, step in steps.items():
             begin = clock()
-            step()
+            for _ in range(PERIOD):
+                step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if number >= 4:
-                times[name].append(1000 * (clock() - begin))
+            if number >= WARM:
+                times[name].append(1000 * (clock() - begin) / PERIOD)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -80,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     options = parser.parse_args()
