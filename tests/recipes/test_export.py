@@ -9,6 +9,7 @@ import pytest
 
 from asr.audio import write
 from asr.config import ExperimentConfig, save_config
+from asr.convert.origin import Origin
 from asr.decode.modes import modes_for
 from asr.decode.scorer import Hypothesis
 from asr.model.hybrid import HybridModel
@@ -88,6 +89,17 @@ def test_export_elsewhere(asr, experiment: Path, tmp_path: Path):
     assert asr("export", experiment, "-o", tmp_path / "b")[0] == 0
     assert Bundle.load(tmp_path / "b").info.target == "cpu-int8"
     assert not (experiment / "bundle").exists()
+
+
+def test_a_converted_model_keeps_its_licence(asr, experiment: Path, tmp_path: Path):
+    origin = Origin("wenet", "hub:owner/name@v1", "apache-2.0")
+    (experiment / "origin.json").write_text(origin.text())
+    assert asr("export", experiment, "--target", "cpu-fp32", "-o", tmp_path / "b")[0] == 0
+    info = Bundle.load(tmp_path / "b").info
+    assert info.licence == "apache-2.0"
+    assert info.source == "tiny, average checkpoint, from wenet hub:owner/name@v1"
+    assert asr("export", experiment, "--target", "cpu-fp32", "-o", tmp_path / "b", "--licence", "mine")[0] == 0
+    assert Bundle.load(tmp_path / "b").info.licence == "mine"
 
 
 def test_mistakes_are_told_before_the_export(asr, experiment: Path, tmp_path: Path):
