@@ -126,9 +126,9 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
         options.counts(name, size, default)
         for name, default in (("query_head_dim", 32), ("value_head_dim", 12), ("pos_head_dim", 4))
     )
-    heads = [rows // dim for rows, dim in zip(sizes.pop("positions"), positions, strict=True)]
+    heads = [rows // dim for rows, dim in zip(sizes["positions"], positions, strict=True)]
     heads = options.counts("num_heads", size) if "num_heads" in options.values else heads
-    rows = zip(sizes.pop("projected"), sizes.pop("valued"), heads, queries, positions, values, strict=True)
+    rows = zip(sizes["projected"], sizes["valued"], heads, queries, positions, values, strict=True)
     if any((h * (2 * q + p), h * v) != (both, valued) for both, valued, h, q, p, v in rows):
         raise CheckpointError(
             f"{options.where}: {heads} heads of {queries}, {positions} and {values} channels do not fit; "
@@ -136,7 +136,11 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
         )
     causal = any(".chunkwise_conv." in name for name in weights)
     return ZipformerConfig(
-        **sizes,
+        dims=sizes["dims"],
+        rates=sizes["rates"],
+        depths=sizes["depths"],
+        ff_dims=sizes["ff_dims"],
+        kernel_sizes=sizes["kernel_sizes"],
         unmasked_dims=options.counts("encoder_unmasked_dim", size, min(sizes["dims"])),
         num_heads=heads,
         query_dims=queries,
@@ -220,7 +224,7 @@ def all_names(ours: Sequence[str]) -> Names:
     """How they call all that is ours; the transducer needs no place, nor a decoder where ours has none."""
     has_decoder = any(name.startswith("decoder.") for name in ours)
     others = TRANSDUCER if has_decoder else rf"{TRANSDUCER}|^{re.escape(PLACE)}"
-    return Names(icefall_names(ours) | dict(DECODER.heads), DECODER.layers, others)
+    return Names({**icefall_names(ours), **DECODER.heads}, DECODER.layers, others)
 
 
 def icefall_names(ours: Sequence[str]) -> dict[str, str]:

@@ -177,6 +177,5 @@ def _of_decoder(
 
 def _decoder_names() -> Names:
     other = nemo_decoder.DECODER
-    return Names(
-        ENCODER | dict(other.heads), {**NEMO.layers, **other.layers}, f"{NEMO.computed}|{other.computed}"
-    )
+    computed = f"{NEMO.computed}|{other.computed}"
+    return Names({**ENCODER, **other.heads}, {**NEMO.layers, **other.layers}, computed)

@@ -60,9 +60,7 @@ ENCODER = Names(
     computed=f"^{POSITIONS}$",
 )
 
-NAMES = Names(
-    {**ENCODER.heads, **DECODER.heads}, {**ENCODER.layers, **DECODER.layers}, computed=ENCODER.computed
-)
+NAMES = Names({**ENCODER.heads, **DECODER.heads}, {**ENCODER.layers, **DECODER.layers}, ENCODER.computed)
 
 FRAME_S = 0.01
 """Of the features."""
