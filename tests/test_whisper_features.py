@@ -9,7 +9,7 @@ from torch import Tensor, tensor
 
 from asr.errors import AudioError, ConfigError
 from asr.features import FbankConfig
-from asr.whisper_features import WhisperFbank
+from asr.whisper_features import WhisperFbank, slaney_mel
 
 
 def build(window_s: float, **changes: object) -> WhisperFbank:
@@ -82,10 +82,9 @@ def test_frames_equal_the_definition(sample_rate, num_bins):
 
 
 def test_triangles_have_equal_areas_and_meet_at_their_edges():
-    mel = build(1, num_bins=20, sample_rate=4000).mel
-    assert mel.shape == (51, 20)
-    fine = WhisperFbank(FbankConfig(type="whisper", window_s=1, frame_ms=2000, low_freq_hz=0, high_freq_hz=0))
-    close(fine.mel.sum(0) * 0.5, torch.ones(80), 1e-3)  # bins are 0.5 Hz apart
+    assert build(1, num_bins=20, sample_rate=4000).mel.shape == (51, 20)
+    mel = slaney_mel(FbankConfig(low_freq_hz=0, high_freq_hz=0), fft_size=32000)
+    close(mel.sum(0) * 0.5, torch.ones(80), 1e-3)  # bins are 0.5 Hz apart
 
 
 def test_company_and_what_is_behind_the_end_change_nothing():
