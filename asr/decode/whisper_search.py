@@ -162,7 +162,7 @@ def _search(scorer: Scorer, said: Said, rules: Rules, most: int) -> Rows:
         if live.tokens.shape[1]:
             said = _step(scorer, said.state, live.tokens[:, -1:])
         values = rules(said.log_probs, live.tokens)
-        row, token = _candidates(live.log_probs.sum(1, keepdims=True) + values, width + 1 if width > 1 else 1)
+        row, token = _candidates(live.log_probs.sum(1, keepdims=True) + values, width + 1)
         grown = Rows(
             np.concatenate((live.tokens[row], token[:, None]), 1),
             np.concatenate((live.log_probs[row], values[row, token, None]), 1),
