@@ -94,7 +94,7 @@ ONLINE: dict[str, StartSearch] = {
 MODES = (*AT_END, *ONLINE)
 
 DEFAULT = "ctc-prefix"
-"""Of models with a CTC head; of others it is the first of WITHOUT_CTC."""
+"""Of models with a CTC head; of others it is the first that they can be used in."""
 
 NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
@@ -105,14 +105,17 @@ NEEDS = {
 """The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
 
 
-WITHOUT_CTC = ("attention", "unbounded", "whisper")
-"""The modes that need no CTC head."""
+WITHOUT_CTC = ("attention", "unbounded")
+"""The modes of the ordinary decoder that need no CTC head."""
+
+NEVER_CTC = (*WITHOUT_CTC, "whisper")
+"""All that need none."""
 
 
 def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
     """The modes of a model with that type of decoder, with or without a CTC head."""
     modes = [mode for mode in MODES if NEEDS.get(mode, "transformer") in ("", decoder)]
-    return [mode for mode in modes if has_ctc or mode in WITHOUT_CTC]
+    return [mode for mode in modes if has_ctc or mode in NEVER_CTC]
 
 
 def check_name(mode: str) -> None:
@@ -129,7 +132,7 @@ def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
     if mode in possible:
         return
     use = f"use one of {', '.join(possible)}" if possible else "it has a search of its own"
-    if not has_ctc and mode not in WITHOUT_CTC:
+    if not has_ctc and mode not in NEVER_CTC:
         raise ConfigError(f"mode {mode}: this model has no CTC head, which it needs; {use}")
     needs = NEEDS.get(mode, "transformer")
     raise ConfigError(f"mode {mode}: this model's decoder is of type {decoder}, expected {needs}; {use}")
@@ -137,7 +140,8 @@ def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
 
 def mode_of(scorer: Scorer, mode: str = "") -> str:
     """The mode, or if none is given, the model's own; ConfigError as `check_mode`."""
-    mode = mode or (DEFAULT if scorer.has_ctc else WITHOUT_CTC[0])
+    possible = modes_for(scorer.decoder_type, scorer.has_ctc)
+    mode = mode or (DEFAULT if scorer.has_ctc else next(iter(possible), DEFAULT))
     check_mode(mode, scorer.decoder_type, scorer.has_ctc)
     return mode
 
