@@ -98,7 +98,9 @@ def test_a_converted_model_keeps_its_licence(asr, experiment: Path, tmp_path: Pa
     info = Bundle.load(tmp_path / "b").info
     assert info.licence == "apache-2.0"
     assert info.source == "tiny, average checkpoint, from wenet hub:owner/name@v1"
-    assert asr("export", experiment, "--target", "cpu-fp32", "-o", tmp_path / "b", "--licence", "mine")[0] == 0
+    assert (
+        asr("export", experiment, "--target", "cpu-fp32", "-o", tmp_path / "b", "--licence", "mine")[0] == 0
+    )
     assert Bundle.load(tmp_path / "b").info.licence == "mine"
 
 
