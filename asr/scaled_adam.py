@@ -72,18 +72,16 @@ class ScaledAdam(torch.optim.Optimizer):
         group, grads = self.param_groups[0], self._gradients()
         params, (b1, b2) = group["params"], group["betas"]
         self._prepare()
-        states = [self.state[p] for p in params]
-        momenta = [state["momentum"] for state in states]
         place = group["step"] % PERIOD
         self._slopes[:, place] = _dots(params, grads)
         if place == PERIOD - 1:
-            self._step_scales(momenta)
+            self._step_scales()
         lr = max(group["lr"] * (1 - b1), 1e-30)
         torch._fused_adamw_(
-            momenta,
+            self._momenta,
             grads,
             grads,  # with beta1 0 the mean of gradients is the gradient
-            [state["exp_avg_sq"] for state in states],
+            self._seconds,
             [],
             self._steps_to_unbias(b2),
             lr=lr,
@@ -96,7 +94,7 @@ class ScaledAdam(torch.optim.Optimizer):
         )
         for scalar in self._scalars:
             scalar.clamp_(-MAX_SCALAR, MAX_SCALAR)
-        _add(params, momenta, self._scales)
+        _add(params, self._momenta, self._scales)
         group["step"] += 1
 
     def _steps_to_unbias(self, b2: float) -> list[Tensor]:
@@ -104,17 +102,14 @@ class ScaledAdam(torch.optim.Optimizer):
         step, device = self.param_groups[0]["step"] + 1, self._rms.device
         unbiased = math.inf if 1 - b2**step >= UNBIASED else step
         scalar, other = (torch.full((), float(value), device=device) for value in (step, unbiased))
-        return [scalar if p.numel() == 1 else other for p in self.param_groups[0]["params"]]
+        return [scalar if is_scalar else other for is_scalar in self._scalar_flags]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._sizes = None
 
     def _gradients(self) -> list[Tensor]:
-        for p in self.param_groups[0]["params"]:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad for p in self.param_groups[0]["params"]]
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_groups[0]["params"]]
 
     def _prepare(self) -> None:
         """Give every tensor a state, of which `size` is a row of one table (P, 2 + PERIOD): the root mean
@@ -133,7 +128,10 @@ class ScaledAdam(torch.optim.Optimizer):
             self.state[p]["size"] = size
         self._rms, self._squares = self._sizes[:, 0], self._sizes[:, 1]
         self._slopes = self._sizes[:, 2:]
-        self._is_scalar = torch.tensor([p.numel() == 1 for p in params], device=self._sizes.device)
+        self._momenta = [self.state[p]["momentum"] for p in params]
+        self._seconds = [self.state[p]["exp_avg_sq"] for p in params]
+        self._scalar_flags = [p.numel() == 1 for p in params]
+        self._is_scalar = torch.tensor(self._scalar_flags, device=self._sizes.device)
         self._scalars = [p for p in params if p.numel() == 1]
         self._set_units()
 
@@ -142,8 +140,8 @@ class ScaledAdam(torch.optim.Optimizer):
         self._units = torch.where(self._is_scalar, SCALAR_RATE, self._rms.clamp(min=MIN_RMS))
         self._scales = self._units.tolist()
 
-    def _step_scales(self, momenta: list[Tensor]) -> None:
-        """Measure all tensors, whose momenta are in units of their sizes, and let them grow or shrink."""
+    def _step_scales(self) -> None:
+        """Measure all tensors, keep momenta in units of their sizes, and let them grow or shrink."""
         group, before = self.param_groups[0], self._units
         params, (b1, b2) = group["params"], group["betas"]
         self._rms.copy_(_rms(params))
@@ -157,7 +155,7 @@ class ScaledAdam(torch.optim.Optimizer):
         growth = torch.where(self._is_scalar | (self._rms < MIN_RMS), 0.0, growth)
         # the kernel is about to multiply by b1 what is added here
         added = growth * (1 - b1) / (b1 * self._units)
-        _scale_and_add(momenta, (before / self._units).tolist(), params, added.tolist())
+        _scale_and_add(self._momenta, (before / self._units).tolist(), params, added.tolist())
 
 
 def _rms(tensors: list[Tensor]) -> Tensor:
