@@ -63,12 +63,13 @@ class NemoFbank(nn.Module):
         before = (self.frame_samples - 1) // 2
         heard = torch.arange(samples.shape[1], device=samples.device) < sample_lens[:, None]
         samples = torch.where(heard, _emphasise(F.pad(samples, (1, 0))), 0.0)
-        samples = F.pad(samples, (before, self.frame_samples))
-        pieces = []
-        for first in range(0, length, PIECE_FRAMES):
-            last = min(first + PIECE_FRAMES, length) - 1
-            end = last * self.shift_samples + self.frame_samples - 1
-            pieces.append(self._log_mel(samples[:, first * self.shift_samples : end]))
+        more = self.frame_samples - 1 - self.shift_samples
+        samples = F.pad(samples, (before, length * self.shift_samples + more - before - samples.shape[1]))
+        if torch.compiler.is_exporting():  # how many pieces there are is not known then
+            return self.normalise(self._log_mel(samples), x_lens), x_lens
+        size, pieces = PIECE_FRAMES * self.shift_samples, []
+        for first in range(0, length * self.shift_samples, size):
+            pieces.append(self._log_mel(samples[:, first : first + size + more]))
         return self.normalise(torch.cat(pieces, dim=1), x_lens), x_lens
 
     def frames(self, window: Tensor) -> Tensor:

@@ -259,7 +259,8 @@ def export(trace: Trace, name: str) -> onnx.ModelProto:
     shapes = [trace.dynamic[name] for name in trace.inputs]
     first = len(shapes) - trace.num_rest
     positional = (*shapes[:first], tuple(shapes[first:])) if trace.num_rest else tuple(shapes)
-    with _quiet():
+    # with gradients, torch may take another kernel for what it traces than for what it writes
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             trace.module,
             tuple(trace.inputs.values()),

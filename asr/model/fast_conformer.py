@@ -245,7 +245,7 @@ class FastConformer(nn.Module):
 
     def _advance(self, x: Tensor, x_lens: Tensor, state: FastConformerState) -> tuple[Tensor, Tensor]:
         """The next encoder frames of a stream before the first layer, (N, T', C), and how many count."""
-        length = -(-x.shape[1] // self.subsampling)
+        length = (x.shape[1] + self.subsampling - 1) // self.subsampling
         window = torch.cat([state.frames, x], dim=1)
         window = F.pad(window, (0, 0, 0, length * self.subsampling - x.shape[1]))
         done = state.offset * self.subsampling

@@ -65,7 +65,7 @@ class MaskedSubsampling(nn.Module):
 
     def whole(self, x: Tensor, x_lens: Tensor) -> Tensor:
         """Utterances x (N, T, F), x_lens (N,), in pieces where they are long: (N, T', C)."""
-        length = self._shrunk(x.shape[1])
+        length = torch.sym_max(self._shrunk(x.shape[1]), 1)
         x = F.pad(x, (0, 0, self.past_frames, length * self.rate - x.shape[1]))
         begin = torch.full_like(x_lens, -self.past_frames)
         if torch.compiler.is_exporting():  # how many pieces there are is not known then
