@@ -1,7 +1,8 @@
-"""What Fast Conformer costs: memory of attention over time, an hour of audio, and 8x beside 4x subsampling.
+"""What encoders cost: memory of attention over time, an hour of audio, 8x beside 4x subsampling, Zipformer.
 
     python tools/bench_encoder.py --rows memory compute time
     python tools/bench_encoder.py --rows hour --dim 256 --layers 4
+    python tools/bench_encoder.py --rows zipformer
 
 memory   attention alone at lengths 2^k: bytes of the largest tensor that an operator makes (as a
          TorchDispatchMode sees it), and growth of the resident set (VmHWM of a child process), with the
@@ -11,6 +12,7 @@ compute  floating point operations (torch.utils.flop_counter) of 30 s: a Conform
          kernel 31 beside Fast Conformer with 8x and kernel 9, the same class at equal width and depth; and
          the rotary one of asr/model/conformer.py
 time     the same on the clock, in turns: medians over the rounds
+zipformer  both of these for Zipformer M beside Conformers with 4x subsampling and as many parameters
 """
 
 import argparse
@@ -34,6 +36,7 @@ from asr.model.fast_conformer import FastConformer, FastConformerConfig
 from asr.model.limited_attention import Window
 from asr.model.masks import ChunkConfig
 from asr.model.relative_attention import RelativeAttention, Sight
+from asr.model.zipformer import Zipformer, ZipformerConfig
 from asr.nemo_features import NemoFbank
 
 NUM_BINS = 80
@@ -125,12 +128,37 @@ def encoder(dim: int, num_layers: int, heads: int, **changes: Any) -> FastConfor
 
 def pair(dim: int, num_layers: int, heads: int) -> dict[str, nn.Module]:
     """The two that are compared, and ours with rotary positions."""
-    rotary = ConformerConfig(dim=dim, num_layers=num_layers, num_heads=heads, ff_dim=4 * dim, kernel_size=31)
     return {
         "conformer 4x, kernel 31": encoder(dim, num_layers, heads, subsampling=4, kernel_size=31),
         "fast conformer 8x, kernel 9": encoder(dim, num_layers, heads),
-        "rotary conformer 4x, kernel 31": Conformer(rotary, NUM_BINS).eval(),
+        "rotary conformer 4x, kernel 31": rotary(dim, num_layers, heads),
     }
+
+
+def as_large_as_zipformer() -> dict[str, nn.Module]:
+    """Zipformer M and two Conformers of 512 channels, with as many layers as make parameters equal."""
+    models: dict[str, nn.Module] = {
+        "zipformer M": Zipformer(ZipformerConfig(), NUM_BINS).eval(),
+        "conformer 4x, kernel 31": encoder(512, 1, 8, subsampling=4, kernel_size=31),
+        "rotary conformer 4x, kernel 31": rotary(512, 1, 8),
+    }
+    wanted, *ones = map(parameters, models.values())
+    layers = [parameters(model.layers[0]) for model in list(models.values())[1:]]
+    first, second = (1 + round((wanted - one) / layer) for one, layer in zip(ones, layers, strict=True))
+    models["conformer 4x, kernel 31"] = encoder(512, first, 8, subsampling=4, kernel_size=31)
+    models["rotary conformer 4x, kernel 31"] = rotary(512, second, 8)
+    for name, model in models.items():
+        print(f"{name:32} {parameters(model) / 1e6:8.1f} M parameters")
+    return models
+
+
+def rotary(dim: int, num_layers: int, heads: int) -> Conformer:
+    config = ConformerConfig(dim=dim, num_layers=num_layers, num_heads=heads, ff_dim=4 * dim, kernel_size=31)
+    return Conformer(config, NUM_BINS).eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(x.numel() for x in model.parameters())
 
 
 def print_compute(models: dict[str, nn.Module], seconds: float) -> None:
@@ -140,7 +168,7 @@ def print_compute(models: dict[str, nn.Module], seconds: float) -> None:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(x, x_lens)
         operations[name] = counter.get_total_flops()
-    least = operations["fast conformer 8x, kernel 9"]
+    least = min(operations.values())
     for name, count in operations.items():
         print(f"{name:32} {count / 1e9:8.1f} GFLOP  ratio {count / least:.2f}")
 
@@ -155,9 +183,9 @@ def print_time(models: dict[str, nn.Module], seconds: float, rounds: int) -> Non
                 model(x, x_lens)
             if number:  # the first is for warming up
                 measured[name].append(time.perf_counter() - start)
-    least = statistics.median(measured["fast conformer 8x, kernel 9"])
-    for name, found in measured.items():
-        median = statistics.median(found)
+    medians = {name: statistics.median(found) for name, found in measured.items()}
+    least = min(medians.values())
+    for name, median in medians.items():
         print(f"{name:32} {median:8.2f} s      ratio {median / least:.2f}")
 
 
@@ -195,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rows = ["memory", "hour", "compute", "time"]
+    rows = ["memory", "hour", "compute", "time", "zipformer"]
     parser.add_argument("--rows", nargs="+", choices=rows, default=["memory", "compute", "time"])
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=16)
@@ -209,10 +237,14 @@ def main() -> None:
     sizes = (options.dim, options.layers, options.heads)
     if "memory" in options.rows:
         print_memory()
-    models = pair(*sizes)
+    models = pair(*sizes) if {"compute", "time"} & set(options.rows) else {}
     if "compute" in options.rows:
         print_compute(models, options.seconds)
     if "time" in options.rows:
+        print_time(models, options.seconds, options.rounds)
+    if "zipformer" in options.rows:
+        models = as_large_as_zipformer()
+        print_compute(models, options.seconds)
         print_time(models, options.seconds, options.rounds)
     if "hour" in options.rows:
         print_hour(*sizes, options.threads)
