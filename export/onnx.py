@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from asr.context import Context
+from asr.errors import AsrError
 from asr.model.decoder import TransformerDecoder
 from asr.model.encoder import look_ahead_layers
 from asr.model.fire import Fire
@@ -261,17 +262,20 @@ def export(trace: Trace, name: str) -> onnx.ModelProto:
     positional = (*shapes[:first], tuple(shapes[first:])) if trace.num_rest else tuple(shapes)
     # with gradients, torch may take another kernel for what it traces than for what it writes
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            trace.module,
-            tuple(trace.inputs.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            dynamic_shapes=positional,
-            input_names=list(trace.inputs),
-            output_names=trace.outputs,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                trace.module,
+                tuple(trace.inputs.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=positional,
+                input_names=list(trace.inputs),
+                output_names=trace.outputs,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise error.__cause__ if isinstance(error.__cause__, AsrError) else error from None
     assert program is not None
     return tidy(program.model_proto, name)
 

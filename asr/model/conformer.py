@@ -28,7 +28,7 @@ from asr.model.subsampling import Subsampling
 
 @dataclass(kw_only=True, slots=True)
 class ConformerConfig:
-    """Size and training context of a Conformer; Fast Conformer is `subsampling: 8` (arXiv:2305.05084)."""
+    """Size and training context of a Conformer; Fast Conformer has a class of its own."""
 
     type: Literal["conformer"] = "conformer"
     """The key in ENCODERS."""

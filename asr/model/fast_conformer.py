@@ -262,9 +262,14 @@ class FastConformer(nn.Module):
         left: int | Tensor,
         right: int | Tensor,
     ) -> Sight:
-        """Of whole utterances: a window, if that is the context of the configuration, else a mask."""
-        config = self.config
-        if config.context[0] >= 0 and not int(chunk):
+        """Of whole utterances: a window, if that is the context of the configuration, else a mask.
+
+        A graph for any length has a mask, since how many blocks there are is not known when it is traced.
+        """
+        config, is_exporting = self.config, torch.compiler.is_exporting()
+        if is_exporting and config.global_tokens:
+            raise ConfigError("encoder.global_tokens: a model with them cannot be exported; expected 0")
+        if config.context[0] >= 0 and not int(chunk) and not is_exporting:
             window = Window(config.context[0], config.context[1], config.global_tokens)
             return Sight.of_window(lens, y.shape[1], window, self.dim)
         if config.global_tokens:

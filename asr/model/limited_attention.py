@@ -49,25 +49,26 @@ def attend_near(
     keys, values (N, H, T, D); lens (N,) keys that count.
     """
     size, length = window.block, q.shape[2]
-    behind = -length % size
+    blocks = (length + size - 1) // size
+    behind = blocks * size - length
     queries = F.pad(q + content_bias[:, None], (0, 0, 0, behind))
     near_keys, near_values = (_near(x, window, behind) for x in (keys, values))
-    bias = skew(F.pad(places, (0, 0, 0, behind)).unflatten(2, (-1, size))).transpose(1, 2)
-    bias = bias.masked_fill(~_exists(lens, length + behind, window)[:, :, None], -torch.inf)
+    bias = skew(F.pad(places, (0, 0, 0, behind)).unflatten(2, (blocks, size))).transpose(1, 2)
+    bias = bias.masked_fill(~_exists(lens, blocks, window)[:, :, None], -torch.inf)
     if window.num_global:
         first_keys, first_values = (x[:, None, :, : window.num_global] for x in (keys, values))
         near_keys, near_values = (
-            torch.cat([near, x.expand(-1, near.shape[1], -1, -1, -1)], dim=3)
+            torch.cat([near, x.expand(-1, blocks, -1, -1, -1)], dim=3)
             for near, x in ((near_keys, first_keys), (near_values, first_values))
         )
         bias = torch.cat([bias, _without_bias(first_keys, content_bias, lens, bias)], dim=-1)
     y = F.scaled_dot_product_attention(
-        queries.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1),
+        queries.unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1),
         near_keys.flatten(0, 1),
         near_values.flatten(0, 1),
         bias.flatten(0, 1),
     )
-    y = y.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    y = y.unflatten(0, (len(q), blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
     if window.num_global:
         firsts = _attend_all(q[:, :, : window.num_global], keys, values, lens)
         y = torch.cat([firsts, y[:, :, window.num_global :]], dim=2)
@@ -90,11 +91,11 @@ def _near(x: Tensor, window: Window, behind: int) -> Tensor:
     return padded.unfold(2, window.left + window.block + window.right, window.block).permute(0, 2, 1, 4, 3)
 
 
-def _exists(lens: Tensor, length: int, window: Window) -> Tensor:
+def _exists(lens: Tensor, blocks: int, window: Window) -> Tensor:
     """(N, T / B, B, left + B + right): keys before the end, and each frame itself: no row is empty."""
     size, span = window.block, window.left + window.block + window.right
     column = torch.arange(span, device=lens.device)
-    keys = torch.arange(0, length, size, device=lens.device)[:, None] - window.left + column
+    keys = torch.arange(blocks, device=lens.device)[:, None] * size - window.left + column
     counts = (keys >= 0) & (keys < lens[:, None, None])
     itself = column == torch.arange(size, device=lens.device)[:, None] + window.left
     return counts[:, :, None] | itself
