@@ -339,7 +339,7 @@ PLANTED: list[tuple[Callable[[Path], Iterator[str]], str, str, str]] = [
         large_closure,
         "recipes/train.py",
         "from asr import features\nimport asr.losses\n",
-        "imports 9002 lines",
+        "imports 12002 lines",
     ),
     (unsafe_calls, "asr/bad.py", "pickle.load(f)", "pickle.load"),
     (unsafe_calls, "asr/bad.py", "torch.load(f, weights_only=False)", "torch.load"),
@@ -362,7 +362,7 @@ def test_a_planted_violation_is_found(tmp_path, check, path, text, expected):
     for module in ("asr/decode/ctc.py", "asr/tokens.py"):
         (tmp_path / module).touch()
     for module in ("asr/features.py", "asr/losses.py"):
-        (tmp_path / module).write_text("x = 0\n" * 4500)
+        (tmp_path / module).write_text("x = 0\n" * 6000)
     (tmp_path / path).write_text(text)
     assert [line for line in check(tmp_path) if expected in line]
 
