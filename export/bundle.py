@@ -71,16 +71,22 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
 
 
 def _streaming(model: HybridModel) -> Streaming:
-    """The longest chunk up to CHUNK_MS is the default, among those that fit the model's frames."""
+    """The longest chunk up to CHUNK_MS is the default: of those of training, if it names any, else of
+    CHUNKS_MS up to the longest of training, as far as they fit the model's frames."""
     fbank, encoder = model.fbank, model.encoder
-    unit_ms = round(1000 * encoder.chunk_unit * model.frame_s)
-    longest = max(encoder.config.chunk.max_chunk // encoder.chunk_unit, 1) * unit_ms
-    choices = tuple(ms for ms in CHUNKS_MS if ms % unit_ms == 0 and ms <= longest) or (longest,)
+    unit, unit_ms = encoder.chunk_unit, round(1000 * encoder.chunk_unit * model.frame_s)
+    longest = max(encoder.config.chunk.max_chunk // unit, 1) * unit_ms
+    named = [context for context in encoder.config.chunk.named if context.chunk % unit == 0]
+    trained = {context.chunk // unit * unit_ms: context.left for context in named}
+    choices = tuple(sorted(trained)) or tuple(ms for ms in CHUNKS_MS if ms % unit_ms == 0 and ms <= longest)
+    choices = choices or (longest,)
+    chunk_ms = max((ms for ms in choices if ms <= CHUNK_MS), default=choices[0])
+    left = trained.get(chunk_ms, -1)
     return Streaming(
-        chunk_ms=max((ms for ms in choices if ms <= CHUNK_MS), default=choices[0]),
-        left_chunks=LEFT_CHUNKS,
+        chunk_ms=chunk_ms,
+        left_chunks=left if left >= 0 else LEFT_CHUNKS,
         chunk_choices_ms=choices,
-        chunk_unit=encoder.chunk_unit,
+        chunk_unit=unit,
         max_look_ahead=encoder.config.chunk.max_right,
         look_ahead_layers=look_ahead_layers(encoder),
         flush_frames=encoder.flush_frames(0),

@@ -1,12 +1,17 @@
 """`asr info`: what a checkpoint, an experiment or a bundle is."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from asr.errors import BundleError, CheckpointError
+
+if TYPE_CHECKING:
+    from asr.model.masks import ChunkConfig
 
 MODEL_JSON = "model.json"
 
@@ -73,12 +78,7 @@ def _experiment(path: Path) -> dict[str, Any]:
         about["converted"] = f"from {origin.family} {origin.source}, by asr {origin.asr}"
         about["licence"] = origin.licence
         about |= {f"note {i}": note for i, note in enumerate(origin.notes, 1)}
-    chunk = config.encoder.chunk
-    about["trained in"] = (
-        f"chunks up to {chunk.max_chunk} frames, {chunk.max_right} of look-ahead"
-        if chunk.dynamic
-        else "whole utterances"
-    )
+    about["trained in"] = _contexts(config.encoder.chunk)
     about["checkpoints"] = f"{len(found)}, {found[0].name} to {found[-1].name}" if found else "none"
     if best := pointed(path, "best"):
         about["best"] = best.name
@@ -94,6 +94,14 @@ def _experiment(path: Path) -> dict[str, Any]:
         if last:
             about[f"last {kind}"] = _figures(last)
     return about
+
+
+def _contexts(chunk: ChunkConfig) -> str:
+    if not chunk.dynamic:
+        return "whole utterances"
+    if chunk.named:
+        return f"chunks of {', '.join(map(str, sorted({x.chunk for x in chunk.named})))} frames"
+    return f"chunks up to {chunk.max_chunk} frames, {chunk.max_right} of look-ahead"
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

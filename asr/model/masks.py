@@ -78,6 +78,13 @@ class ChunkConfig:
         if not self.left_frames or any(frames < 1 and frames != -1 for frames in self.left_frames):
             raise ConfigError(f"left_frames is {self.left_frames}; expected numbers of frames, -1 for all")
 
+    @property
+    def named(self) -> list[Context]:
+        """What `contexts` or `chunks` say that chunks are; with `chunks`, of any left context."""
+        if not self.dynamic:
+            return []
+        return [cache_aware(*x) for x in self.contexts] or [Context(chunk) for chunk in self.chunks if chunk]
+
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
     """lens (N,) -> (N, length): True before the end of each."""

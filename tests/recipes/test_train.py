@@ -110,6 +110,17 @@ def test_what_a_user_can_mend_is_one_line(
     assert error.count("\n") == 1
 
 
+def test_chunks_are_told_as_they_were_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for chunk, expected in {
+        "{max_chunk: 9}": "chunks up to 9 frames, 0 of look-ahead",
+        "{contexts: [[70, 13], [70, 0]]}": "chunks of 1, 14 frames",
+        "{dynamic: false, chunks: [8]}": "whole utterances",
+    }.items():
+        (tmp_path / "config.yaml").write_text(f"encoder: {{type: fast-conformer, chunk: {chunk}}}\n")
+        assert main(["info", str(tmp_path)]) == 0
+        assert expected in capsys.readouterr().out
+
+
 def test_a_bundle_is_told_from_its_model_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     states = '[{"name": "conv", "shape": [2, 6]}]'
     (tmp_path / "model.json").write_text(
