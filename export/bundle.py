@@ -123,7 +123,9 @@ def check_out(out: Path, marker: str = "model.json") -> None:
     marker: the file by which a folder of an earlier export is known.
     """
     if out.exists() and not (out.is_dir() and ((out / marker).exists() or not any(out.iterdir()))):
-        raise BundleError(f"{out}: exists and has no {marker}; choose another folder with -o")
+        raise BundleError(
+            f"{out}: exists and is not a bundle, as it has no {marker}; choose another folder with -o"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
