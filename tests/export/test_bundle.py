@@ -41,10 +41,10 @@ def test_a_folder_that_is_no_bundle_is_left_alone(tmp_path: Path):
     (tmp_path / "mine").mkdir()
     check_out(tmp_path / "mine")
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(BundleError, match="has no model.json"):
+    with pytest.raises(BundleError, match=r"has no model\.json"):
         check_out(tmp_path / "mine")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="has no model.json"):
+    with pytest.raises(BundleError, match=r"has no model\.json"):
         check_out(tmp_path / "file")
     with pytest.raises(BundleError, match="file"):
         check_out(tmp_path / "file" / "below" / "bundle")
