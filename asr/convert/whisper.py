@@ -95,7 +95,7 @@ def read(source: Source) -> Converted:
     units = whisper_units(dims["n_vocab"], num_ranks + 1, num_ranks)
     load(parts_to_load(model), tensors(weights, str(file)), NAMES, str(file), units)
     notes = [note for note in found.notes if note != "not carried over: dims"]
-    asked = "mode whisper finds the language out; --set language=en, task=translate, timestamps=true"
+    asked = "mode whisper finds the language out; --search language=en, task=translate, timestamps=true"
     return Converted(config, Tokens(symbols), model, (*notes, asked))
 
 
