@@ -98,11 +98,12 @@ def zipformer(rate: int, **chunk: Any) -> EncoderConfig:
     ],
 )
 def test_chunks_are_those_of_training(
-    tiny_bundles: Path, encoder: EncoderConfig, choices: tuple[int, ...], default: int, left: int
+    tmp_path: Path, encoder: EncoderConfig, choices: tuple[int, ...], default: int, left: int
 ):
+    (tmp_path / "tokens.txt").write_text("<blk> 0\n<sos/eos> 1\n<unk> 2\n")
     decoder = DecoderConfig(**SIZES)
     model = build_model(FbankConfig(), encoder, decoder, LossConfig(), 22)
-    info = describe(model, tiny_bundles, "cpu-fp32", Origin("x", "one"))
+    info = describe(model, tmp_path, "cpu-fp32", Origin("x", "one"))
     assert info.stream.chunk_choices_ms == choices
     assert (info.stream.chunk_ms, info.stream.left_chunks) == (default, left)
     assert all(info.chunk_frames(ms) for ms in choices)
