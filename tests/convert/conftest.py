@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,10 @@ from asr.convert.options import Options
 from asr.convert.wenet import read_config, wenet_names
 from recipes.cli import main
 
+from .sources import GoldenSet, symbols
+
 Result = tuple[int, str, str]
 Tables = Callable[[str], Iterator[tuple[dict[str, Any], dict[str, Tensor]]]]
-
-
-@dataclass
-class GoldenSet:
-    """One folder: sizes and options, inputs and outputs, weights."""
-
-    config: dict[str, Any]
-    arrays: dict[str, Tensor]
-    weights: dict[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.arrays[name]
 
 
 @pytest.fixture(scope="session")
@@ -75,17 +64,6 @@ def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     return run
 
 
-def _symbols(count: int, special: dict[int, str]) -> list[str]:
-    """`count` different units, those in `special` by their names."""
-    letters = iter("▁abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x4E00, 0x4E00 + count))))
-    return [special[i] if i in special else next(letters) for i in range(count)]
-
-
-@pytest.fixture(scope="session")
-def symbols_for() -> Callable[[int, dict[int, str]], list[str]]:
-    return _symbols
-
-
 def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
     """WeNet's train.yaml for options as in a golden set."""
     parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
@@ -111,8 +89,8 @@ def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor
     folder.mkdir(parents=True)
     (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
     names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
-    symbols = _symbols(options["vocab_size"], names)
-    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
+    found = symbols(options["vocab_size"], names)
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(found))
     (folder / "units.txt").write_text(lines, encoding="utf-8")
     torch.save(weights, folder / "final.pt")
     return folder

@@ -1,9 +1,7 @@
 """A folder as FireRedASR-AED is published becomes an experiment that computes what the reference does."""
 
-import argparse
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import tensor
@@ -15,7 +13,7 @@ from asr.decode.modes import decode
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
-SPECIAL = {0: "<blank>", 1: "<unk>", 2: "<pad>", 3: "<sos>", 4: "<eos>"}
+from .sources import write_firered
 
 
 @pytest.fixture
@@ -24,20 +22,8 @@ def reference(golden_set):
 
 
 @pytest.fixture
-def source(reference, symbols_for, tmp_path: Path) -> Path:
-    folder, args = tmp_path / "source", reference.config["args"]
-    folder.mkdir()
-    saved = {"args": argparse.Namespace(**args), "model_state_dict": reference.weights}
-    torch.save(saved, folder / "model.pth.tar")
-    special = SPECIAL | {args["sos_id"]: "<sos>", args["eos_id"]: "<eos>", args["pad_id"]: "<pad>"}
-    symbols = symbols_for(args["odim"], special)
-    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
-    (folder / "dict.txt").write_text(lines, encoding="utf-8")
-    frames = np.random.default_rng(2).normal(10.0, 3.0, (500, args["idim"]))
-    rows = [np.append(frames.sum(0), 500), np.append((frames**2).sum(0), 0)]
-    text = "\n".join(" ".join(map(repr, row.tolist())) for row in rows)
-    (folder / "cmvn.ark").write_text(f" [\n{text} ]\n")
-    return folder
+def source(reference, tmp_path: Path) -> Path:
+    return write_firered(reference, tmp_path / "source")
 
 
 def saved_again(source: Path, **changes: object) -> None:

@@ -14,8 +14,9 @@ from asr.decode.modes import decode, modes_for
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
+from .sources import icefall_options, write_icefall
+
 SETS = ["icefall_zipformer2", "icefall_zipformer2_causal"]
-SIZES = ("num_heads", "query_head_dim", "pos_head_dim", "value_head_dim")
 DECODER = "attention_decoder."
 
 
@@ -24,26 +25,9 @@ def reference(golden_set, request):
     return golden_set(request.param)
 
 
-def options_of(config: dict) -> dict:
-    """Those of icefall's training, as its checkpoints keep them."""
-    found = {name: ",".join(map(str, config[name])) for name in SIZES}
-    heads = config["attention_decoder"]["num_heads"]
-    return found | {"feature_dim": config["feature_dim"], "attention_decoder_num_heads": heads}
-
-
 @pytest.fixture
-def source(reference, symbols_for, tmp_path: Path) -> Path:
-    """exp/pretrained.pt and data/lang_bpe/tokens.txt, as in its repositories."""
-    folder = tmp_path / "source"
-    (folder / "exp").mkdir(parents=True)
-    (folder / "data" / "lang_bpe").mkdir(parents=True)
-    saved = {"model": reference.weights, "optimizer": None, **options_of(reference.config)}
-    torch.save(saved, folder / "exp" / "pretrained.pt")
-    count = reference.config["vocab_size"]
-    symbols = [*symbols_for(count, {0: "<blk>", 1: "<sos/eos>", 2: "<unk>"}), "#0", "#1"]
-    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
-    (folder / "data" / "lang_bpe" / "tokens.txt").write_text(lines, encoding="utf-8")
-    return folder
+def source(reference, tmp_path: Path) -> Path:
+    return write_icefall(reference, tmp_path / "source")
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -76,7 +60,7 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
 
 def test_without_its_decoder_it_is_a_model_of_ctc_alone(asr, reference, source, tmp_path):
     weights = {name: x for name, x in reference.weights.items() if not name.startswith(DECODER)}
-    torch.save({"model": weights, **options_of(reference.config)}, source / "exp" / "pretrained.pt")
+    torch.save({"model": weights, **icefall_options(reference.config)}, source / "exp" / "pretrained.pt")
     assert asr("convert", "icefall", source, "-o", tmp_path / "exp")[0] == 0
     model, _, config = load_model(tmp_path / "exp")
     assert config.decoder.type == "none"
@@ -92,7 +76,7 @@ def test_what_shapes_do_not_say_may_stand_in_a_file(asr, reference, source, tmp_
     status, _, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
     assert status == 2
     assert "do not fit; write feature_dim, num_heads" in err
-    (source / "icefall.yaml").write_text(yaml.safe_dump(options_of(reference.config)))
+    (source / "icefall.yaml").write_text(yaml.safe_dump(icefall_options(reference.config)))
     assert asr("convert", "icefall", source, "-o", tmp_path / "exp")[0] == 0
     origin = read_origin(tmp_path / "exp")
     assert origin
@@ -116,7 +100,7 @@ def without(prefix: str):
     ],
 )
 def test_what_does_not_fit_is_told(asr, reference, source, tmp_path, change, expected):
-    saved = {"model": change(reference.weights), **options_of(reference.config)}
+    saved = {"model": change(reference.weights), **icefall_options(reference.config)}
     torch.save(saved, source / "exp" / "pretrained.pt")
     status, _, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
     assert status == 2

@@ -1,13 +1,9 @@
 """A .nemo archive becomes an experiment that computes what the reference does, of CTC or of a decoder."""
 
-import io
-import tarfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
 import yaml
 from torch import Tensor, tensor
@@ -19,58 +15,7 @@ from asr.decode.modes import decode
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
-MARKS = [
-    "<|nospeech|>",
-    "<pad>",
-    "<|endoftext|>",
-    "<|startoftranscript|>",
-    "<|en|>",
-    "<|transcribe|>",
-    "<|pnc|>",
-]
-FEATURES = {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512}
-
-
-def pieces(count: int, marks: list[str]) -> bytes:
-    """A SentencePiece model of so many units, the marks behind the unknown one."""
-    model = io.BytesIO()
-    text = " ".join(map(chr, range(ord("a"), ord("z") + 1)))
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([text] * 3),
-        model_writer=model,
-        model_type="char",
-        vocab_size=count,
-        user_defined_symbols=marks,
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=3,
-    )
-    return model.getvalue()
-
-
-def pack(file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | None) -> Path:
-    """Write the archive as NeMo does."""
-    buffer = io.BytesIO()
-    torch.save(weights, buffer)
-    members = {"model_config.yaml": yaml.safe_dump(options).encode(), "model_weights.ckpt": buffer.getvalue()}
-    members |= {"12ab_tokenizer.model": model} if model else {}
-    with tarfile.open(file, "w") as opened:
-        for name, data in members.items():
-            info = tarfile.TarInfo(f"./{name}")
-            info.size = len(data)
-            opened.addfile(info, io.BytesIO(data))
-    return file
-
-
-def options_of(config: dict[str, Any]) -> dict[str, Any]:
-    bins = config["encoder"]["feat_in"]
-    preprocessor = FEATURES | config.get("preprocessor", {}) | {"features": bins, "normalize": "per_feature"}
-    tokenizer = {"dir": None, "type": "bpe", "model_path": "nemo:12ab_tokenizer.model"}
-    model = {"sample_rate": 16000, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
-    parts = (
-        {"transf_decoder": {"config_dict": config["transf_decoder"]}} if "transf_decoder" in config else {}
-    )
-    return model | {"encoder": config["encoder"], "tokenizer": tokenizer} | parts
+from .sources import MARKS, nemo_options, pack, pieces
 
 
 @pytest.fixture
@@ -95,7 +40,7 @@ def assert_encodes(model: Any, reference: Any, name: str) -> None:
 
 def test_a_model_of_ctc(asr, with_ctc, tmp_path):
     config, count = with_ctc.config, with_ctc.config["vocab_size"]
-    archive = pack(tmp_path / "a.nemo", options_of(config), with_ctc.weights, pieces(count, []))
+    archive = pack(tmp_path / "a.nemo", nemo_options(config), with_ctc.weights, pieces(count, []))
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
     assert (status, err) == (0, "")
     model, tokenizer, converted = load_model(tmp_path / "exp")
@@ -129,7 +74,7 @@ def test_a_hybrid_model_leaves_its_transducer_out(asr, with_ctc, tmp_path):
         for name, x in with_ctc.weights.items()
     }
     weights["decoder.prediction.embed.weight"] = weights["joint.joint_net.2.weight"] = torch.zeros(2, 3)
-    options = options_of(with_ctc.config) | {
+    options = nemo_options(with_ctc.config) | {
         "decoder": {"vocabulary": [" ", *map(chr, range(97, 96 + count))]}
     }
     del options["tokenizer"]
@@ -149,7 +94,7 @@ def test_a_model_with_the_decoder_of_canary(asr, canary, tmp_path):
     config, count = canary.config, canary.config["vocab_size"]
     marks = MARKS.copy()
     model_of = pieces(count, marks)
-    archive = pack(tmp_path / "a.nemo", options_of(config), canary.weights, model_of)
+    archive = pack(tmp_path / "a.nemo", nemo_options(config), canary.weights, model_of)
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
     assert (status, err) == (0, "")
     model, tokenizer, converted = load_model(tmp_path / "exp")
@@ -191,7 +136,7 @@ WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
 
 @pytest.mark.parametrize(("spoil", "expected"), WRONG, ids=[x for _, x in WRONG])
 def test_what_does_not_fit_is_told(asr, with_ctc, tmp_path, spoil, expected):
-    options, weights = yaml.safe_load(yaml.safe_dump(options_of(with_ctc.config))), dict(with_ctc.weights)
+    options, weights = yaml.safe_load(yaml.safe_dump(nemo_options(with_ctc.config))), dict(with_ctc.weights)
     spoil(options, weights)
     archive = pack(tmp_path / "a.nemo", options, weights, pieces(with_ctc.config["vocab_size"], []))
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")

@@ -1,6 +1,5 @@
 """A folder with OpenAI's file and the ranks of its units becomes an experiment that computes the same."""
 
-import base64
 from pathlib import Path
 
 import pytest
@@ -14,25 +13,17 @@ from asr.errors import CheckpointError
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
+from .sources import write_ranks, write_whisper
+
 
 @pytest.fixture
 def reference(golden_set):
     return golden_set("openai_whisper")
 
 
-def write_ranks(folder: Path, count: int) -> None:
-    lines = "".join(f"{base64.b64encode(bytes([i % 256, i // 256])).decode()} {i}\n" for i in range(count))
-    (folder / "multilingual.tiktoken").write_text(lines)
-
-
 @pytest.fixture
 def source(reference, tmp_path: Path) -> Path:
-    folder = tmp_path / "source"
-    folder.mkdir()
-    saved = {"dims": reference.config["dims"], "model_state_dict": reference.weights}
-    torch.save(saved, folder / "tiny.pt")
-    write_ranks(folder, reference.config["special"]["eot"])
-    return folder
+    return write_whisper(reference, tmp_path / "source")
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,0 +1,141 @@
+"""What reference data hold, as the files and folders that its family publishes."""
+
+import argparse
+import base64
+import io
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import torch
+import yaml
+from torch import Tensor
+
+
+@dataclass
+class GoldenSet:
+    """One folder: sizes and options, inputs and outputs, weights."""
+
+    config: dict[str, Any]
+    arrays: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+
+def symbols(count: int, special: dict[int, str]) -> list[str]:
+    """`count` different units, those in `special` by their names."""
+    letters = iter("▁abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x4E00, 0x4E00 + count))))
+    return [special[i] if i in special else next(letters) for i in range(count)]
+
+
+SIZES = ("num_heads", "query_head_dim", "pos_head_dim", "value_head_dim")
+
+
+def icefall_options(config: dict) -> dict:
+    """Those of icefall's training, as its checkpoints keep them."""
+    found = {name: ",".join(map(str, config[name])) for name in SIZES}
+    heads = config["attention_decoder"]["num_heads"]
+    return found | {"feature_dim": config["feature_dim"], "attention_decoder_num_heads": heads}
+
+
+def write_icefall(reference: GoldenSet, folder: Path) -> Path:
+    """exp/pretrained.pt and data/lang_bpe/tokens.txt, as in its repositories."""
+    (folder / "exp").mkdir(parents=True)
+    (folder / "data" / "lang_bpe").mkdir(parents=True)
+    saved = {"model": reference.weights, "optimizer": None, **icefall_options(reference.config)}
+    torch.save(saved, folder / "exp" / "pretrained.pt")
+    count = reference.config["vocab_size"]
+    names = [*symbols(count, {0: "<blk>", 1: "<sos/eos>", 2: "<unk>"}), "#0", "#1"]
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(names))
+    (folder / "data" / "lang_bpe" / "tokens.txt").write_text(lines, encoding="utf-8")
+    return folder
+
+
+MARKS = [
+    "<|nospeech|>",
+    "<pad>",
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|transcribe|>",
+    "<|pnc|>",
+]
+FEATURES = {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512}
+
+
+def pieces(count: int, marks: list[str]) -> bytes:
+    """A SentencePiece model of so many units, the marks behind the unknown one."""
+    model = io.BytesIO()
+    text = " ".join(map(chr, range(ord("a"), ord("z") + 1)))
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter([text] * 3),
+        model_writer=model,
+        model_type="char",
+        vocab_size=count,
+        user_defined_symbols=marks,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=3,
+    )
+    return model.getvalue()
+
+
+def pack(file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | None) -> Path:
+    """Write the archive as NeMo does."""
+    buffer = io.BytesIO()
+    torch.save(weights, buffer)
+    members = {"model_config.yaml": yaml.safe_dump(options).encode(), "model_weights.ckpt": buffer.getvalue()}
+    members |= {"12ab_tokenizer.model": model} if model else {}
+    with tarfile.open(file, "w") as opened:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"./{name}")
+            info.size = len(data)
+            opened.addfile(info, io.BytesIO(data))
+    return file
+
+
+def nemo_options(config: dict[str, Any]) -> dict[str, Any]:
+    bins = config["encoder"]["feat_in"]
+    preprocessor = FEATURES | config.get("preprocessor", {}) | {"features": bins, "normalize": "per_feature"}
+    tokenizer = {"dir": None, "type": "bpe", "model_path": "nemo:12ab_tokenizer.model"}
+    model = {"sample_rate": 16000, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
+    parts = (
+        {"transf_decoder": {"config_dict": config["transf_decoder"]}} if "transf_decoder" in config else {}
+    )
+    return model | {"encoder": config["encoder"], "tokenizer": tokenizer} | parts
+
+
+def write_firered(reference: GoldenSet, folder: Path) -> Path:
+    """model.pth.tar, dict.txt and cmvn.ark."""
+    args = reference.config["args"]
+    folder.mkdir()
+    saved = {"args": argparse.Namespace(**args), "model_state_dict": reference.weights}
+    torch.save(saved, folder / "model.pth.tar")
+    special = {0: "<blank>", 1: "<unk>", args["sos_id"]: "<sos>", args["eos_id"]: "<eos>"}
+    names = symbols(args["odim"], special | {args["pad_id"]: "<pad>"})
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(names))
+    (folder / "dict.txt").write_text(lines, encoding="utf-8")
+    frames = np.random.default_rng(2).normal(10.0, 3.0, (500, args["idim"]))
+    rows = [np.append(frames.sum(0), 500), np.append((frames**2).sum(0), 0)]
+    text = "\n".join(" ".join(map(repr, row.tolist())) for row in rows)
+    (folder / "cmvn.ark").write_text(f" [\n{text} ]\n")
+    return folder
+
+
+def write_ranks(folder: Path, count: int) -> None:
+    lines = "".join(f"{base64.b64encode(bytes([i % 256, i // 256])).decode()} {i}\n" for i in range(count))
+    (folder / "multilingual.tiktoken").write_text(lines)
+
+
+def write_whisper(reference: GoldenSet, folder: Path) -> Path:
+    """OpenAI's file, and the ranks of its units."""
+    folder.mkdir()
+    saved = {"dims": reference.config["dims"], "model_state_dict": reference.weights}
+    torch.save(saved, folder / "tiny.pt")
+    write_ranks(folder, reference.config["special"]["eot"])
+    return folder
