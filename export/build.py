@@ -61,10 +61,16 @@ def build(
     return Built(info, proved, lost)
 
 
+def made_utterance(model: HybridModel) -> Utterance:
+    """Made sound, as long as SOUND_S, or as the model hears at most."""
+    rate = model.fbank.config.sample_rate
+    return Utterance("made", made_sound(SOUND_S, rate)[: model.fbank.max_samples or None], "")
+
+
 def _prove(model: HybridModel, float32: Bundle) -> Comparison:
     """BundleError unless the graphs are the model, at once and chunk by chunk, also with look-ahead."""
     info = float32.info
-    sound = [Utterance("made", made_sound(SOUND_S, info.features.sample_rate), "")]
+    sound = [made_utterance(model)]
     found = []
     for context in possible_contexts(info):
         expected = answer(at_once(TorchScorer(model, "cpu"), context), sound, float32.tokenizer, info.has_ctc)

@@ -44,11 +44,11 @@ def export(
     Example: asr export exp/conformer-s --target cpu-int8 -o bundle
     """
     from asr.train.checkpoint import load_model
-    from export.build import SOUND_S, build
+    from export.build import build, made_utterance
     from export.bundle import check_out
     from export.sherpa_bundle import MARKER, write_sherpa
     from export.targets import TARGETS
-    from export.verify import Utterance, made_sound, read_utterances
+    from export.verify import read_utterances
 
     if target not in (*TARGETS, SHERPA):
         raise ConfigError(f"--target {target}: no such target; there are {', '.join([*TARGETS, SHERPA])}")
@@ -62,14 +62,15 @@ def export(
     rate = config.features.sample_rate
     found = [Path(path) for path in config.data.valid if Path(path).exists()]
     where = "made sound"
-    utterances = [Utterance("made", made_sound(SOUND_S, rate), "")]
+    made = made_utterance(model)
+    utterances = [made]
     if found:
         utterances, where = read_utterances(found[0], UTTERANCES, rate), found[0].name
     built = build(model, experiment / "tokens", target, origin, utterances, out)
     _print_files(built.info)
     print(
         f"{'torch and onnx':<20}max |Δ log p| {built.float32.max_difference:.1e} "
-        f"on {SOUND_S:g} s of made sound, at once and in chunks"
+        f"on {len(made.samples) / rate:g} s of made sound, at once and in chunks"
     )
     if built.quantized:
         _print_quantized(built.quantized, where)
