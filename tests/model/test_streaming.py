@@ -10,6 +10,7 @@ import torch
 from torch import tensor
 
 from asr.context import Context
+from asr.errors import ConfigError
 from asr.model.encoder import look_ahead_layers
 from asr.model.state import join, select, split
 
@@ -162,3 +163,9 @@ def test_the_whole_chunk_is_heard(any_encoder):
     y, changed_y = (encoder(frames, x_lens, None, *context)[0] for frames in (x, changed))
     assert (changed_y - y)[:, context.chunk : 2 * context.chunk].abs().amax(-1).min() > 1e-5
     close(changed_y[:, : context.chunk], y[:, : context.chunk], atol=0)
+
+
+def test_other_encoders_say_that_they_cannot_stream(whole_encoder):
+    assert not whole_encoder.can_stream
+    with pytest.raises(ConfigError):
+        whole_encoder.init_state(1, 4)
