@@ -1,7 +1,7 @@
 """The modules that are traced for sherpa-onnx: a HybridModel behind the inputs and outputs of its contracts.
 
-Frames of `OfflineCtc` and `OnlineCtc` last 40 ms: a model with longer ones gives each several times, which
-CTC does not hear and which sets word times right.
+Frames of these contracts last 40 ms, for word times and for the number of tokens that a decoder may write: a
+model with longer ones gives each several times, which neither CTC nor cross-attention hears.
 
 N utterances · T feature frames · T' encoder frames · S samples · F mel bins · C channels · L layers · H heads
 · D channels per head · W cached frames · U tokens · K kernel · V units
@@ -19,7 +19,7 @@ from asr.model.decoder import SOS_EOS, DecoderState, Order
 from asr.model.hybrid import HybridModel
 
 RATE = 4
-"""Feature frames per frame of `OfflineCtc` and `OnlineCtc`."""
+"""Feature frames per frame of the contracts."""
 
 LOUD = 32768.0
 """What samples in [-1, 1] are multiplied by, but for `OfflineCtc` and `AudioEncoder`."""
@@ -115,12 +115,13 @@ class AudioEncoder(nn.Module):
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.model = model
+        self.repeats = max(model.encoder.subsampling // RATE, 1)
 
     def forward(self, samples: Tensor) -> Tensor:
         x = self.model.cmvn(self.model.fbank.frames(self._window(samples)))
         y, _ = self.model.encode(x, torch.full_like(samples[:, 0], x.shape[1], dtype=torch.int64))
         memory = torch.stack(self.model.decoder.memory(y))
-        return memory.permute(1, 4, 0, 2, 3, 5).flatten(2)
+        return memory.permute(1, 4, 0, 2, 3, 5).flatten(2).repeat_interleave(self.repeats, dim=1)
 
     def _window(self, samples: Tensor) -> Tensor:
         """Mirrored at both ends, as asr/features.py does."""

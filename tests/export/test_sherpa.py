@@ -31,7 +31,7 @@ from export.bundle import Origin
 from export.onnx import Trace, export
 from export.sherpa import CONTRACTS, artefacts
 from export.sherpa_bundle import check, write_sherpa
-from export.sherpa_graphs import OnlineCtc, rescaled
+from export.sherpa_graphs import AudioDecoder, AudioEncoder, OnlineCtc, rescaled
 from export.verify import made_sound
 
 RECOGNIZE = """
@@ -220,6 +220,21 @@ def test_caches_of_sherpa_hold_the_whole_state(subsampling):
         y, _ = model.encode(model.cmvn(x), torch.tensor([x.shape[1]]), context)
         expected = model.ctc_log_probs(y).repeat_interleave(subsampling // 4, dim=1)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
+
+
+def test_frames_given_twice_are_not_heard_twice(tiny_model):
+    """As of a model with 8x subsampling, which may write twice as many tokens then."""
+    module = AudioEncoder(tiny_model).eval()
+    decoder, tokens = AudioDecoder(tiny_model).eval(), torch.tensor([[5]])
+    config = tiny_model.decoder.config
+    past = [
+        torch.randn(1, config.num_heads, 3, tiny_model.decoder.head_dim) for _ in range(4 * config.num_layers)
+    ]
+    with torch.inference_mode():
+        once = module(torch.randn(1, 8000))
+        twice = once.repeat_interleave(2, dim=1)
+        found = [decoder(tokens, x, *past, torch.tensor([True]))[0] for x in (once, twice)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
 
 
 def test_quiet_bins_have_the_floor_of_training():
