@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.errors import ConfigError
-from asr.model.layers import ConvModule, FeedForward, Norm, initialise, keep, start_small
+from asr.model.layers import ConvModule, Norm, initialise, keep
 from asr.model.limited_attention import Window
+from asr.model.macaron import MacaronLayer
 from asr.model.masked_subsampling import MaskedSubsampling
 from asr.model.masks import ChunkConfig, context_mask
 from asr.model.relative_attention import RelativeAttention, Sight
@@ -118,38 +119,13 @@ class FastConformerState(State):
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
 
-class FastConformerLayer(nn.Module):
-    """Half a feed-forward step, self-attention, convolution, half a feed-forward step, norm."""
-
-    def __init__(self, config: FastConformerConfig) -> None:
-        super().__init__()
-        dim, ff_dim, dropout, bias = config.dim, config.ff_dim, config.dropout, config.bias
-        self.feed_forward_1 = FeedForward(dim, ff_dim, dropout, bias=bias)
-        self.attention_norm = nn.LayerNorm(dim)
-        self.attention = RelativeAttention(dim, config.num_heads, bias)
-        self.dropout = nn.Dropout(dropout)
-        self.convolution = ConvModule(
-            dim, config.kernel_size, dropout, causal=config.causal, norm=config.norm, bias=bias
-        )
-        self.feed_forward_2 = FeedForward(dim, ff_dim, dropout, bias=bias)
-        self.norm = nn.LayerNorm(dim)
-        self.apply(initialise)
-        start_small(self.feed_forward_1[-2], self.attention.out)
-        start_small(self.convolution.out, self.feed_forward_2[-2])
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, sight: Sight
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all anew."""
-        width, conv_width = keys.shape[2], conv.shape[2]
-        x = x + 0.5 * self.feed_forward_1(x)
-        y, keys, values = self.attention(self.attention_norm(x), keys, values, sight)
-        x = x + self.dropout(y)
-        y, conv = self.convolution(x, conv, sight.valid)
-        x = x + y
-        x = x + 0.5 * self.feed_forward_2(x)
-        keys, values = (keep(past, sight.lens, width, dim=2) for past in (keys, values))
-        return self.norm(x), keys, values, keep(conv, sight.lens, conv_width, dim=2)
+def fast_conformer_layer(config: FastConformerConfig) -> MacaronLayer:
+    dim, dropout, bias = config.dim, config.dropout, config.bias
+    attention = RelativeAttention(dim, config.num_heads, bias)
+    convolution = ConvModule(
+        dim, config.kernel_size, dropout, causal=config.causal, norm=config.norm, bias=bias
+    )
+    return MacaronLayer(dim, config.ff_dim, dropout, attention, convolution, bias)
 
 
 class FastConformer(nn.Module):
@@ -178,7 +154,7 @@ class FastConformer(nn.Module):
             num_bins, config.subsampling_channels, config.dim, config.subsampling, config.causal
         )
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(FastConformerLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(fast_conformer_layer(config) for _ in range(config.num_layers))
         self.front.apply(initialise)
 
     def init_state(self, n: int, width: int, delay: int = 0) -> FastConformerState:

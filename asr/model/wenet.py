@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from asr.errors import ConfigError
 from asr.model.attention import join_heads, sinusoids, split_heads
-from asr.model.layers import FeedForward, initialise, keep, start_small
+from asr.model.layers import initialise
+from asr.model.macaron import MacaronLayer
 from asr.model.masks import ChunkConfig, context_mask, valid_mask
 from asr.model.state import State
 
@@ -208,35 +209,9 @@ class InputConvModule(nn.Module):
         return self.dropout(self.out(F.silu(x))), seen.transpose(1, 2)
 
 
-class WenetConformerLayer(nn.Module):
-    """Half a feed-forward step, self-attention, convolution, half a feed-forward step, norm."""
-
-    def __init__(self, config: WenetConformerConfig) -> None:
-        super().__init__()
-        self.feed_forward_1 = FeedForward(config.dim, config.ff_dim, config.dropout)
-        self.attention_norm = nn.LayerNorm(config.dim)
-        self.attention = KeyPositionAttention(config.dim, config.num_heads)
-        self.dropout = nn.Dropout(config.dropout)
-        self.convolution = InputConvModule(config)
-        self.feed_forward_2 = FeedForward(config.dim, config.ff_dim, config.dropout)
-        self.norm = nn.LayerNorm(config.dim)
-        self.apply(initialise)
-        start_small(self.feed_forward_1[-2], self.attention.out)
-        start_small(self.convolution.out, self.feed_forward_2[-2])
-
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, sight: Sight
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all anew."""
-        width, conv_width = keys.shape[2], conv.shape[2]
-        x = x + 0.5 * self.feed_forward_1(x)
-        y, keys, values = self.attention(self.attention_norm(x), keys, values, sight)
-        x = x + self.dropout(y)
-        y, conv = self.convolution(x, conv, sight.valid)
-        x = x + y
-        x = x + 0.5 * self.feed_forward_2(x)
-        keys, values = (keep(past, sight.lens, width, dim=2) for past in (keys, values))
-        return self.norm(x), keys, values, keep(conv, sight.lens, conv_width, dim=2)
+def wenet_layer(config: WenetConformerConfig) -> MacaronLayer:
+    attention = KeyPositionAttention(config.dim, config.num_heads)
+    return MacaronLayer(config.dim, config.ff_dim, config.dropout, attention, InputConvModule(config))
 
 
 class WenetConformer(nn.Module):
@@ -264,7 +239,7 @@ class WenetConformer(nn.Module):
         self.subsampling = self.front.rate
         self.overlap_frames = self.front.window - self.front.rate
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(WenetConformerLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(wenet_layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.dim)
         self.front.apply(initialise)
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from asr.errors import ConfigError
 from asr.model.masks import ChunkConfig, context_mask, valid_mask
-from asr.model.schedule import scheduled, set_batch_count
 from asr.model.zipformer_convolution import Edges
 from asr.model.zipformer_front import OVERLAP, RATE, SIDE, ZipformerFront
 from asr.model.zipformer_layer import LayerSizes, Past, Sight, compact_positions
@@ -121,10 +120,6 @@ class Zipformer(nn.Module):
         self.batch_count = 0.0
         """How much training has seen: what the schedules follow (asr/model/schedule.py)."""
         self.layout = Layout(sizes, config.rates, config.depths, self.step)
-
-    def set_batch_count(self, batch_count: float) -> None:
-        """Tell all schedules how much training has seen, in batches of 600 s of audio."""
-        set_batch_count(scheduled(self), batch_count)
 
     def init_state(self, n: int, width: int, delay: int = 0) -> ZipformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk, or more.
