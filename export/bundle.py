@@ -16,7 +16,8 @@ from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import hash_file
 from asr.runtime.info import FORMAT, Features, ModelInfo, Streaming
 from asr.tokens import tokens_hash
-from export.states import decoder_fields, encoder_fields
+from export.onnx import state_fields
+from export.states import decoder_fields
 
 CHUNKS_MS = (160, 320, 640, 960)
 CHUNK_MS = 640
@@ -58,7 +59,7 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         tokens_sha256=tokens_hash(tokens),
         sos_eos=SOS_EOS,
         parameters=sum(p.numel() for p in model.parameters()),
-        encoder_state=encoder_fields(encoder) if fbank.framed else (),
+        encoder_state=state_fields(model),
         has_ctc=model.ctc is not None,
         decoder_type=model.decoder.config.type,
         max_tokens=model.decoder.max_tokens,

@@ -1,4 +1,5 @@
-"""A model as ONNX graphs, traced from the very modules that were trained.
+"""A model as ONNX graphs, traced from the very modules that were trained; but for the encoder of a Conformer,
+which is written by hand (`export/conformer.py`).
 
     encoder   features, normalisation, encoder, CTC head; the state goes in as it came out of the call before
     memory    keys and values of the decoder's cross-attention
@@ -16,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
@@ -25,16 +26,18 @@ from torch.export import Dim
 
 from asr.context import Context
 from asr.errors import AsrError
+from asr.features import Fbank
+from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder
 from asr.model.encoder import look_ahead_layers
 from asr.model.fire import Fire
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import LengthModel, SegmentalDecoder
 from asr.model.state import State
+from asr.runtime.info import Field
+from export.conformer import conformer_fields, conformer_graph
+from export.graph import IR_VERSION, OPSET
 from export.states import decoder_fields, dynamic_shapes, encoder_fields
-
-OPSET = 18
-IR_VERSION = 10
 
 
 class EncoderGraph(nn.Module):
@@ -144,9 +147,8 @@ class Trace:
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
     """The graphs of a model in float32, by name."""
-    model, framed = model.eval().cpu(), model.fbank.framed
+    model = model.eval().cpu()
     traces = {
-        "encoder": encoder_trace(model) if model.encoder.can_stream and framed else whole_trace(model),
         "memory": memory_trace(model),
         "decoder": decoder_trace(model),
     }
@@ -156,7 +158,28 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
         traces["length"] = length_trace(model, model.decoder.length)
     if model.fire is not None:
         traces["fire"] = fire_trace(model.fire)
-    return {name: export(trace, name) for name, trace in traces.items()}
+    return {"encoder": encoder_graph(model)} | {name: export(trace, name) for name, trace in traces.items()}
+
+
+def encoder_graph(model: HybridModel) -> onnx.ModelProto:
+    """Written by hand where that is known, else traced."""
+    if is_written(model):
+        return conformer_graph(model)
+    streams = model.encoder.can_stream and model.fbank.framed
+    return export(encoder_trace(model) if streams else whole_trace(model), "encoder")
+
+
+def state_fields(model: HybridModel) -> tuple[Field, ...]:
+    """The state of one stream in the encoder's graph."""
+    if not model.fbank.framed:
+        return ()
+    encoder = model.encoder
+    return conformer_fields(cast(Conformer, encoder)) if is_written(model) else encoder_fields(encoder)
+
+
+def is_written(model: HybridModel) -> bool:
+    """Whether the encoder's graph is written by hand."""
+    return isinstance(model.encoder, Conformer) and isinstance(model.fbank, Fbank)
 
 
 def encoder_trace(model: HybridModel) -> Trace:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from export.bench import Figures
 
 MADE_S, MADE_PARTS = 60.0, 6
+MARKER = "sherpa.json"
+"""In what `asr export --target sherpa-onnx` writes."""
 
 
 def bench(
@@ -26,7 +28,11 @@ def bench(
     sound: Annotated[
         Path | None, typer.Argument(help="sound file or manifest; a minute of made sound if not given")
     ] = None,
-    against: Annotated[Path | None, typer.Option(help="another bundle, timed by turns with this one")] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="another bundle, or what asr export --target sherpa-onnx wrote; timed by turns"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="with --against sherpa-onnx: passes over the sound")] = 7,
     threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
     mode: Modes = None,
     search: Search = None,
@@ -54,6 +60,10 @@ def bench(
 
     Example: asr bench bundle data/manifests/corpus_test.jsonl.gz --against bundle-fp32
 
+    Beside sherpa-onnx, with the same weights: live, from a file and with many streams, on one core.
+
+    Example: asr bench bundle a.wav --against exp/conformer-m/sherpa
+
     Example: asr bench bundle test.jsonl.gz --latency --chunk-ms 320 --chunk-ms 640 -o latency.json
     """
     from asr.runtime import Bundle
@@ -70,6 +80,10 @@ def bench(
         raise ConfigError("several modes or chunks, --alignment and -o need --latency")
     if latency and against is not None:
         raise ConfigError("--against compares speed; it does not go with --latency")
+    if against is not None and (against / MARKER).exists():
+        sounds = _sounds(sound, loaded.info.features.sample_rate, limit)
+        _bench_peer(loaded, against, sounds, configs[0], rounds, as_json)
+        return
     folder = alignment or against
     other = None if folder is None else _load_like(loaded, folder, threads)
     if latency:
@@ -104,6 +118,46 @@ def _bench_speed(
         f"{bundle.folder} is {ratio.median:.2f} times as fast as {other.folder} "
         f"(median of {ratio.utterances} utterances by turns, half of them {low:.2f} to {high:.2f})"
     )
+
+
+def _bench_peer(
+    bundle: Bundle, folder: Path, sounds: Iterator[Floats], config: StreamConfig, rounds: int, as_json: bool
+) -> None:
+    import tempfile
+    from dataclasses import asdict
+
+    import numpy as np
+    from rich.console import Console
+
+    from export.peers import Duel, duel
+
+    chunk_ms = config.chunk_ms or bundle.info.stream.chunk_ms
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "sound.npy"
+        np.save(path, np.concatenate(list(sounds)))
+        with Console(stderr=True).status("starting") as status:
+            for news in duel(bundle, folder, path, chunk_ms, rounds):
+                if isinstance(news, Duel):
+                    found = news
+                else:
+                    status.update(f"by turns: {news}")
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    parameters = bundle.info.parameters / 1e6
+    print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, chunks of {chunk_ms} ms")
+    print(
+        f"{'computing time per second':<28}{'ours':>9}{'theirs':>9}{'times as fast':>24}{'of the limit':>14}"
+    )
+    for row in found.rows:
+        median, low, high = row.ratios
+        ratio = f"{median:.2f} [{low:.2f} .. {high:.2f}]"
+        print(f"{row.name:<28}{row.ours:>9.4f}{row.theirs:>9.4f}{ratio:>24}{row.limit_share:>14.0%}")
+    for name, values in (("streams that keep up", found.streams), ("memory at most, MB", found.memory_mb)):
+        print(f"{name:<28}{values['ours']:>9.0f}{values['theirs']:>9.0f}")
+    for i, percent in enumerate((50, 95)):
+        values = {who: x[i] for who, x in found.round_ms.items()}
+        print(f"{f'chunk, {percent} % below, ms':<28}{values['ours']:>9.1f}{values['theirs']:>9.1f}")
 
 
 def _print(bundle: Bundle, found: Figures) -> None:

@@ -67,8 +67,10 @@ TINY_SYMBOLS = ["<blk>", "<sos/eos>", "<unk>", "▁", *"abcdefghijklmnop", "▁t
 def tiny_model() -> "HybridModel":
     """Random weights that hear something: CTC says blank in about half of the frames, and its units vary."""
     from asr.model.conformer import ConformerConfig
+    from asr.model.masks import ChunkConfig
 
-    return _tiny(ConformerConfig(dim=32, num_layers=2, num_heads=2, ff_dim=64, subsampling_channels=8))
+    sizes = {"dim": 32, "num_layers": 2, "num_heads": 2, "ff_dim": 64, "subsampling_channels": 8}
+    return _tiny(ConformerConfig(**sizes, chunk=ChunkConfig(max_right=1)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(

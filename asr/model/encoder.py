@@ -62,5 +62,7 @@ class Encoder(Protocol):
 
 
 def look_ahead_layers(encoder: Encoder) -> int:
-    """Layers that wait for their look-ahead, one after another; 0 where none can look ahead."""
+    """Layers that wait for their look-ahead, one after another; 0 where none was trained to look ahead."""
+    if not encoder.config.chunk.max_right:
+        return 0
     return (encoder.flush_frames(1) - encoder.flush_frames(0)) // encoder.subsampling

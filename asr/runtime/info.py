@@ -71,7 +71,7 @@ class Streaming:
     to it."""
 
     look_ahead_layers: int
-    """Layers that wait for their look-ahead, one after another; 0 where none can look ahead."""
+    """Layers that wait for their look-ahead, one after another; 0 where none was trained to look ahead."""
 
     flush_frames: int
     """Feature frames that the last call needs behind its own, besides those for look-ahead."""
@@ -191,8 +191,8 @@ class ModelInfo:
             raise BundleError(f"a chunk of {context.chunk} encoder frames is not a multiple of {unit}")
         if context.right and not self.stream.look_ahead_layers:
             raise BundleError(
-                f"a look-ahead of {context.right} chunks, and layers of this encoder cannot look ahead; "
-                "expected 0"
+                f"a look-ahead of {context.right} chunks, and this model was not trained to look ahead; "
+                "expected 0, or a model trained with encoder.chunk.max_right"
             )
 
     def late_frames(self, context: Context) -> int:

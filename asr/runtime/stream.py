@@ -52,7 +52,7 @@ class Stream:
         self._flush_frames = info.flush_frames(self.context)
         self._late_frames = info.late_frames(self.context) * info.subsampling
         self._framer = self._scorer.framer()
-        self._state = self._scorer.init_state(self.context)
+        self._past = _Past(self._scorer.init_state(self.context), 0)
         self._utterance = Utterance(self._scorer, config)
         self._finished = False  # no more samples
         self._ended = False  # and all of them encoded
@@ -198,12 +198,12 @@ def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Eve
     streams = [stream for stream, _ in calls]
     first = streams[0]
     num_frames = np.array([frames for _, frames in calls])
-    state = _join([stream._state for stream in streams])
+    state = _join([stream._past for stream in streams])
     flush = first._flush_frames if is_last else 0
     out = first._scorer.advance(padded, num_frames, first.context, state, flush)
     events = []
     for n, (stream, num) in enumerate(zip(streams, out.y_lens.tolist(), strict=True)):
-        stream._state = {name: x[n : n + 1] for name, x in out.state.items()}
+        stream._past = _Past(out.state, n)
         stream._ended = is_last
         events.append(_chunks(stream, out.y[n, :num], out.log_probs[n, :num]))
     return events
@@ -218,7 +218,17 @@ def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:
     return events
 
 
-def _join(states: Sequence[State]) -> State:
-    if len(states) == 1:
-        return states[0]
-    return {name: np.concatenate([state[name] for state in states]) for name in states[0]}
+class _Past(NamedTuple):
+    """What an encoder remembers of a stream: one row of the state that its last call returned."""
+
+    state: State
+    row: int
+
+
+def _join(pasts: Sequence[_Past]) -> State:
+    """The state of streams together; nothing is copied for those that go on in the same company."""
+    state = pasts[0].state
+    num_rows = len(next(iter(state.values())))
+    if [past.row for past in pasts] == list(range(num_rows)) and all(past.state is state for past in pasts):
+        return state
+    return {name: np.concatenate([x.state[name][x.row : x.row + 1] for x in pasts]) for name in state}

@@ -1,0 +1,112 @@
+"""ONNX graphs written node by node, for models whose best graph is not the trace of their modules."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+OPSET = 18
+IR_VERSION = 10
+"""Which onnxruntime 1.20 reads."""
+
+TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
+
+
+class Graph:
+    """A graph that grows. Values are told apart by their names; nodes are named after modules: `scope`."""
+
+    def __init__(self, name: str) -> None:
+        self._graph = onnx.GraphProto(name=name)
+        self._scope = ""
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self._outputs: dict[str, str] = {}
+
+    def input(self, name: str, shape: Sequence[int | str], dtype: str = "float32") -> str:
+        self._graph.input.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
+        return name
+
+    def output(self, name: str, value: str, shape: Sequence[int | str], dtype: str = "float32") -> None:
+        """Let a value leave the graph under a name."""
+        self._outputs[value] = name
+        self._graph.output.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
+
+    @contextmanager
+    def scope(self, module: str) -> Iterator[None]:
+        """Name nodes after a module within the present one."""
+        outer = self._scope
+        self._scope = f"{outer}{module}."
+        yield
+        self._scope = outer
+
+    def constant(self, value: ArrayLike, dtype: str = "int64") -> str:
+        """A small constant, or a weight; those that are equal are one."""
+        array = np.ascontiguousarray(value, dtype)
+        key = dtype, array.shape, array.tobytes()
+        if key not in self._constants:
+            self._constants[key] = name = f"constant_{len(self._constants)}"
+            self._graph.initializer.append(numpy_helper.from_array(array, name))
+        return self._constants[key]
+
+    def weight(self, name: str, value: Tensor) -> str:
+        """A parameter, named after its module."""
+        full = f"{self._scope}{name}"
+        self._graph.initializer.append(numpy_helper.from_array(value.detach().contiguous().numpy(), full))
+        return full
+
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """A node with one output."""
+        (output,) = self.split(op, *inputs, count=1, **attributes)
+        return output
+
+    def split(self, op: str, *inputs: str, count: int, **attributes: Any) -> list[str]:
+        """A node with several outputs: equal parts, if it is a Split that is not told more."""
+        name = self._node_name(op)
+        outputs = [f"{name}:{i}" if i else name for i in range(count)]
+        if op == "Split" and len(inputs) == 1:
+            attributes["num_outputs"] = count
+        self._graph.node.append(helper.make_node(op, inputs, outputs, name, **attributes))
+        return outputs
+
+    def slice(self, x: str, start: int | str, end: int | str, axis: int, step: int = 1) -> str:
+        """x[start:end:step] along an axis; start and end (1,)."""
+        bounds = [i if isinstance(i, str) else self.constant([i]) for i in (start, end)]
+        return self.add("Slice", x, *bounds, self.constant([axis]), self.constant([step]))
+
+    def size(self, x: str, axis: int) -> str:
+        """(1,)."""
+        return self.add("Shape", x, start=axis, end=axis + 1)
+
+    def linear(self, name: str, module: nn.Linear, x: str, scale: float | Tensor = 1.0) -> str:
+        """x (..., C) -> scale times its image (..., C'); one scale, or (C',)."""
+        with self.scope(name):
+            y = self.add("MatMul", x, self.weight("weight", scale * module.weight.t()))
+            return self.add("Add", y, self.weight("bias", scale * module.bias))
+
+    def layer_norm(self, name: str, module: nn.LayerNorm, x: str) -> str:
+        with self.scope(name):
+            weights = self.weight("weight", module.weight), self.weight("bias", module.bias)
+            return self.add("LayerNormalization", x, *weights, axis=-1, epsilon=module.eps)
+
+    def silu(self, x: str) -> str:
+        return self.add("Mul", x, self.add("Sigmoid", x))
+
+    def model(self) -> onnx.ModelProto:
+        """The finished graph, checked."""
+        for node in self._graph.node:
+            for values in (node.input, node.output):
+                values[:] = [self._outputs.get(value, value) for value in values]
+        model = helper.make_model(
+            self._graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
+        )
+        model.producer_name = ""
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def _node_name(self, op: str) -> str:
+        module = self._scope.rstrip(".")
+        return f"{module}/{op}_{len(self._graph.node)}" if module else f"{op}_{len(self._graph.node)}"
