@@ -12,6 +12,7 @@ N streams · T feature frames · T' encoder frames · S samples · F mel bins ·
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,16 +21,15 @@ import onnx
 import torch
 from torch import nn
 
-from asr.features import FLOOR, PREEMPHASIS, Fbank
+from asr.context import Context
 from asr.model.attention import BASE
 from asr.model.conformer import Conformer, ConformerLayer
 from asr.model.hybrid import HybridModel
 from asr.model.layers import ConvModule
 from asr.model.masks import ENDLESS
 from asr.runtime.info import Field
-from export.graph import Graph
-
-END = 1 << 62
+from export.features import write_features
+from export.graph import END, Graph
 
 
 def conformer_fields(encoder: Conformer) -> tuple[Field, ...]:
@@ -82,65 +82,53 @@ class Sight:
 
 def conformer_graph(model: HybridModel) -> onnx.ModelProto:
     """(window of samples, its frames, context, state) -> (y, CTC log-probabilities, their frames, state)."""
-    return _Writer(model).write()
+    encoder, fbank = cast(Conformer, model.encoder), model.fbank
+    graph, fields = Graph("encoder"), conformer_fields(encoder)
+    size = f"{fbank.shift_samples}*T + {fbank.frame_samples - fbank.shift_samples}"
+    window = graph.input("window", ("N", size))
+    num_frames = graph.input("num_frames", ("N",), "int64")
+    names = Context._fields if encoder.config.chunk.max_right else Context._fields[:2]
+    context = [graph.input(name, (), "int64") for name in names]
+    past = {field.name: graph.input(field.name, ("N", *field.shape), field.dtype) for field in fields}
+    writer = ConformerWriter(graph, encoder, past, context)
+    y, y_lens = writer.encode(write_features(graph, model, window), num_frames)
+    graph.output("y", y, ("N", "T'", encoder.dim))
+    if model.ctc is not None:
+        graph.output("log_probs", write_ctc(graph, model.ctc, y), ("N", "T'", model.num_tokens))
+    graph.output("y_lens", y_lens, ("N",), "int64")
+    for field in fields:
+        graph.output(f"next_{field.name}", writer.following[field.name], ("N", *field.shape), field.dtype)
+    return graph.model()
 
 
-class _Writer:
-    def __init__(self, model: HybridModel) -> None:
-        self.model = model
-        self.encoder = cast(Conformer, model.encoder)
-        self.config = self.encoder.config
-        self.can_look_ahead = self.config.chunk.max_right > 0
-        self.graph = Graph("encoder")
-        self.fields = conformer_fields(self.encoder)
+def write_ctc(graph: Graph, ctc: nn.Linear, y: str) -> str:
+    """y (..., C) -> log-probabilities (..., V)."""
+    return graph.add("LogSoftmax", graph.linear("ctc", ctc, y), axis=-1)
+
+
+class ConformerWriter:
+    """`asr.model.conformer.Conformer.forward`, once."""
+
+    def __init__(
+        self, graph: Graph, encoder: Conformer, past: Mapping[str, str], context: Sequence[str]
+    ) -> None:
+        """past: the state, by the names of its fields.  context: values of chunk and left, and of right where
+        there is look-ahead; int64, each one number."""
+        self.graph, self.encoder, self.config = graph, encoder, encoder.config
+        self.past, self.context = past, context
+        self.can_look_ahead = len(context) == 3
         self.following: dict[str, str] = {}
         """Field -> its value after the call."""
 
-    def write(self) -> onnx.ModelProto:
-        graph, fbank = self.graph, self.model.fbank
-        size = f"{fbank.shift_samples}*T + {fbank.frame_samples - fbank.shift_samples}"
-        window = graph.input("window", ("N", size))
-        num_frames = graph.input("num_frames", ("N",), "int64")
-        for name in ("chunk", "left", "right")[: 2 + self.can_look_ahead]:
-            graph.input(name, (), "int64")
-        for field in self.fields:
-            graph.input(field.name, ("N", *field.shape), field.dtype)
-        x, lens, sizes = self._front(self._features(window), num_frames)
+    def encode(self, x: str, num_frames: str) -> tuple[str, str]:
+        """x (N, T, F), frames that count (N,) -> y (N, T', C), y_lens (N,)."""
+        x, lens, sizes = self._front(x, num_frames)
         sight = self._sight(lens, sizes)
         for i, layer in enumerate(self.encoder.layers):
-            with graph.scope(f"encoder.layers.{i}"):
+            with self.graph.scope(f"encoder.layers.{i}"):
                 x = self._layer(i, cast(ConformerLayer, layer), x, sizes, sight)
-        self._heads(*self._valid(x, lens, sizes))
-        self.following["offset"] = graph.add("Add", "offset", lens)
-        for field in self.fields:
-            graph.output(f"next_{field.name}", self.following[field.name], ("N", *field.shape), field.dtype)
-        return graph.model()
-
-    def _features(self, window: str) -> str:
-        """Samples (N, S) -> normalised log-mel energies (N, T, F): `asr.features.Fbank.frames`."""
-        graph, fbank, cmvn = self.graph, cast(Fbank, self.model.fbank), self.model.cmvn
-        block = math.gcd(fbank.frame_samples, fbank.shift_samples)
-        step, num_blocks = fbank.shift_samples // block, fbank.frame_samples // block
-        half = len(fbank.cosine)
-        with graph.scope("fbank"):
-            x = graph.add("Mul", window, graph.constant(fbank.config.scale, "float32"))
-            x = graph.add("Reshape", x, graph.constant([0, -1, block]))
-            ends = [i - num_blocks + 1 or END for i in range(num_blocks)]
-            parts = [graph.slice(x, i, end, 1, step) for i, end in enumerate(ends)]
-            x = graph.add("Concat", *parts, axis=2)
-            x = graph.add("Sub", x, graph.add("ReduceMean", x, graph.constant([-1])))
-            before = graph.add("Concat", graph.slice(x, 0, 1, 2), graph.slice(x, 0, -1, 2), axis=2)
-            x = graph.add("Sub", x, graph.add("Mul", before, graph.constant(PREEMPHASIS, "float32")))
-            late, early = graph.slice(x, -half, END, 2), graph.slice(x, half - 1, -END, 2, -1)
-            energies = []
-            for name, op in (("cosine", "Add"), ("sine", "Sub")):
-                y = graph.add("MatMul", graph.add(op, late, early), graph.weight(name, getattr(fbank, name)))
-                energies.append(graph.add("Mul", y, y))
-            x = graph.add("MatMul", graph.add("Add", *energies), graph.weight("mel", fbank.mel))
-            x = graph.add("Log", graph.add("Max", x, graph.constant(FLOOR, "float32")))
-        with graph.scope("cmvn"):
-            x = graph.add("Sub", x, graph.weight("mean", cmvn.mean))
-            return graph.add("Mul", x, graph.weight("istd", cmvn.istd))
+        self.following["offset"] = self.graph.add("Add", self.past["offset"], lens)
+        return self._valid(x, lens, sizes)
 
     def _front(self, x: str, num_frames: str) -> tuple[str, str, Sizes]:
         """(N, T, F), frames that count (N,) -> (N T', C), encoder frames that count, and all sizes."""
@@ -148,7 +136,7 @@ class _Writer:
         with graph.scope("encoder.front"):
             counts = self._before(num_frames, graph.size(x, 1))
             x = graph.add("Where", counts, x, graph.constant(0, "float32"))
-            x = graph.add("Concat", "frames", x, axis=1)
+            x = graph.add("Concat", self.past["frames"], x, axis=1)
             self.following["frames"] = graph.slice(x, -front.past_frames, END, 1)
             x = graph.add("Pad", x, graph.constant([0, 0, 0, 0, rate - 1, 0]))
             x = graph.add("Unsqueeze", x, graph.constant([1]))
@@ -184,8 +172,8 @@ class _Writer:
         return Sizes(
             n=n,
             length=length,
-            width=graph.size("keys.0", 2),
-            delay=graph.size("pending.0", 1) if self.can_look_ahead else graph.constant([0]),
+            width=graph.size(self.past["keys.0"], 2),
+            delay=graph.size(self.past["pending.0"], 1) if self.can_look_ahead else graph.constant([0]),
             heads=shape(3 * config.num_heads, self.encoder.head_dim),
             image=graph.add("Concat", n, graph.constant([1]), length, graph.constant([config.dim]), axis=0),
             frames=shape(config.dim),
@@ -207,7 +195,7 @@ class _Writer:
         """Of layers that look ahead, each sees other frames: M = L of them, else M = 1."""
         graph = self.graph
         with graph.scope("encoder.context"):
-            offset = graph.add("Unsqueeze", "offset", graph.constant([1]))  # (N, 1)
+            offset = graph.add("Unsqueeze", self.past["offset"], graph.constant([1]))  # (N, 1)
             late, ends = graph.constant([0]), graph.add("Unsqueeze", lens, graph.constant([1]))
             if self.can_look_ahead:
                 late = graph.add("Mul", graph.constant(range(self.config.num_layers)), sizes.delay)
@@ -231,8 +219,9 @@ class _Writer:
         """Frames (N, M, T'), (N, M, W + T') and whether keys are there -> (N, M, T', W + T'), by the rule of
         `asr.model.masks.context_mask`."""
         graph = self.graph
-        is_whole = graph.add("LessOrEqual", "chunk", graph.constant(0))
-        chunk = graph.add("Where", is_whole, graph.constant(ENDLESS), "chunk")
+        chunk, left, *right = self.context
+        is_whole = graph.add("LessOrEqual", chunk, graph.constant(0))
+        chunk = graph.add("Where", is_whole, graph.constant(ENDLESS), chunk)
         # integers are divided towards 0, so all frames are shifted by as many chunks that none is below it
         late = graph.add("Mul", sizes.delay, graph.constant(self.config.num_layers))
         shift = graph.add("Mul", graph.add("Add", sizes.width, late), chunk)
@@ -241,11 +230,11 @@ class _Writer:
         distance = graph.add(
             "Sub", graph.add("Unsqueeze", numbers[0], rows), graph.add("Unsqueeze", numbers[1], columns)
         )
-        is_all = graph.add("Less", "left", graph.constant(0))
-        left = graph.add("Where", is_all, graph.constant(ENDLESS), "left")
-        right = graph.add("Neg", "right") if self.can_look_ahead else graph.constant(0)
+        is_all = graph.add("Less", left, graph.constant(0))
+        left = graph.add("Where", is_all, graph.constant(ENDLESS), left)
+        last = graph.add("Neg", *right) if right else graph.constant(0)
         near = graph.add("LessOrEqual", distance, left)
-        near = graph.add("And", near, graph.add("GreaterOrEqual", distance, right))
+        near = graph.add("And", near, graph.add("GreaterOrEqual", distance, last))
         near = graph.add("And", near, graph.add("Unsqueeze", known, columns))
         same = graph.add(
             "Equal", graph.add("Unsqueeze", queries, rows), graph.add("Unsqueeze", keys, columns)
@@ -322,7 +311,7 @@ class _Writer:
             queries, keys = graph.split("Split", turned, count=2, axis=1)
             found = []
             for name, new in (("keys", keys), ("values", values)):
-                found.append(graph.add("Concat", f"{name}.{i}", new, axis=2))
+                found.append(graph.add("Concat", self.past[f"{name}.{i}"], new, axis=2))
                 self.following[f"{name}.{i}"] = graph.slice(found[-1], sizes.length, END, 2)
             return queries, found[0], found[1]
 
@@ -334,7 +323,7 @@ class _Writer:
             ("pending", graph.add("Reshape", x, sizes.frames), 1),
             ("queries", queries, 2),
         ):
-            seen = graph.add("Concat", f"{name}.{i}", new, axis=axis)
+            seen = graph.add("Concat", self.past[f"{name}.{i}"], new, axis=axis)
             self.following[f"{name}.{i}"] = graph.slice(seen, sizes.length, END, axis)
             found.append(graph.slice(seen, 0, sizes.length, axis))
         return graph.add("Reshape", found[0], graph.constant([-1, self.config.dim])), found[1]
@@ -346,7 +335,7 @@ class _Writer:
         y = graph.add("Mul", y, graph.add("Sigmoid", gate))
         if self.can_look_ahead:
             y = graph.add("Mul", y, sight.exists[i])
-        seen = graph.add("Concat", f"conv.{i}", graph.add("Reshape", y, sizes.image), axis=2)
+        seen = graph.add("Concat", self.past[f"conv.{i}"], graph.add("Reshape", y, sizes.image), axis=2)
         self.following[f"conv.{i}"] = graph.slice(seen, sizes.length, END, 2)
         # between these two, onnxruntime lays channels out in blocks
         y = graph.add("Transpose", seen, perm=[0, 3, 1, 2])
@@ -362,7 +351,7 @@ class _Writer:
         graph, y_lens = self.graph, lens
         if self.can_look_ahead:
             late = graph.add("Mul", sizes.delay, graph.constant([self.config.num_layers]))
-            first = graph.add("Max", graph.add("Sub", late, "offset"), graph.constant([0]))
+            first = graph.add("Max", graph.add("Sub", late, self.past["offset"]), graph.constant([0]))
             first = graph.add("Min", first, sizes.length)
             end = graph.add("Min", graph.add("Add", lens, late), sizes.length)
             y_lens = graph.add("Max", graph.add("Sub", end, first), graph.constant([0]))
@@ -380,11 +369,3 @@ class _Writer:
         starts = graph.add("Unsqueeze", graph.add("Mul", rows, sizes.length), one)
         index = graph.add("Reshape", graph.add("Add", index, starts), graph.constant([-1]))
         return graph.add("Gather", x, index, axis=0)
-
-    def _heads(self, y: str, y_lens: str) -> None:
-        graph, model = self.graph, self.model
-        graph.output("y", y, ("N", "T'", self.config.dim))
-        if model.ctc is not None:
-            log_probs = graph.add("LogSoftmax", graph.linear("ctc", model.ctc, y), axis=-1)
-            graph.output("log_probs", log_probs, ("N", "T'", model.num_tokens))
-        graph.output("y_lens", y_lens, ("N",), "int64")

@@ -14,7 +14,15 @@ OPSET = 18
 IR_VERSION = 10
 """Which onnxruntime 1.20 reads."""
 
-TYPES = {"float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE, "int64": TensorProto.INT64}
+END = 1 << 62
+"""Behind the last of any dimension, for `Graph.slice`."""
+
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float64": TensorProto.DOUBLE,
+    "int64": TensorProto.INT64,
+    "bool": TensorProto.BOOL,
+}
 
 
 class Graph:

@@ -11,9 +11,11 @@ position and reads sizes from metadata; what is missing ends its process.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import onnx
 import torch
 from torch.export import Dim
 
@@ -23,6 +25,7 @@ from asr.model.conformer import Conformer
 from asr.model.decoder import SOS_EOS
 from asr.model.hybrid import HybridModel
 from export.onnx import Trace
+from export.sherpa_conformer import offline_graph, online_graph
 from export.sherpa_graphs import (
     RATE,
     AudioDecoder,
@@ -46,6 +49,9 @@ class Artefact:
 
     metadata: dict[str, Any]
     """Of the first graph."""
+
+    written: dict[str, Callable[[], onnx.ModelProto]] = field(default_factory=dict)
+    """File stem -> how a graph is written by hand, which is then held against what would be traced."""
 
 
 def artefacts(model: HybridModel) -> tuple[dict[str, Artefact], dict[str, str]]:
@@ -115,12 +121,16 @@ def offline_ctc(model: HybridModel) -> Artefact:
     inputs = {"x": torch.randn(2, 50, model.fbank.config.num_bins), "x_lens": torch.tensor([50, 43])}
     n = Dim("N")
     dynamic: dict[str, dict[int, Any]] = {"x": {0: n, 1: Dim("T", min=1)}, "x_lens": {0: n}}
-    trace = Trace(OfflineCtc(model).eval(), inputs, dynamic, ["log_probs", "log_probs_len"], 0)
-    return Artefact({"model": trace}, {"model_type": "zipformer2_ctc"})
+    module = OfflineCtc(model).eval()
+    trace = Trace(module, inputs, dynamic, ["log_probs", "log_probs_len"], 0)
+    artefact = Artefact({"model": trace}, {"model_type": "zipformer2_ctc"})
+    if isinstance(model.encoder, Conformer):
+        artefact.written["model"] = partial(offline_graph, module)
+    return artefact
 
 
 def online_ctc(model: HybridModel) -> Artefact:
-    module = OnlineCtc(model)
+    module = OnlineCtc(model).eval()
     encoder, config = module.encoder, module.encoder.config
     chunk, cached = 4, 8
     rate = encoder.subsampling
@@ -148,7 +158,8 @@ def online_ctc(model: HybridModel) -> Artefact:
         "subsampling_factor": RATE,
         "vocab_size": model.decoder.out.out_features,
     }
-    return Artefact({"model": Trace(module.eval(), inputs, dynamic, outputs, 0)}, metadata)
+    trace = Trace(module, inputs, dynamic, outputs, 0)
+    return Artefact({"model": trace}, metadata, {"model": partial(online_graph, module)})
 
 
 def audio_aed(model: HybridModel) -> Artefact:

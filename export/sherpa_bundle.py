@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_sherpa(model: HybridModel, tokens: Path, origin: Origin, out: Path) ->
             )
             metadata = artefact.metadata | {"version": 1, "model_author": "", "comment": origin.source}
             for stem, trace in artefact.graphs.items():
-                graph = export(trace, stem)
+                graph = artefact.written.get(stem, partial(export, trace, stem))()
                 check(trace, graph)
                 quantized = quantize(graph)
                 for x, path in ((graph, f"{stem}.onnx"), (quantized, f"{stem}.int8.onnx")):

@@ -25,9 +25,14 @@ LOUD = 32768.0
 """What samples in [-1, 1] are multiplied by, but for `OfflineCtc` and `AudioEncoder`."""
 
 
+def scale_change(theirs: float, ours: float) -> float:
+    """By how much log-mel energies differ between samples times `theirs` and times `ours`."""
+    return 2 * math.log(ours / theirs)
+
+
 def rescaled(x: Tensor, theirs: float, ours: float) -> Tensor:
     """Log-mel energies (..., F) of samples times `theirs` -> of samples times `ours`, floored alike."""
-    change = 2 * math.log(ours / theirs)
+    change = scale_change(theirs, ours)
     return (x + change).clamp(min=math.log(FLOOR)) if change else x
 
 

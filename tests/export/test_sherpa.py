@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch.export import Dim
@@ -24,6 +25,7 @@ from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.build import build_model
 from asr.model.conformer import ConformerConfig
+from asr.model.decoder import DecoderConfig
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.tokens import load_tokenizer
@@ -31,7 +33,7 @@ from export.bundle import Origin
 from export.onnx import Trace, export
 from export.sherpa import CONTRACTS, artefacts
 from export.sherpa_bundle import check, write_sherpa
-from export.sherpa_graphs import AudioDecoder, AudioEncoder, OnlineCtc, rescaled
+from export.sherpa_graphs import AudioDecoder, AudioEncoder, rescaled
 from export.verify import made_sound
 
 RECOGNIZE = """
@@ -194,32 +196,52 @@ def variant(model: HybridModel, features: FbankConfig) -> HybridModel:
 
 @pytest.mark.parametrize("subsampling", [4, 8])
 def test_caches_of_sherpa_hold_the_whole_state(subsampling):
-    """Its loop, in torch: chunk after chunk with its caches, zeros at first, equals the masked whole."""
+    """Its loop with the graph, chunk after chunk, caches zero at first, equals the masked whole."""
     encoder = ConformerConfig(
         dim=32, num_layers=2, num_heads=2, ff_dim=32, subsampling=subsampling, subsampling_channels=4
     )
-    from asr.model.decoder import DecoderConfig
-
     decoder = DecoderConfig(dim=16, num_layers=1, num_heads=2, ff_dim=16)
     model = build_model(FbankConfig(), encoder, decoder, LossConfig(), 9).eval()
-    trace = CONTRACTS["streaming"][1](model)
+    artefact = CONTRACTS["streaming"][1](model)
+    session = ort.InferenceSession(artefact.written["model"]().SerializeToString())
+    names = [x.name for x in session.get_inputs()]
     chunk, left, num_chunks = 8, 2, 5
     x = torch.randn(1, num_chunks * chunk * 4, 80) - 8
     caches = [
         torch.zeros(2, 2, chunk * left, 2 * model.encoder.head_dim),
-        torch.zeros(2, 1, 32, int(trace.metadata["cnn_module_kernel"]) - 1),
+        torch.zeros(2, 1, 32, int(artefact.metadata["cnn_module_kernel"]) - 1),
     ]
-    module, required, found = OnlineCtc(model).eval(), torch.tensor([chunk * left]), []
+    required, found = torch.tensor([chunk * left]), []
     with torch.inference_mode():
         for i in range(num_chunks):
             part = x[:, i * chunk * 4 : (i + 1) * chunk * 4] + 2 * np.log(32768)
             mask = torch.ones(1, 1, chunk * (left + 1), dtype=torch.bool)
-            log_probs, *caches = module(part, required + i * chunk, required, *caches, mask)
+            inputs = [part, required + i * chunk, required, *caches, mask]
+            outputs = session.run(None, {k: x.numpy() for k, x in zip(names, inputs, strict=True)})
+            log_probs, *caches = map(torch.from_numpy, outputs)
             found.append(log_probs)
         context = Context(chunk * 4 // subsampling, left, 0)
         y, _ = model.encode(model.cmvn(x), torch.tensor([x.shape[1]]), context)
         expected = model.ctc_log_probs(y).repeat_interleave(subsampling // 4, dim=1)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ctc", "streaming"])
+@pytest.mark.parametrize("subsampling", [4, 8])
+def test_graphs_written_by_hand_are_the_modules(subsampling, name):
+    config = ConformerConfig(
+        dim=32, num_layers=2, num_heads=2, ff_dim=32, subsampling=subsampling, subsampling_channels=4
+    )
+    model = build_model(
+        FbankConfig(scale=0.5), config, DecoderConfig(dim=16, num_layers=1), LossConfig(), 9
+    ).eval()
+    artefact = CONTRACTS[name][1](model)
+    graph = artefact.written["model"]()
+    check(artefact.graphs["model"], graph)
+    with torch.no_grad():
+        model.encoder.layers[1].feed_forward_2[1].bias[3] += 1
+    with pytest.raises(BundleError, match="from the checkpoint's"):
+        check(artefact.graphs["model"], graph)
 
 
 def test_frames_given_twice_are_not_heard_twice(tiny_model):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from asr.model.masks import ChunkConfig
 from asr.model.state import State
 from export.states import dynamic_shapes, encoder_fields
 
@@ -34,6 +35,7 @@ def stacks(rates, delays=True):
 
     layers = 2 if delays else 0
     return SimpleNamespace(
+        config=SimpleNamespace(chunk=ChunkConfig(max_right=1)),
         can_stream=True,
         chunk_unit=4,
         subsampling=4,

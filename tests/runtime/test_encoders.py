@@ -160,7 +160,7 @@ def test_times_of_what_is_encoded_are_those_of_whole_chunks(bundle: Bundle, soun
 
 
 def test_look_ahead_is_refused(bundle: Bundle, sound: Floats):
-    message = "a look-ahead of 2 chunks, and layers of this encoder cannot look ahead; expected 0"
+    message = "a look-ahead of 2 chunks, and this model was not trained to look ahead; expected 0"
     with pytest.raises(BundleError, match=message):
         Stream(bundle, replace(GREEDY, look_ahead=2))
     with pytest.raises(BundleError, match=message):
