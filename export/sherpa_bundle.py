@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,13 +84,16 @@ class Written:
     """Artefact -> why it is not there."""
 
 
-def write_sherpa(model: HybridModel, tokens: Path, origin: Origin, out: Path) -> Written:
-    """Export everything that sherpa-onnx can run of a model.
+def write_sherpa(
+    model: HybridModel, tokens: Path, origin: Origin, out: Path, only: Sequence[str] = ()
+) -> Written:
+    """Export everything that sherpa-onnx can run of a model, or `only` some of it.
 
     ConfigError where there is nothing, BundleError, and nothing written, where a graph is not the model.
     """
     check_out(out, MARKER)
     found, left_out = artefacts(model.eval().cpu())
+    found = {name: x for name, x in found.items() if not only or name in only}
     symbols = load_tokenizer(tokens).symbols
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "sherpa"
