@@ -119,7 +119,13 @@ def swoosh_r(x: Tensor) -> Tensor:
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
     wide = x.float()  # the gradient of a half-precision product overflows
-    return (F.softplus(wide - shift) - 0.08 * wide - offset).to(x.dtype)
+    return F.softplus(wide - shift).sub_(wide, alpha=0.08).sub_(offset).to(x.dtype)
+
+
+def may_be_cut() -> bool:
+    """Whether what is long may be computed a piece at a time, which keeps it in the cache of a processor:
+    nobody asks for gradients, nor for a graph."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
 def append(past: Tensor, x: Tensor, dim: int) -> Tensor:

@@ -8,11 +8,14 @@ Yao et al., arXiv:2310.11230, section 3.1; ConvNeXt: Liu et al., arXiv:2201.0354
 N streams · T feature frames · T' frames of the front · F mel bins · C channels
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr.errors import ConfigError
-from asr.model.layers import BiasNorm, keep, scaled, swoosh_l, swoosh_r
+from asr.model.layers import BiasNorm, keep, may_be_cut, scaled, swoosh_l, swoosh_r
 from asr.model.masks import valid_mask
 from asr.model.schedule import Schedule
 from asr.model.shaping import Balancer, Whitener
@@ -28,6 +31,10 @@ OVERLAP = WINDOW - RATE + SIDE * RATE
 
 CHANNELS = (8, 32, 128)
 
+PIECE = 32
+"""Frames that are computed at once where no gradient is asked for: what lies between the convolutions has a
+hundred times as many numbers as the features, and stays in the cache so."""
+
 
 class ConvNeXt(nn.Module):
     """A depthwise 7 x 7 convolution, then three times as many channels and back."""
@@ -38,19 +45,20 @@ class ConvNeXt(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, size, padding=(0, SIDE), groups=channels)
         self.expand = nn.Conv2d(channels, 3 * channels, 1)
         self.contract = nn.Conv2d(3 * channels, channels, 1)
-        self.hidden_balancer = Balancer(1, min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
-        self.balancer = Balancer(1, min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
+        self.hidden_balancer = Balancer(min_positive=0.3, max_positive=1.0, min_abs=0.75, max_abs=5.0)
+        self.balancer = Balancer(min_positive=0.4, max_positive=0.6, min_abs=1.0, max_abs=6.0)
         self.whitener = Whitener(1, 5.0)
         scaled(self.contract, 0.01)
 
     def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
         """x (N, C, T' + 2 SIDE, F) -> (N, C, T', F)."""
-        hidden = self.hidden_balancer(self.expand(self.depthwise(x)))
-        y = self.contract(swoosh_l(hidden))
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        hidden = self.hidden_balancer(F.linear(y, self.expand.weight.flatten(1), self.expand.bias))
+        y = F.linear(swoosh_l(hidden), self.contract.weight.flatten(1), self.contract.bias)
         if rates:
             y = y * kept(y, rates.front)
-        y = self.balancer(x[:, :, SIDE:-SIDE] + y)
-        return self.whitener(y.transpose(1, 3)).transpose(1, 3)
+        y = self.balancer(x[:, :, SIDE:-SIDE].permute(0, 2, 3, 1) + y)
+        return self.whitener(y).permute(0, 3, 1, 2)
 
 
 class ZipformerFront(nn.Module):
@@ -87,16 +95,37 @@ class ZipformerFront(nn.Module):
 
         Frames whose right side may still arrive, since x ends there, are left to the next call.
         """
-        y = x[:, None]
-        for convolution, balancer in zip(self.convolutions, self.balancers, strict=True):
-            y = swoosh_r(balancer(convolution(y)))
+        y = in_pieces(self._convolve, x[:, None], RATE, WINDOW, dim=2)
         length = y.shape[2] - SIDE
         heard = ((x_lens - WINDOW) // RATE + 1).clamp(min=0)
         y = torch.where(valid_mask(heard, y.shape[2])[:, None, :, None], y, 0.0)
         seen = torch.cat([past.to(y.dtype), y], dim=2)
         y_lens = heard.clamp(max=length)
-        y = self.mix(seen, rates)
-        y = self.norm(self.whitener(self.out(y.transpose(1, 2).flatten(2))))
+        y = in_pieces(lambda part: self._project(self.mix(part, rates)), seen, 1, 2 * SIDE + 1, dim=1)
+        y = self.norm(self.whitener(y))
         if rates:
             y = dropout(y, rates.dropout)
         return y, y_lens, keep(seen.detach(), y_lens, SIDE, dim=2)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """x (N, 1, T, F) -> (N, CHANNELS[-1], (T - WINDOW) // RATE + 1, F')."""
+        for convolution, balancer in zip(self.convolutions, self.balancers, strict=True):
+            x = swoosh_r(balancer(convolution(x)))
+        return x
+
+    def _project(self, x: Tensor) -> Tensor:
+        """x (N, CHANNELS[-1], T', F') -> (N, T', C)."""
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, rate: int, window: int, dim: int) -> Tensor:
+    """function(x), where frame i of what it gives, along `dim`, is of `window` frames of x (N, C, T, F) from
+    rate * i on: for some of them at a time, unless somebody wants to look at them all."""
+    if not may_be_cut():
+        return function(x)
+    length = (x.shape[2] - window) // rate + 1
+    parts = [
+        function(x[:, :, rate * first : rate * (min(first + PIECE, length) - 1) + window])
+        for first in range(0, length, PIECE)
+    ]
+    return torch.cat(parts, dim)

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from asr.model.attention import join_heads, split_heads
-from asr.model.layers import BiasNorm, append, scaled, swoosh_l
+from asr.model.layers import BiasNorm, append, may_be_cut, scaled, swoosh_l
 from asr.model.schedule import Schedule
 from asr.model.shaping import Balancer, Whitener, happens, limit_param_value, penalize_abs_values_gt
 from asr.model.zipformer_convolution import Convolution, Edges
 from asr.model.zipformer_training import Rates, dropout, kept, whiteness_limit
+
+QUERIES = 64
+"""Rows of attention weights that are computed at once, where they need not be one graph."""
 
 
 class LayerSizes(NamedTuple):
@@ -120,13 +123,27 @@ class AttentionWeights(nn.Module):
         new = self.key_whitener(self.key_balancer(new))
         q, k, p = (split_heads(part, self.num_heads) for part in (q, append(keys, new, 1), p))
         table = split_heads(self.position(self.dropout(sight.positions.to(x.dtype)))[None], self.num_heads)
-        near = _by_key(p @ table.transpose(2, 3))
-        if rates and happens(rates.position):
-            near = near * 0
-        scores = q @ k.transpose(2, 3) + near
-        if rates and happens(0.1):
-            scores = penalize_abs_values_gt(scores, 25.0, 1e-4)
-        return scores.masked_fill(~sight.mask, -torch.inf).softmax(-1).to(x.dtype), new
+        if not may_be_cut():
+            return _listen(q, k, p, table, sight.mask, rates).to(x.dtype), new
+        length, parts = q.shape[2], []
+        for first in range(0, length, QUERIES):
+            rows = slice(first, min(first + QUERIES, length))
+            # the distances of these rows to all keys, and one more
+            distances = table[:, :, length - rows.stop : table.shape[2] - first]
+            mask = sight.mask[:, :, rows]
+            parts.append(_listen(q[:, :, rows], k, p[:, :, rows], distances, mask, rates).to(x.dtype))
+        return torch.cat(parts, 2), new
+
+
+def _listen(q: Tensor, k: Tensor, p: Tensor, table: Tensor, mask: Tensor, rates: Rates | None) -> Tensor:
+    """q (N, H, T, D), k (N, H, W + T, D), p (N, H, T, D'), table (1, H, W + 2 T, D') -> (N, H, T, W + T)."""
+    near = _by_key(p @ table.transpose(2, 3))
+    if rates and happens(rates.position):
+        near = near * 0
+    scores = q @ k.transpose(2, 3) + near
+    if rates and happens(0.1):
+        scores = penalize_abs_values_gt(scores, 25.0, 1e-4)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def _by_key(scores: Tensor) -> Tensor:

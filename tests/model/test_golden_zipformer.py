@@ -218,7 +218,8 @@ def check_modules(icefall: Golden) -> int:
         hook(stack.bypass, seen, "out_combiner", ("", "upsample"))
     for i, other in enumerate(encoder.stacks):
         hook(other, seen, f"stack{i}_out", ("stack_in",) if i == number else ())
-    encoder(*icefall.x(int(icefall["sub.utterance_index"])))
+    with torch.enable_grad():  # nothing is cut in pieces, which hooks would see one by one
+        encoder(*icefall.x(int(icefall["sub.utterance_index"])))
     length = len(icefall["sub.layer_in"])
     checked = 0
     for key in [x.removeprefix("sub.") for x in icefall.arrays if x.startswith("sub.")]:
