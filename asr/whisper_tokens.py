@@ -47,15 +47,3 @@ def whisper_symbols(
     times = [f"{i / 50:.2f}" for i in range(num_times)]
     marks = ("startoftranscript", *languages, *TASKS, *times)
     return [*SPECIAL, *map(symbol_of, ranks), *(f"<|{x}|>" for x in marks)]
-
-
-def to_ours(theirs: int, end: int) -> int:
-    """The unit of ours that is one of theirs, whose end of the text is `end`."""
-    return 1 if theirs == end else theirs + 3 - (theirs > end)
-
-
-def to_theirs(ours: int, end: int) -> int:
-    """The inverse, as what comes out of the decoder; TokensError for what is not among theirs."""
-    if ours in (0, 2):
-        raise TokensError(f"unit {ours} is {SPECIAL[ours]}, which is not among Whisper's")
-    return end if ours == 1 else ours - 3 + (ours > end + 2)

@@ -4,7 +4,8 @@ Every mode says for each token at which encoder frame it is emitted, by the best
 it is: the highest CTC posterior of the token in the frames aligned to it, and in modes with the decoder the
 geometric mean of that and of the decoder's probability of the token, weighted as the score is (the decoder
 alone in modes attention and chunked). Without a CTC head there are modes of the decoder alone, and a token is
-where the decoder listened most, which is rough: seldom wrong by words, often by tenths of a second.
+where the decoder listened most, which is rough: seldom wrong by words, often by tenths of a second. Mode
+whisper goes by the path through where several heads listened.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
 from asr.decode.triggered import Triggered
 from asr.decode.unbounded import unbounded
-from asr.decode.whisper_search import search_windows
+from asr.decode.whisper_windows import hear
 from asr.errors import ConfigError
 
 Mode = Callable[[Scorer, Sequence[Floats], Any, SearchConfig], list[list[Hypothesis]]]
@@ -74,7 +75,6 @@ AT_END: dict[str, Mode] = {
     "joint": search,
     "rescore": two_pass,
     "segmental-label": label_synchronous,
-    "whisper": search_windows,
 }
 """Modes that search whole utterances."""
 
@@ -91,7 +91,10 @@ ONLINE: dict[str, StartSearch] = {
 }
 """Modes whose decoder writes while frames arrive."""
 
-MODES = (*AT_END, *ONLINE)
+OF_SAMPLES = {"whisper": hear}
+"""Modes that encode by themselves, a window after another."""
+
+MODES = (*AT_END, *OF_SAMPLES, *ONLINE)
 
 DEFAULT = "ctc-prefix"
 """Of models with a CTC head; of others it is the first that they can be used in."""
@@ -159,14 +162,21 @@ def decode(
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
     if heard:
-        log_probs, memory = scorer.encode([samples[n] for n in heard], context)
-        if mode in ONLINE:
-            found = search_online(ONLINE[mode], scorer, log_probs, memory, config, context.chunk)
-        else:
-            found = AT_END[mode](scorer, log_probs, memory, config)
+        found = _search(scorer, mode, [samples[n] for n in heard], config, context)
         for n, nbest in zip(heard, found, strict=True):
             answers[n] = nbest
     return answers
+
+
+def _search(
+    scorer: Scorer, mode: str, samples: Sequence[Floats], config: SearchConfig, context: Context
+) -> list[list[Hypothesis]]:
+    if mode in OF_SAMPLES:
+        return OF_SAMPLES[mode](scorer, samples, config, context)
+    log_probs, memory = scorer.encode(samples, context)
+    if mode in ONLINE:
+        return search_online(ONLINE[mode], scorer, log_probs, memory, config, context.chunk)
+    return AT_END[mode](scorer, log_probs, memory, config)
 
 
 class AtEnd:

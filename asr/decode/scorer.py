@@ -89,6 +89,9 @@ class Scorer(Protocol):
     max_tokens: int
     """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
 
+    max_samples: int
+    """Samples of an utterance that are heard at once, at most; 0: any number."""
+
     prompt: tuple[str, ...]
     """Units that every text begins with, and that are no part of it, unless `SearchConfig.prompt` says so."""
 
@@ -123,6 +126,11 @@ class Scorer(Protocol):
     def step(self, state: Any, tokens: Ints, k: int, window: Window | None = None) -> Step:
         """Append tokens (B,), or several at once (B, U), `sos_eos` first of all; `window`: what they hear,
         None for everything. The cost grows with the window, not with the utterance."""
+        ...
+
+    def listen(self, memory: Any, utterance: int, tokens: Sequence[int]) -> Floats:
+        """Where guiding heads listened in one utterance before they wrote what follows each of the tokens,
+        `sos_eos` first: (H, U, T), of each head or, with H = 1, the mean of all."""
         ...
 
     def select(self, state: Any, index: Ints) -> Any:
@@ -185,3 +193,6 @@ class Hypothesis:
 
     guard: str = ""
     """Which guard ended or replaced the attention decoder's output: "length", "repetition", or none."""
+
+    ends: tuple[int, ...] = ()
+    """The frame behind each token, where it is known; else a token lasts for one frame."""

@@ -3,12 +3,12 @@
 All hypotheses have the same number of tokens. Of each the beam + 1 likeliest continuations are candidates.
 Those that end are put aside, as many as beam * patience, and the best of the others grow. The search is over
 when that many have ended, or nothing may grow further: then what has not ended is an answer, too, as far as
-fewer than `beam` have. The best answer is that with the highest log-probability by length.
+fewer than `beam` have. The best answer is that with the highest log-probability by length. Or else tokens are
+drawn, as many answers as `beam`, of which the best is taken.
 
 B hypotheses · U tokens · V units
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from asr.decode.config import SearchConfig
 from asr.decode.joint import listened
-from asr.decode.scorer import Floats, Hypothesis, Ints, Scorer
+from asr.decode.scorer import Ints, Scorer
 from asr.decode.whisper import (
     SOS_EOS,
     Doubles,
@@ -51,25 +51,17 @@ class Answer:
     no_speech: float
     """The probability that nobody speaks, in [0, 1]."""
 
+    temperature: float = 0.0
+    """At which it was drawn; 0: searched for."""
+
     @property
     def mean_log_prob(self) -> float:
         """Per token, the end included."""
         return sum(self.log_probs) / (len(self.tokens) + 1)
 
 
-def search_windows(
-    scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
-) -> list[list[Hypothesis]]:
-    """Mode whisper: the answer for each of `memory`, one hypothesis. log_probs (T, 0): there is no CTC."""
-    specials = Specials.of(scorer.symbols)
-    options = _options(scorer, specials, config)
-    return [
-        [_hypothesis(search_window(scorer, memory, n, specials, options, scorer.max_tokens), options)]
-        for n in range(len(log_probs))
-    ]
-
-
-def _options(scorer: Scorer, specials: Specials, config: SearchConfig) -> WhisperOptions:
+def whisper_options(scorer: Scorer, specials: Specials, config: SearchConfig) -> WhisperOptions:
+    """What mode whisper is asked for; ConfigError for what it has not, or this model does not know."""
     if config.prompt:
         raise ConfigError("prompt: mode whisper makes its own; choose with language, task and timestamps")
     if not specials.languages and (config.language not in ("auto", "en") or config.task != "transcribe"):
@@ -91,17 +83,6 @@ def _options(scorer: Scorer, specials: Specials, config: SearchConfig) -> Whispe
     )
 
 
-def _hypothesis(answer: Answer, options: WhisperOptions) -> Hypothesis:
-    log_prob = sum(answer.log_probs)
-    return Hypothesis(
-        answer.tokens,
-        _by_length(log_prob, len(answer.tokens), options.length_penalty),
-        {"attention": log_prob},
-        tuple(np.maximum.accumulate(np.array(answer.places, np.int64)).tolist()),
-        tuple(np.exp(answer.log_probs[: len(answer.tokens)]).tolist()),
-    )
-
-
 def detect_language(scorer: Scorer, memory: Any, utterance: int, specials: Specials) -> dict[str, float]:
     """The probability of each language, by code."""
     step = _step(scorer, scorer.start(memory, np.array([utterance])), np.array([[SOS_EOS]]))
@@ -110,9 +91,16 @@ def detect_language(scorer: Scorer, memory: Any, utterance: int, specials: Speci
 
 
 def search_window(
-    scorer: Scorer, memory: Any, utterance: int, specials: Specials, options: WhisperOptions, context: int
+    scorer: Scorer,
+    memory: Any,
+    utterance: int,
+    specials: Specials,
+    options: WhisperOptions,
+    context: int,
+    draw: "Draw | None" = None,
 ) -> Answer:
-    """The best answer of a decoder of `context` tokens; ConfigError where the language is unknown."""
+    """The best answer of a decoder of `context` tokens, or of some that are drawn; ConfigError where the
+    language is unknown."""
     language = options.language
     if language == "auto":
         chances = detect_language(scorer, memory, utterance, specials)
@@ -125,9 +113,20 @@ def search_window(
         said = _step(scorer, said.state, np.array([behind]))
     # the last token of a full context may still be followed by one more
     most = min(options.max_tokens or context // 2, context + 1 - len(before) - len(behind))
-    found = _search(scorer, said, Rules(specials, options, scorer.num_tokens), most)
+    rules = Rules(specials, options, scorer.num_tokens)
+    found = _search(scorer, said, rules, most) if draw is None else _draw(scorer, said, rules, most, draw)
     tokens, log_probs, places = (tuple(x.tolist()) for x in found)
-    return Answer(tokens, log_probs, places[: len(tokens)], language, no_speech)
+    temperature = draw.temperature if draw else 0.0
+    return Answer(tokens, log_probs, places[: len(tokens)], language, no_speech, temperature)
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn instead of searched for."""
+
+    temperature: float
+    """Log-probabilities are divided by it."""
+
+    random: np.random.Generator
 
 
 class Said(NamedTuple):
@@ -150,34 +149,71 @@ class Rows(NamedTuple):
     places: Ints
     """(B, U) or (B, U + 1)"""
 
+    @classmethod
+    def empty(cls, count: int) -> "Rows":
+        return cls(np.zeros((count, 0), np.int64), np.zeros((count, 0)), np.zeros((count, 0), np.int64))
+
+    def grown(self, row: Ints, token: Ints, values: Doubles, places: Ints) -> "Rows":
+        """Rows `row`, each with one token more, which has its log-probability among values (B, V)."""
+        return Rows(
+            np.concatenate((self.tokens[row], token[:, None]), 1),
+            np.concatenate((self.log_probs[row], values[row, token, None]), 1),
+            np.concatenate((self.places[row], places[row, None]), 1),
+        )
+
+    def without_end(self, b: int) -> "Rows":
+        """Row b, which has ended."""
+        return Rows(self.tokens[b, :-1], self.log_probs[b], self.places[b])
+
 
 def _search(scorer: Scorer, said: Said, rules: Rules, most: int) -> Rows:
     """The best answer of up to `most` tokens, given what is said before the first one."""
     options = rules.options
     width = options.beam
     enough = round(width * options.patience)
-    live = Rows(np.zeros((1, 0), np.int64), np.zeros((1, 0)), np.zeros((1, 0), np.int64))
+    live = Rows.empty(1)
     ended: list[Rows] = []
     for _ in range(most):
         if live.tokens.shape[1]:
             said = _step(scorer, said.state, live.tokens[:, -1:])
         values = rules(said.log_probs, live.tokens)
         row, token = _candidates(live.log_probs.sum(1, keepdims=True) + values, width + 1)
-        grown = Rows(
-            np.concatenate((live.tokens[row], token[:, None]), 1),
-            np.concatenate((live.log_probs[row], values[row, token, None]), 1),
-            np.concatenate((live.places[row], said.places[row, None]), 1),
-        )
+        grown = live.grown(row, token, values, said.places)
         grows = np.flatnonzero(token != SOS_EOS)[:width]
         better = grows[-1] if len(grows) == width else len(token)
         for b in np.flatnonzero(token[:better] == SOS_EOS)[: enough - len(ended)]:
-            ended.append(Rows(grown.tokens[b, :-1], grown.log_probs[b], grown.places[b]))
+            ended.append(grown.without_end(b))
         live = Rows(grown.tokens[grows], grown.log_probs[grows], grown.places[grows])
         if len(ended) >= enough or not len(grows):
             break
         said = said._replace(state=scorer.select(said.state, row[grows]))
     ended += [Rows(*x) for x in list(zip(*live, strict=True))[: max(width - len(ended), 0)]]
-    return max(ended, key=lambda x: _by_length(x.log_probs.sum(), len(x.tokens), options.length_penalty))
+    return _best(ended, options)
+
+
+def _draw(scorer: Scorer, said: Said, rules: Rules, most: int, draw: Draw) -> Rows:
+    """The best of as many answers as a search keeps, whose tokens are drawn."""
+    all_ = np.zeros(rules.options.beam, np.int64)
+    live, ended = Rows.empty(len(all_)), []
+    said = Said(said.log_probs[all_], said.places[all_], scorer.select(said.state, all_))
+    for _ in range(most):
+        if live.tokens.shape[1]:
+            said = _step(scorer, said.state, live.tokens[:, -1:])
+        values = rules(said.log_probs, live.tokens)
+        # the largest of log-probabilities with Gumbel's noise is a draw
+        token = (values / draw.temperature + draw.random.gumbel(size=values.shape)).argmax(1)
+        grown = live.grown(np.arange(len(token)), token, values, said.places)
+        ended += [grown.without_end(b) for b in np.flatnonzero(token == SOS_EOS).tolist()]
+        grows = np.flatnonzero(token != SOS_EOS)
+        live = Rows(grown.tokens[grows], grown.log_probs[grows], grown.places[grows])
+        if not len(grows):
+            break
+        said = said._replace(state=scorer.select(said.state, grows))
+    return _best([*ended, *(Rows(*x) for x in zip(*live, strict=True))], rules.options)
+
+
+def _best(ended: list[Rows], options: WhisperOptions) -> Rows:
+    return max(ended, key=lambda x: by_length(x.log_probs.sum(), len(x.tokens), options.length_penalty))
 
 
 def _candidates(scores: Doubles, count: int) -> tuple[Ints, Ints]:
@@ -190,7 +226,7 @@ def _candidates(scores: Doubles, count: int) -> tuple[Ints, Ints]:
     return row[order], column[order]
 
 
-def _by_length(log_prob: float, num_tokens: int, penalty: float | None) -> float:
+def by_length(log_prob: float, num_tokens: int, penalty: float | None) -> float:
     if penalty is not None:
         return log_prob / ((5 + num_tokens) / 6) ** penalty
     return log_prob / num_tokens if num_tokens else -np.inf

@@ -17,14 +17,15 @@ from asr.decode.scorer import Floats, Ints
 Doubles = NDArray[np.float64]
 
 
-def token_starts(attention: Floats, num_frames: int, width: int = 7) -> Ints:
-    """The first frame of each token (U,), given where some heads listened before each, (H, U, T): only to the
-    first num_frames, which are audio and not silence. width: of the median along time, an odd number."""
+def token_starts(attention: Floats, num_frames: int, first: int = 0, width: int = 7) -> Ints:
+    """The first frame of each token from `first` on, (U - first,), given where some heads listened before
+    each, (H, U, T): only to the first num_frames, which are audio and not silence. Tokens before `first` say
+    what is normal for a head. width: of the median along time, an odd number."""
     weights = np.asarray(attention[..., :num_frames], np.float64)
     weights = weights / weights.sum(-1, keepdims=True)
     spread = weights.std(1, keepdims=True)
     weights = (weights - weights.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
-    tokens, frames = warp(-median_filter(weights, width).mean(0))
+    tokens, frames = warp(-median_filter(weights, width).mean(0)[first:])
     return frames[np.diff(tokens, prepend=-1) > 0]
 
 
@@ -44,14 +45,15 @@ def warp(cost: NDArray) -> tuple[Ints, Ints]:
     total = np.full((cost.shape[0] + 1, cost.shape[1] + 1), np.inf)
     total[0, 0] = 0
     move = np.zeros(total.shape, np.int64)
-    for i, j in np.ndindex(*cost.shape):
+    for k in range(sum(cost.shape) - 1):  # places (i, k - i) depend on those of smaller k alone
+        i = np.arange(max(0, k - cost.shape[1] + 1), min(k + 1, cost.shape[0]))
+        j = k - i
         both, down, along = total[i, j], total[i, j + 1], total[i + 1, j]
         # where two are equal it goes along time
-        if both < down and both < along:
-            move[i + 1, j + 1] = 0
-        else:
-            move[i + 1, j + 1] = 1 if down < both and down < along else 2
-        total[i + 1, j + 1] = cost[i, j] + (both, down, along)[move[i + 1, j + 1]]
+        is_both = (both < down) & (both < along)
+        move[i + 1, j + 1] = np.where(is_both, 0, np.where((down < both) & (down < along), 1, 2))
+        least = np.where(is_both, both, np.where(move[i + 1, j + 1] == 1, down, along))
+        total[i + 1, j + 1] = cost[i, j] + least
     move[0, :], move[:, 0] = 2, 1
     path = []
     i, j = cost.shape

@@ -37,7 +37,8 @@ def words(hypothesis: Hypothesis, spell: Spell, frame_s: float) -> list[Word]:
     frame_s: seconds per encoder frame.
     """
     frames, confidence = hypothesis.frames, hypothesis.confidence
+    ends = hypothesis.ends or [frame + 1 for frame in frames]
     return [
-        Word(word, frames[first] * frame_s, (frames[end - 1] + 1) * frame_s, min(confidence[first:end]))
+        Word(word, frames[first] * frame_s, ends[end - 1] * frame_s, min(confidence[first:end]))
         for word, first, end in spell(hypothesis.tokens)
     ]

@@ -80,12 +80,22 @@ class DecoderConfig:
     reverse_layers: int = 0
     """L of a second decoder, from right to left, that takes part in rescoring (U2++); 0 is none."""
 
+    def guide(self) -> "Guide":
+        """The heads that are asked where they listen, as long as nobody knows better: of the last layer."""
+        return Guide(self.num_layers - 1, tuple(range(self.num_heads)))
+
 
 class Guide(NamedTuple):
-    """The heads whose attention says where a decoder is listening, for the policies of streaming."""
+    """The heads whose attention says where a decoder is listening: for the policies of streaming, and for the
+    times of words."""
 
     layer: int
     heads: tuple[int, ...]
+    others: tuple["Guide", ...] = ()
+    """Of other layers, if they do too."""
+
+    def of(self, layer: int) -> list[int]:
+        return [head for part in (self, *self.others) if part.layer == layer for head in part.heads]
 
 
 class Window(NamedTuple):
@@ -150,19 +160,17 @@ class DecoderLayer(nn.Module):
         heard: Tensor,
         rotation: Rotation | None,
         heads: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
         """x (N, U, C); past, memory: keys, values; visible, heard: masks.
 
-        Returns x, keys and values anew, and the mean attention of some heads (N, U, T), empty without any.
+        Returns x, keys and values anew, and of heads, if there are any, where they listened (N, H, U, T).
         """
         y, keys, values = self.attention(self.attention_norm(x), *past, rotation, visible)
         x = x + self.dropout(y)
         query = self.cross_norm(x)
-        listening = x.new_zeros(*x.shape[:2], 0)
-        if heads:
-            listening = self.cross.weights(query, memory[0], heard)[:, list(heads)].mean(1)
+        listening = [self.cross.weights(query, memory[0], heard)[:, list(heads)]] if heads else []
         x = x + self.dropout(self.cross(query, *memory, heard))
-        return x + self.feed_forward(x), keys, values, listening
+        return x + self.feed_forward(x), (keys, values), listening
 
 
 class TransformerDecoder(nn.Module):
@@ -175,7 +183,7 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         self.head_dim = _head_dim(config)
         self.config = config
-        self.guide = Guide(config.num_layers - 1, tuple(range(config.num_heads)))
+        self.guide = config.guide()
         self.embedding = nn.Embedding(num_tokens, config.dim)
         has_table = config.positions == "learnt"
         if has_table and config.num_positions < 1:
@@ -231,6 +239,29 @@ class TransformerDecoder(nn.Module):
         behind the one before it and sees all of them.  Raises ConfigError where a text is longer than the
         table of positions.
         """
+        x, listening, state = self._through(
+            tokens, (cross_keys, cross_values), y_lens, state, window, guide, order
+        )
+        attention = torch.cat(listening, 1).mean(1) if listening else x.new_zeros(*x.shape[:2], 0)
+        return Decoded(self.out(self.norm(x)), attention, state)
+
+    def listen(self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor) -> Tensor:
+        """As `forward` -> where each head of the guide listened before it wrote what follows each token,
+        (N, H, U, T)."""
+        memory = (cross_keys, cross_values)
+        return torch.cat(self._through(tokens, memory, y_lens, None, None, self.guide, None)[1], 1)
+
+    def _through(
+        self,
+        tokens: Tensor,
+        memory: tuple[Tensor, Tensor],
+        y_lens: Tensor,
+        state: DecoderState | None,
+        window: Window | None,
+        guide: Guide | None,
+        order: Order | None,
+    ) -> tuple[Tensor, list[Tensor], DecoderState]:
+        """x (N, U, C) behind all layers, where the heads of the guide listened, and the next state."""
         if state is None:
             state = self.init_state(tokens.shape[0])
         if self.positions is not None and not torch.compiler.is_exporting():
@@ -238,22 +269,21 @@ class TransformerDecoder(nn.Module):
             _require_positions(end, self.config.num_positions)
         positions, visible = order or in_order(tokens, state.keys.shape[3], self.config.left_tokens)
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
-        heard = window_mask(*window, cross_keys.shape[3])[:, None]
+        heard = window_mask(*window, memory[0].shape[3])[:, None]
         x = self._embed(tokens, positions)
         rotation = Rotation.at(positions, self.head_dim) if self.config.positions == "rotary" else None
-        attention = x.new_zeros(*x.shape[:2], 0)
-        kept = []
+        listening, kept = [], []
         pasts, memories = (
             zip(keys.unbind(1), values.unbind(1), strict=True)
-            for keys, values in ((state.keys, state.values), (cross_keys, cross_values))
+            for keys, values in ((state.keys, state.values), memory)
         )
-        for i, (layer, past, memory) in enumerate(zip(self.layers, pasts, memories, strict=True)):
-            heads = guide.heads if guide and guide.layer == i else ()
-            x, *present, listening = layer(x, past, memory, visible[:, None], heard, rotation, heads)
-            attention = listening if heads else attention
+        for i, (layer, past, sound) in enumerate(zip(self.layers, pasts, memories, strict=True)):
+            heads = guide.of(i) if guide else ()
+            x, present, heard_by = layer(x, past, sound, visible[:, None], heard, rotation, heads)
+            listening += heard_by
             kept.append(present)
         keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
-        return Decoded(self.out(self.norm(x)), attention, DecoderState(keys, values))
+        return x, listening, DecoderState(keys, values)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens) * math.sqrt(self.config.dim)

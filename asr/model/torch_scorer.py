@@ -92,6 +92,7 @@ class TorchScorer:
         self.symbols = symbols
         self.prompt = tuple(model.decoder.config.prompt)
         self.max_tokens = model.decoder.max_tokens
+        self.max_samples: int = model.fbank.max_samples
         self.sos_eos = SOS_EOS
         self.decoder_type: str = model.decoder.config.type
         self.chunking = model.decoder.chunking
@@ -151,6 +152,14 @@ class TorchScorer:
             values, ids = decoder.log_probs(logits[:, -1].float()).topk(k)
         state = replace(state, past=past)
         return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
+
+    def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
+        """As Scorer.listen; each head by itself."""
+        heard = memory.rows(np.array([utterance]))
+        shown = torch.tensor([tokens], device=self.device)
+        with self._evaluating():
+            found = self.model.decoder.listen(shown, heard.cross_keys, heard.cross_values, heard.y_lens)
+        return found[0].cpu().numpy()
 
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""

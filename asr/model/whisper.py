@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from asr.errors import ConfigError
 from asr.model.attention import SelfAttention
-from asr.model.decoder import DecoderConfig
+from asr.model.decoder import DecoderConfig, Guide
 from asr.model.layers import FeedForward, initialise, start_small
 from asr.model.masks import ChunkConfig
 from asr.model.state import State
@@ -70,6 +70,28 @@ class WhisperDecoderConfig(DecoderConfig):
     positions: Literal["rotary", "sinusoid", "learnt"] = "learnt"
 
     dropout: float = 0.0
+
+    alignment_heads: list[list[int]] = field(default_factory=list)
+    """[layer, head] of those that follow the speech, from 0 on, which give words their times; none: all of
+    the last half of the layers."""
+
+    def __post_init__(self) -> None:
+        for pair in self.alignment_heads:
+            if len(pair) != 2 or not (0 <= pair[0] < self.num_layers and 0 <= pair[1] < self.num_heads):
+                raise ConfigError(
+                    f"alignment_heads has {pair}; expected [layer, head] of {self.num_layers} layers and "
+                    f"{self.num_heads} heads, from 0 on"
+                )
+
+    def guide(self) -> Guide:
+        heads: dict[int, list[int]] = {}
+        for layer, head in self.alignment_heads:
+            heads.setdefault(layer, []).append(head)
+        if not heads:
+            layers = range(self.num_layers // 2, self.num_layers)
+            heads = {layer: list(range(self.num_heads)) for layer in layers}
+        first, *others = (Guide(layer, tuple(found)) for layer, found in sorted(heads.items()))
+        return first._replace(others=tuple(others))
 
 
 @dataclass(frozen=True)

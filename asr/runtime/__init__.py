@@ -16,7 +16,7 @@ from asr.runtime.endpoint import EndpointConfig
 from asr.runtime.events import Event
 from asr.runtime.stream import Stream, StreamBatch
 from asr.runtime.utterance import StreamConfig
-from asr.runtime.whole import WholeStream, open_stream
+from asr.runtime.whole import WholeStream, WindowStream, open_stream
 
 __all__ = [
     "Bundle",
@@ -26,5 +26,6 @@ __all__ = [
     "StreamBatch",
     "StreamConfig",
     "WholeStream",
+    "WindowStream",
     "open_stream",
 ]

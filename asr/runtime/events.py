@@ -26,8 +26,8 @@ def make_event(
     hypothesis: Hypothesis, tokenizer: Tokenizer, frame_s: float, first_frame: int, final: bool
 ) -> Event:
     """The event of a hypothesis whose utterance starts at encoder frame first_frame of the stream."""
-    frames = tuple(first_frame + frame for frame in hypothesis.frames)
-    found = tuple(words(replace(hypothesis, frames=frames), tokenizer.words, frame_s))
+    frames, ends = (tuple(first_frame + x for x in part) for part in (hypothesis.frames, hypothesis.ends))
+    found = tuple(words(replace(hypothesis, frames=frames, ends=ends), tokenizer.words, frame_s))
     start_s = found[0].start_s if found else first_frame * frame_s
     end_s = found[-1].end_s if found else start_s
     return Event(tokenizer.decode(hypothesis.tokens), final, start_s, end_s, found)

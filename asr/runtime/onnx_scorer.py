@@ -118,6 +118,7 @@ class OnnxScorer:
         self.has_ctc = bundle.info.has_ctc
         self.max_tokens = bundle.info.max_tokens
         self.prompt = bundle.info.prompt
+        self.max_samples = bundle.info.features.max_samples
         self.symbols: Sequence[str] = bundle.tokenizer.symbols
         self.has_reverse = bundle.info.has_reverse
         self.has_fire = bundle.info.has_fire
@@ -219,6 +220,12 @@ class OnnxScorer:
         log_probs, attention, past = self._decode(tokens.reshape(len(tokens), -1), cross or {}, state.past)
         ids, values = _best(log_probs[:, -1], k)
         return Step(ids, values, attention[:, -1], replace(state, past=past))
+
+    def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
+        """As Scorer.listen; the graph gives the mean of all heads."""
+        owner = np.array([utterance])
+        state = self.start(memory, owner)
+        return self._decode(np.array([tokens], np.int64), memory.gather(owner), state.past)[1]
 
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]

@@ -15,6 +15,7 @@ import numpy as np
 
 from asr.decode.modes import decode, mode_of
 from asr.decode.scorer import Floats
+from asr.decode.whisper_windows import Recording
 from asr.errors import BundleError
 from asr.runtime.bundle import Bundle
 from asr.runtime.endpoint import Ending, Endpointer
@@ -33,8 +34,13 @@ RECENT_S = 10.0
 """... of so many seconds, once there are as many."""
 
 
-def open_stream(bundle: Bundle, config: StreamConfig | None = None) -> "Stream | WholeStream":
-    """The stream that a bundle can have; ConfigError or BundleError where `config` is not possible."""
+def open_stream(bundle: Bundle, config: StreamConfig | None = None) -> "Stream | WholeStream | WindowStream":
+    """The stream that a bundle can have; ConfigError or BundleError where `config` is not possible.
+
+    Whisper's goes by loudness, or with config.search.timestamps by windows and the times in its answers."""
+    config = config or StreamConfig()
+    if bundle.info.decoder_type == "whisper" and config.search.timestamps:
+        return WindowStream(bundle, config)
     is_whole = bundle.info.streaming is None or not bundle.info.has_ctc
     return (WholeStream if is_whole else Stream)(bundle, config)
 
@@ -46,11 +52,7 @@ class WholeStream:
         """ConfigError or BundleError where `config` is not possible with this bundle."""
         config = config or StreamConfig()
         info = bundle.info
-        if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
-            raise BundleError(
-                f"{bundle.folder}: this model hears whole utterances, and has no chunks; leave out chunk, "
-                "left context and look-ahead"
-            )
+        _refuse_chunks(bundle, config)
         self._scorer = OnnxScorer(bundle)
         self._config = replace(config, mode=mode_of(self._scorer, config.mode))
         self._block = info.subsampling * info.features.shift_samples
@@ -127,6 +129,63 @@ class WholeStream:
         self._first_frame += num_blocks
         self._blocks, self._levels = self._blocks[num_blocks:], self._levels[num_blocks:]
         self._endpointer.reset()
+
+
+class WindowStream:
+    """One source of sound that Whisper hears in windows of full length, which its own times part
+    (asr/decode/whisper_windows.py): for recordings, as a text comes half a minute late. As `Stream`."""
+
+    def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
+        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        config = config or StreamConfig()
+        _refuse_chunks(bundle, config)
+        self._scorer = OnnxScorer(bundle)
+        mode_of(self._scorer, config.mode)
+        self._recording = Recording(self._scorer, config.search)
+        self._waiting = np.zeros(0, np.float32)
+        self._num_samples = 0
+        self._finished = False
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio accepted so far."""
+        return self._num_samples / self._scorer.bundle.info.features.sample_rate
+
+    @property
+    def encoded_s(self) -> float:
+        """Seconds of audio that the events are about."""
+        waiting_s = len(self._waiting) / self._scorer.bundle.info.features.sample_rate
+        return self.duration_s - waiting_s
+
+    def accept(self, samples: Floats) -> list[Event]:
+        """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
+        samples = check_samples(samples, self._num_samples, self._finished)
+        self._num_samples += len(samples)
+        self._waiting = np.concatenate([self._waiting, samples])
+        return self._hear(self._scorer.max_samples)
+
+    def finish(self) -> list[Event]:
+        """There is no more: the final events of what was not yet decoded."""
+        check_samples(np.zeros(0, np.float32), self._num_samples, self._finished)
+        self._finished = True
+        return self._hear(1)
+
+    def _hear(self, least: int) -> list[Event]:
+        """The final events of windows, while there are samples for one."""
+        tokenizer, events = self._scorer.bundle.tokenizer, []
+        while len(self._waiting) >= least:
+            found, used = self._recording.hear(self._waiting[: self._scorer.max_samples])
+            self._waiting = self._waiting[used:]
+            events += [make_event(x, tokenizer, self._scorer.frame_s, 0, final=True) for x in found]
+        return events
+
+
+def _refuse_chunks(bundle: Bundle, config: StreamConfig) -> None:
+    if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
+        raise BundleError(
+            f"{bundle.folder}: this model hears whole utterances, and has no chunks; leave out chunk, "
+            "left context and look-ahead"
+        )
 
 
 class Loudness:

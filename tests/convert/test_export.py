@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from asr.audio import write
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
+from asr.decode.scorer import Floats
+from asr.decode.whisper_windows import Recording
 from asr.model.torch_scorer import TorchScorer
-from asr.runtime import Bundle
+from asr.runtime import Bundle, StreamConfig, WindowStream, open_stream
 from asr.runtime.onnx_scorer import OnnxScorer
 from asr.train.checkpoint import load_model
 from export.verify import Utterance, count_same_searches, made_sound
@@ -77,3 +82,47 @@ def test_a_public_model_becomes_a_bundle_that_writes(
     model, tokenizer, _ = load_model(tmp_path / "exp")
     torch_scorer = TorchScorer(model, "cpu", bundle.word_starts, tokenizer.symbols)
     assert count_same_searches("", torch_scorer, OnnxScorer(bundle), [Utterance("a", sound, "")]) == 1
+
+
+@pytest.mark.slow
+def test_whisper_hears_recordings_of_any_length(
+    asr: Callable, golden_set: Callable[[str], GoldenSet], tmp_path: Path
+):
+    """The weights are random, so that what it writes is held to be the same, and nothing else."""
+    source = write_whisper(golden_set("openai_whisper"), tmp_path / "source")
+    assert asr("convert", "whisper", source, "-o", tmp_path / "exp")[0] == 0
+    assert asr("export", tmp_path / "exp", "--target", "cpu-fp32", "-o", tmp_path / "bundle")[0] == 0
+    bundle = Bundle.load(tmp_path / "bundle")
+    sound, config = made_sound(5.0, 16000), SearchConfig(beam=2, timestamps=True)
+    assert len(sound) > 2 * bundle.info.features.max_samples
+    model, tokenizer, _ = load_model(tmp_path / "exp")
+    onnx, of_torch = OnnxScorer(bundle), TorchScorer(model, "cpu", bundle.word_starts, tokenizer.symbols)
+    ((expected,),) = decode(of_torch, "whisper", [sound], config)
+    ((found,),) = decode(onnx, "whisper", [sound], config)
+    assert found.tokens == expected.tokens
+    assert found.tokens
+    _, memory = onnx.encode([sound[:16000]])
+    _, other = of_torch.encode([sound[:16000]])
+    shown = [1, *found.tokens[:5]]
+    heads = of_torch.listen(other, 0, shown)
+    assert len(heads) > 1
+    np.testing.assert_allclose(onnx.listen(memory, 0, shown), heads.mean(0, keepdims=True), atol=1e-5)
+    for block in (1000, len(sound)):
+        stream = open_stream(bundle, StreamConfig(search=config))
+        assert isinstance(stream, WindowStream)
+        events = [x for i in range(0, len(sound), block) for x in stream.accept(sound[i : i + block])]
+        events += stream.finish()
+        assert stream.encoded_s == stream.duration_s == pytest.approx(5.0)
+        assert [x.text for x in events] == [
+            text for text in (tokenizer.decode(part) for part in by_stretch(onnx, sound, config)) if text
+        ]
+        assert all(x.end_s <= 5.0 for x in events)
+
+
+def by_stretch(scorer: OnnxScorer, sound: Floats, config: SearchConfig) -> list[tuple[int, ...]]:
+    recording, found = Recording(scorer, config), []
+    while len(sound):
+        parts, used = recording.hear(sound[: scorer.max_samples])
+        found += [x.tokens for x in parts]
+        sound = sound[used:]
+    return found

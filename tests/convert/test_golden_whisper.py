@@ -3,7 +3,7 @@
 Sizes, special units and options of decoding are those of the config.json beside the arrays.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ from asr.model.decoder import TransformerDecoder
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import Memory, TorchScorer
 from asr.model.whisper import WhisperEncoder, sinusoid_table
-from asr.whisper_tokens import LANGUAGES, to_ours, to_theirs, whisper_symbols
+from asr.whisper_tokens import LANGUAGES, whisper_symbols
 
 GPT2_PIECES = 50256
 """Of models of English alone; the others have one more."""
@@ -40,6 +40,17 @@ WINDOW_S = 30
 """Of the reference, whatever the model: its times are so many seconds over the frames of the encoder."""
 
 FIRST_TIME_S = 1
+
+
+def to_ours(theirs: int, end: int) -> int:
+    """The unit of ours that is one of theirs, whose end of the text is `end`."""
+    return 1 if theirs == end else theirs + 3 - (theirs > end)
+
+
+def to_theirs(ours: int, end: int) -> int:
+    """The inverse, as what comes out of the decoder."""
+    assert ours not in (0, 2)
+    return end if ours == 1 else ours - 3 + (ours > end + 2)
 
 
 @dataclass
@@ -225,6 +236,24 @@ def test_transcripts(whisper):
             assert found.no_speech == pytest.approx(
                 whisper[f"{expected}.no_speech_prob"].item(), rel=1e-3, abs=1e-6
             )
+
+
+def test_every_head_says_where_it_listens(whisper):
+    """The reference's weights, of all heads of the last half of the layers, and of those that are chosen."""
+    tokens, weights = whisper["dec.tokens"].tolist(), whisper["dec.cross_attention_weights"]
+    layers = weights.shape[1]
+    chosen = replace(whisper.model.decoder.config, alignment_heads=[[0, 1], [layers - 1, 0], [0, 3]])
+    for i in whisper.utterances:
+        shown = whisper.ours(tokens[i])
+        found = whisper.scorer.listen(whisper.memory, i, shown)
+        close(tensor(found), weights[i, layers // 2 :].flatten(0, 1))
+        before, whisper.model.decoder.guide = whisper.model.decoder.guide, chosen.guide()
+        found = whisper.scorer.listen(whisper.memory, i, shown)
+        state = whisper.scorer.start(whisper.memory, np.array([i]))
+        step = whisper.scorer.step(state, np.array([shown]), 1)
+        whisper.model.decoder.guide = before
+        close(tensor(found), torch.stack([weights[i, 0, 1], weights[i, 0, 3], weights[i, layers - 1, 0]]))
+        close(tensor(step.attention[0]), tensor(found).mean(0)[-1])
 
 
 def test_paths_and_medians(whisper):

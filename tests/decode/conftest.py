@@ -26,6 +26,7 @@ class Toy:
     has_fire = False
     has_ctc = True
     max_tokens = 0
+    max_samples = 0
     prompt = ()
     symbols = ()
 
