@@ -6,6 +6,7 @@ gpt2.tiktoken for the models of English alone, as small.en.pt. Or a folder in th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from asr.convert.names import MADE_UP, Layers, Names, Units, add_biases, count_l
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.whisper_decoder import DECODER, decoder_config, decoder_tensors
-from asr.convert.whisper_hub import hub_dims, hub_pieces, hub_weights, is_of_hub
+from asr.convert.whisper_hub import hub_alignment_heads, hub_dims, hub_pieces, hub_weights, is_of_hub
 from asr.errors import CheckpointError
 from asr.features import FbankConfig
 from asr.model.whisper import WhisperConfig, sinusoid_table
 from asr.whisper_tokens import LANGUAGES, whisper_symbols
 
-FILES = ("*.pt", "*.tiktoken", "model.safetensors", "config.json", "vocab.json")
+FILES = ("*.pt", "*.tiktoken", "model.safetensors", "config.json", "generation_config.json", "vocab.json")
 """What is fetched from a hub."""
 
 MARK = r"^(encoder\.blocks\.\d+\.attn\.query|(model\.)?decoder\.layers\.\d+\.encoder_attn_layer_norm)\."
@@ -77,7 +78,9 @@ def read(source: Source) -> Converted:
     """A Whisper checkpoint as ours. Raises CheckpointError or TokensError for what ours cannot be."""
     file = source.weights_file("model.pt", "*.pt", "model.safetensors", "*.safetensors")
     found = source.tensors(file, "model_state_dict")
+    heads: list[list[int]] = []
     if is_of_hub(found.weights):
+        heads = hub_alignment_heads(source)
         weights, dims = hub_weights(found.weights), hub_dims(source, found.weights)
         symbols, num_ranks = name_units(dims, hub_pieces(source), source.label)
     else:
@@ -87,7 +90,7 @@ def read(source: Source) -> Converted:
     config = ExperimentConfig(
         features=features_config(dims),
         encoder=encoder_config(dims),
-        decoder=decoder_config(dims),
+        decoder=replace(decoder_config(dims), alignment_heads=heads),
         train=TrainConfig(cmvn=False),
         **decoder_alone(),
     )

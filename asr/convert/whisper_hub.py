@@ -35,6 +35,7 @@ RENAMED = (
 """Theirs on the hub, and those of the reference implementation."""
 
 TIED = "proj_out.weight"
+GENERATION = "generation_config.json"
 
 CHANNELS_PER_HEAD = 64
 """Of all published models."""
@@ -83,6 +84,21 @@ def hub_pieces(source: Source) -> list[bytes]:
         raise CheckpointError(
             f"{source.label}: vocab.json: no piece or byte {error}, expected pieces of UTF-8 from 0 on"
         ) from None
+
+
+def hub_alignment_heads(source: Source) -> list[list[int]]:
+    """[layer, head] of those that follow the speech, as generation_config.json has them; none where it has
+    none, or is not there. CheckpointError where they are no pairs."""
+    if not source.maybe(GENERATION):
+        return []
+    found = _json(source, GENERATION).get("alignment_heads") or []
+    pairs = found if isinstance(found, list) else [found]
+    for pair in pairs:
+        if not isinstance(pair, list) or [type(x) for x in pair] != [int, int]:
+            raise CheckpointError(
+                f"{source.label}: {GENERATION}: alignment_heads has {pair!r}, expected [layer, head]"
+            )
+    return pairs
 
 
 def byte_letters() -> list[str]:

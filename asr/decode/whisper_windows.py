@@ -137,17 +137,17 @@ def _hypothesis(
     answer: Answer,
     num_frames: int,
 ) -> Hypothesis:
-    """The answer about a window, and when its tokens are said; tokens that are times are when they say."""
+    """The answer about a window, and when its tokens are said; those that are times, with the one before."""
     tokens = np.array(answer.tokens, np.int64)
     is_text = tokens < specials.timestamps
-    starts = np.minimum(tokens - specials.timestamps, num_frames - 1)
-    ends = starts + 1
+    starts, ends = np.zeros_like(tokens), np.ones_like(tokens)
     asked = replace(options, timestamps=False, prefix=())
     shown = [SOS_EOS, *behind_start(specials, asked, answer.language, scorer.max_tokens)]
     if is_text.any():
         attention = scorer.listen(memory, 0, [*shown, *tokens[is_text].tolist()])
         found = token_starts(attention, num_frames, first=len(shown) - 1)  # the last: of the end
         starts[is_text], ends[is_text] = found[:-1], np.maximum(found[1:], found[:-1] + 1)
+        starts, ends = np.maximum.accumulate(starts), np.maximum.accumulate(ends)
     log_prob = sum(answer.log_probs)
     return Hypothesis(
         answer.tokens,

@@ -249,3 +249,19 @@ def test_a_text_beyond_the_decoder_is_no_answer(converted):
     keys = decoder.memory(torch.zeros(1, 20, 24))
     with pytest.raises(ConfigError, match="12 positions were learnt"):
         decoder(tensor([[1] * 13]), *keys, tensor([20]))
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [(3, "has 3, expected"), ([[0, 1], [0]], r"has \[0\], expected"), ([[2, 0]], "of 2 layers and 2 heads")],
+)
+def test_heads_that_follow_the_speech_come_along(tmp_path, heads, message):
+    source = write_of_hub(tmp_path / "hub")
+    assert read(source).config.decoder.alignment_heads == []
+    file = tmp_path / "hub" / "generation_config.json"
+    file.write_text(json.dumps({"alignment_heads": [[1, 0], [0, 1], [1, 1]]}))
+    guide = read(source).model.decoder.guide
+    assert [guide.of(layer) for layer in range(2)] == [[1], [0, 1]]
+    file.write_text(json.dumps({"alignment_heads": heads}))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        read(source)
