@@ -35,9 +35,12 @@ Samples = Sequence["NDArray[np.float32]"]
 
 
 def align(
-    exp: Annotated[Path, typer.Argument(help="experiment whose CTC aligns")],
+    exp: Annotated[Path, typer.Argument(help="experiment that aligns")],
     manifests: Annotated[list[Path], typer.Argument(help="what to align")],
     out: Annotated[Path, typer.Option("--out", "-o", help="manifest to write (.jsonl.gz)")],
+    segments: Annotated[
+        bool, typer.Option("--segments", help="by the segmental decoder, near to the path of CTC")
+    ] = False,
     chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     batch_s: Annotated[float, typer.Option(help="seconds of audio aligned at once")] = 120.0,
@@ -45,7 +48,8 @@ def align(
 ) -> None:
     """Write the utterances of manifests with the time of each unit of their text, on the likeliest CTC path.
 
-    It is what segmental and chunked attention decoders are trained on. lhotse reads it as
+    It is what segmental and chunked attention decoders are trained on. A trained segmental one may make it
+    anew: with --segments the ends are the likeliest ones by it. lhotse reads the times as
     `supervision.alignment["token"]`, in seconds from the start of the supervision. Utterances whose audio
     cannot be used, or is too short for the text, are left out and listed in NAME.failures.jsonl beside OUT;
     then the exit status is 3.
@@ -53,7 +57,7 @@ def align(
     Example: asr align exp/conformer-s data/manifests/train.jsonl.gz -o data/aligned/train.jsonl.gz
     """
     from asr.data.cuts import save_cuts
-    from asr.model.align import CtcAligner
+    from asr.model.align import Aligner
     from asr.train.checkpoint import load_model
     from asr.train.distributed import device_of
 
@@ -62,7 +66,7 @@ def align(
         raise ConfigError(f"-o {out}: not the name of a manifest; expected one that ends in .jsonl.gz")
     model, tokenizer, config = load_model(exp, checkpoint)
     context = Context(chunk_frames(chunk_ms, model.frame_s))
-    aligner = CtcAligner(model, device_of(device), context)
+    aligner = Aligner(model, device_of(device), context, segments)
     work = Work(aligner, tokenizer, config.features.sample_rate)
     count = save_cuts(work.aligned(manifests, batch_s), out)
     failures = out.with_name(f"{set_name(out)}.failures.jsonl")

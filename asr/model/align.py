@@ -1,7 +1,8 @@
 """When each token of a known text is emitted: the likeliest CTC path (Graves et al., ICML 2006).
 
 It is where the decoders that hear a segment or a chunk at a time get their fixed alignments
-(arXiv:2210.14742, arXiv:2309.08436). asr/decode/align.py is the same for one utterance, without torch.
+(arXiv:2210.14742, arXiv:2309.08436). asr/decode/align.py is the same for one utterance, without torch. A
+segmental decoder may then move the ends to where it finds them likeliest (boundaries.py).
 
 N utterances · S samples · T encoder frames · U tokens · V units, blank is 0
 """
@@ -17,8 +18,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from asr.context import WHOLE, Context
+from asr.errors import ConfigError
 from asr.losses import BLANK, ctc_feasible
+from asr.model.boundaries import likeliest_ends
 from asr.model.hybrid import HybridModel
+from asr.model.masks import valid_mask
+from asr.model.segmental import SegmentalDecoder
 
 
 class Frames(NamedTuple):
@@ -72,12 +77,50 @@ def _align_one(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tenso
     return start, end, ((total[end] - total[start]) / (end - start)).to(scores.dtype)
 
 
-class CtcAligner:
-    """A trained model that aligns by its CTC head."""
+def segments_near(
+    decoder: SegmentalDecoder,
+    y: Tensor,
+    y_lens: Tensor,
+    tokens: Tensor,
+    token_lens: Tensor,
+    frames: Frames,
+) -> Frames:
+    """The likeliest segments whose ends are near those of CTC; each begins where the one before it ends.
 
-    def __init__(self, model: HybridModel, device: torch.device | str, context: Context = WHOLE) -> None:
-        """context: what attention sees, as in a stream. ConfigError for a model without a CTC head."""
+    y (N, T, C), the rest as in `forced_alignment`, of which frames are the result. A score is that of the
+    token and of the length of its segment. Utterances without a path keep their 0.
+    """
+    rows = (frames.end[:, :1] > 0).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return frames
+    y, y_lens, tokens, token_lens, near = (x[rows] for x in (y, y_lens, tokens, token_lens, frames.end))
+    end, score = likeliest_ends(decoder, y, y_lens, tokens, token_lens, near)
+    columns = (F.pad(end, (1, 0))[:, :-1], end, score)
+    outside = ~valid_mask(token_lens, tokens.shape[1])
+    pairs = zip(frames, columns, strict=True)
+    return Frames(*(old.index_copy(0, rows, new.masked_fill(outside, 0)) for old, new in pairs))
+
+
+class Aligner:
+    """A trained model that aligns by its CTC head, and perhaps by its segmental decoder from there."""
+
+    def __init__(
+        self,
+        model: HybridModel,
+        device: torch.device | str,
+        context: Context = WHOLE,
+        segments: bool = False,
+    ) -> None:
+        """context: what attention sees, as in a stream.  segments: by the decoder, too. ConfigError for a
+        model without the CTC head or the decoder."""
         model.require_ctc("alignment")
+        decoder = model.decoder
+        if segments and not isinstance(decoder, SegmentalDecoder):
+            raise ConfigError(
+                f"alignment by segments: this model's decoder is of type {decoder.config.type}, expected "
+                "segmental; leave --segments out, and its CTC aligns"
+            )
+        self.segmental = decoder if segments and isinstance(decoder, SegmentalDecoder) else None
         self.model = model.to(device).eval()
         self.device = torch.device(device)
         self.frame_s = model.frame_s
@@ -101,6 +144,8 @@ class CtcAligner:
         x, x_lens = self.model.features(batch.to(self.device, torch.float32), lens)
         y, y_lens = self.model.encode(x, x_lens, self.context)
         frames = forced_alignment(self.model.ctc_log_probs(y), y_lens, targets, target_lens)
+        if self.segmental:
+            frames = segments_near(self.segmental, y, y_lens, targets, target_lens, frames)
         possible = ctc_feasible(y_lens, targets, target_lens).tolist()
         columns = [values.tolist() for values in frames]
         return [

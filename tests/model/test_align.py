@@ -9,8 +9,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from asr.context import WHOLE, Context
 from asr.decode.align import align
-from asr.losses import ctc_feasible
-from asr.model.align import CtcAligner, forced_alignment
+from asr.errors import ConfigError
+from asr.features import FbankConfig
+from asr.losses import LossConfig, ctc_feasible
+from asr.model.align import Aligner, forced_alignment
+from asr.model.build import build_model
+from asr.model.conformer import ConformerConfig
+from asr.model.segmental import SegmentalConfig
 
 FRAME_S = 0.04
 
@@ -63,7 +68,7 @@ def waveforms() -> list[np.ndarray]:
 
 
 def test_an_utterance_is_aligned_alike_alone_and_in_a_batch(tiny_model):
-    aligner, samples = CtcAligner(tiny_model, "cpu"), waveforms()
+    aligner, samples = Aligner(tiny_model, "cpu"), waveforms()
     tokens = [[4, 5, 6], [7, 7], [8, 4, 5], []]
     together = aligner(samples, tokens)
     for x, row, spans in zip(samples, tokens, together, strict=True):
@@ -75,7 +80,7 @@ def test_an_utterance_is_aligned_alike_alone_and_in_a_batch(tiny_model):
 
 
 def test_times_are_those_of_the_frames_and_end_with_the_audio(tiny_model):
-    aligner, samples = CtcAligner(tiny_model, "cpu"), waveforms()[2]
+    aligner, samples = Aligner(tiny_model, "cpu"), waveforms()[2]
     log_probs = tiny_model.ctc_log_probs(
         tiny_model.encode(*tiny_model.features(torch.from_numpy(samples)[None], torch.tensor([12345])))[0]
     )[0].detach()
@@ -90,7 +95,7 @@ def test_times_are_those_of_the_frames_and_end_with_the_audio(tiny_model):
 
 
 def test_too_short_audio_has_no_alignment(tiny_model):
-    aligner = CtcAligner(tiny_model, "cpu")
+    aligner = Aligner(tiny_model, "cpu")
     short, fits = aligner([waveforms()[3], waveforms()[0]], [[4, 5], [4, 5]])
     assert short is None
     assert len(fits) == 2
@@ -98,8 +103,50 @@ def test_too_short_audio_has_no_alignment(tiny_model):
 
 def test_chunks_are_heard_as_a_stream_hears_them(tiny_model):
     tokens = [[4, 5, 6, 7] * 4]
-    whole, chunks = (CtcAligner(tiny_model, "cpu", x)(waveforms()[:1], tokens) for x in (WHOLE, Context(2)))
+    whole, chunks = (Aligner(tiny_model, "cpu", x)(waveforms()[:1], tokens) for x in (WHOLE, Context(2)))
     assert [span.score for span in chunks[0]] != [span.score for span in whole[0]]
+
+
+@pytest.fixture
+def segmental_model():
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "ff_dim": 16}
+    encoder = ConformerConfig(**sizes, kernel_size=5, subsampling_channels=4)
+    return build_model(FbankConfig(num_bins=16), encoder, SegmentalConfig(**sizes), LossConfig(), 11).eval()
+
+
+def test_a_segmental_decoder_moves_the_ends_to_where_it_finds_them_likelier(segmental_model):
+    samples, tokens = waveforms(), [[4, 5, 6], [7, 7], [8, 4, 5], []]
+    by_ctc = Aligner(segmental_model, "cpu")(samples, tokens)
+    by_segments = Aligner(segmental_model, "cpu", segments=True)(samples, tokens)
+
+    @torch.no_grad()
+    def loss_of(row, spans, x):
+        y, y_lens = segmental_model.encode(
+            *segmental_model.features(torch.from_numpy(x)[None], torch.tensor([len(x)]))
+        )
+        ends = segmental_model.frames_behind(torch.tensor([[span.end_s for span in spans]]))
+        args = torch.tensor([row]), torch.tensor([len(row)]), ends
+        return float(segmental_model.decoder.loss(y, y_lens, *args, 0.0)[0])
+
+    for x, row, before, after in zip(samples[:3], tokens, by_ctc, by_segments, strict=False):
+        assert len(after) == len(row)
+        assert loss_of(row, after, x) < loss_of(row, before, x)
+        assert [span.start_s for span in after] == [0.0, *(span.end_s for span in after[:-1])]
+        assert all(span.score < 0 for span in after)
+        (alone,) = Aligner(segmental_model, "cpu", segments=True)([x], [row])
+        assert [span[:2] for span in alone] == [span[:2] for span in after]
+    assert by_segments[3] == []
+
+
+def test_segments_need_a_path_too(segmental_model):
+    aligner = Aligner(segmental_model, "cpu", segments=True)
+    assert aligner([waveforms()[3]], [[4, 5]]) == [None]
+    assert aligner([waveforms()[3]], [[]]) == [[]]
+
+
+def test_only_a_segmental_decoder_knows_segments(tiny_model):
+    with pytest.raises(ConfigError, match="decoder is of type transformer, expected segmental"):
+        Aligner(tiny_model, "cpu", segments=True)
 
 
 @pytest.mark.gpu

@@ -14,10 +14,11 @@ from asr.config import ExperimentConfig, save_config
 from asr.data.alignment import KIND, token_ends
 from asr.data.cuts import cut_text, join_cuts, open_cuts, read_cut, save_cuts
 from asr.features import FbankConfig
-from asr.model.align import CtcAligner
+from asr.model.align import Aligner
 from asr.model.build import build_model
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
+from asr.model.segmental import SegmentalConfig
 from asr.tokens import load_tokenizer, train_tokenizer
 from asr.train.checkpoint import load_model
 from recipes.cli import main
@@ -27,8 +28,8 @@ SECONDS = [0.9, 0.3, 1.2, 0.4, 0.5]
 RATES = [16000, 8000, 16000, 16000, 16000]
 
 
-@pytest.fixture
-def exp(tmp_path):
+@pytest.fixture(params=[DecoderConfig])
+def exp(request, tmp_path):
     """An experiment whose tiny model was never trained."""
     torch.manual_seed(1)
     folder = tmp_path / "exp"
@@ -37,7 +38,7 @@ def exp(tmp_path):
     config = ExperimentConfig(
         features=FbankConfig(num_bins=16),
         encoder=ConformerConfig(**sizes, kernel_size=3, subsampling_channels=2),
-        decoder=DecoderConfig(**sizes),
+        decoder=request.param(**sizes),
     )
     save_config(config, folder / "config.yaml")
     model = build_model(config.features, config.encoder, config.decoder, config.loss, len(tokenizer.symbols))
@@ -66,9 +67,11 @@ def times(cut, exp):
     return token_ends([cut], [[tokenizer.symbols[i] for i in tokenizer.encode(cut_text(cut))]])[0]
 
 
-def expected_ends(cut, exp):
+def expected_ends(cut, exp, **how):
     model, tokenizer, _ = load_model(exp)
-    (spans,) = CtcAligner(model, "cpu")([read_cut(cut.resample(16000))], [tokenizer.encode(cut_text(cut))])
+    (spans,) = Aligner(model, "cpu", **how)(
+        [read_cut(cut.resample(16000))], [tokenizer.encode(cut_text(cut))]
+    )
     return [span.end_s for span in spans]
 
 
@@ -127,6 +130,16 @@ def test_chunks_are_an_alignment_of_their_own(exp, manifest, tmp_path):
     assert whole != chunks
 
 
+@pytest.mark.parametrize("exp", [SegmentalConfig], indirect=True)
+def test_a_segmental_decoder_aligns_anew(exp, manifest, tmp_path):
+    assert run(exp, manifest, "-o", tmp_path / "ctc.jsonl.gz") == 0
+    assert run(exp, tmp_path / "ctc.jsonl.gz", "-o", tmp_path / "again.jsonl.gz", "--segments") == 0
+    first, again = (list(open_cuts(tmp_path / name)) for name in ("ctc.jsonl.gz", "again.jsonl.gz"))
+    assert [times(cut, exp) for cut in again] != [times(cut, exp) for cut in first]
+    for cut in again:
+        assert times(cut, exp) == pytest.approx(expected_ends(cut, exp, segments=True), abs=1e-5)
+
+
 def test_what_cannot_be_aligned_is_listed_and_left_out(exp, manifest, tmp_path, capsys):
     cuts = list(open_cuts(manifest))
     cuts[0].supervisions[0].text = "ab " * 20
@@ -151,6 +164,7 @@ def test_what_cannot_be_aligned_is_listed_and_left_out(exp, manifest, tmp_path, 
     ("options", "message"),
     [
         (["--chunk-ms", "100"], "--chunk-ms 100: not a multiple of 40 ms"),
+        (["--segments"], "decoder is of type transformer, expected segmental"),
         (["--batch-s", "0"], "--batch-s 0.0: expected more than 0"),
         (["--checkpoint", "none"], "none: no such file"),
         (["-o", "train.json"], "-o train.json: not the name of a manifest"),
