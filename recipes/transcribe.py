@@ -21,6 +21,7 @@ from recipes.sources import Settings, Source, find_sources, print_devices, termi
 
 if TYPE_CHECKING:
     from asr.runtime import Bundle, Event, StreamConfig
+    from asr.runtime.recording import RecordingConfig
 
 CHUNKS_PER_CALL = 4
 """Of files, whose sound is there already: twice as fast as chunk by chunk, with the same context."""
@@ -50,12 +51,19 @@ def transcribe(
     rate: Annotated[int, typer.Option(help="of raw samples, in Hz")] = 16000,
     encoding: Annotated[str, typer.Option(help="of raw samples: s16le or f32le")] = "s16le",
     realtime: Annotated[bool, typer.Option("--realtime", help="play files at the speed of speech")] = False,
+    vad: Annotated[
+        bool, typer.Option("--vad", help="long files: cut where nobody speaks, and decode pieces together")
+    ] = False,
+    piece_s: Annotated[float, typer.Option(help="longest piece, with --vad")] = 20.0,
     threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
 ) -> None:
     """Transcribe sound of any length; on a terminal, with the words as they are heard.
 
     Files are WAV, FLAC, Ogg Vorbis or Opus, and MP3, at any sample rate. One that cannot be used does not
     stop the others; then the exit status is 3.
+
+    With --vad a model hears each piece at once, not as a stream, unless --chunk-ms is given. If the program
+    ends early, the same command with the same -o goes on where it was.
 
     Example: asr transcribe bundle a.wav talks/ --format srt -o subtitles
 
@@ -71,18 +79,35 @@ def transcribe(
         raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
     if mic == bool(sources):
         raise ConfigError("pass sound files, folders or -, or else --mic")
+    if vad and (mic or realtime):
+        raise ConfigError("--vad is for sound that is there already; leave it out, or --mic and --realtime")
     config = stream_config(mode, chunk_ms, left_chunks, look_ahead, search)
     settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)
     found = find_sources(sources or [], recursive, settings)
     if mic:
         found = [Source("microphone", Path("microphone"), settings)]
     outputs = _outputs(found, out, format_)
-    run = Run(Bundle.load(bundle, threads), config, format_, is_single=len(found) == 1)
+    model = Bundle.load(bundle, threads)
+    pieces = _recording_config(model, config, piece_s) if vad else None
+    run = Run(model, config, format_, is_single=len(found) == 1, pieces=pieces)
     for source, output in zip(found, outputs, strict=True):
         run.transcribe(source, output)
     run.summarise()
     if run.num_failed:
         raise typer.Exit(FINISHED_WITH_FAILURES)
+
+
+def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> RecordingConfig:
+    """The same for pieces: at once, unless chunks are asked for."""
+    from asr.context import WHOLE
+    from asr.runtime.cutter import CutConfig
+    from asr.runtime.recording import RecordingConfig
+    from asr.runtime.stream import stream_context
+
+    in_chunks = config.chunk_ms or config.left_chunks is not None or config.look_ahead
+    context = stream_context(bundle.info, config) if in_chunks else WHOLE
+    cut = CutConfig(max_s=piece_s)
+    return RecordingConfig(mode=config.mode, search=config.search, cut=cut, context=context)
 
 
 def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path | None]:
@@ -117,6 +142,9 @@ class Run:
     is_single: bool
     """One source: a failure is the program's, and standard output needs no names."""
 
+    pieces: RecordingConfig | None = None
+    """How recordings are cut, if they are."""
+
     num_done: int = 0
     num_failed: int = 0
     audio_s: float = 0.0
@@ -125,8 +153,8 @@ class Run:
     def transcribe(self, source: Source, output: Path | None) -> None:
         """Write the transcript of one source; say why, if that cannot be, and go on."""
         try:
-            with _opened(output) as file, _told_warnings():
-                for line in self._lines(source, named=output is None and not self.is_single):
+            with _told_warnings(), self._events(source, output) as events, _opened(output) as file:
+                for line in self._lines(source, events, named=output is None and not self.is_single):
                     file.write(line + "\n")
                     file.flush()
             self.num_done += 1
@@ -136,11 +164,25 @@ class Run:
             print(f"asr: {error}", file=sys.stderr)
             self.num_failed += 1
 
-    def _lines(self, source: Source, named: bool) -> Iterator[str]:
+    @contextlib.contextmanager
+    def _events(self, source: Source, output: Path | None) -> Iterator[Iterator[Event]]:
+        """The final events of a source, in pieces or as a stream."""
+        from asr.runtime.recording import Recording
+        from recipes.recordings import job
+
+        if self.pieces is None:
+            yield self._finals(source)
+            return
+        recording = Recording(self.bundle, self.pieces)
+        with job(recording, self.bundle, self.pieces, source, output) as events:
+            yield events
+        self.audio_s += recording.duration_s
+
+    def _lines(self, source: Source, events: Iterator[Event], named: bool) -> Iterator[str]:
         """The lines of a transcript, each as soon as its utterance has ended."""
         from asr.runtime.transcript import FORMATS
 
-        for line in FORMATS[self.format](self._finals(source)):
+        for line in FORMATS[self.format](events):
             if named and self.format == "json":
                 yield json.dumps({"source": source.name, **json.loads(line)}, ensure_ascii=False)
             else:

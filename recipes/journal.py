@@ -1,0 +1,106 @@
+"""What a long job has done so far, in a file beside its output, so that after any end it goes on.
+
+    {"asr": "0.1.0", "recording": "3f2a...", ...}        what the job is
+    {"end_s": 61.4, "events": [...]}                      a batch that is done
+    ...
+
+A line is complete or was never written: one that is cut off, or damaged, and what follows it, are done again.
+A journal of another recording, model or configuration is not used, but begun anew. POSIX's lock, which ends
+with the process however it ends, keeps two jobs from one output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from asr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asr.runtime.recording import Batch
+
+
+class Journal:
+    """An open one."""
+
+    def __init__(self, file: IO[bytes], job: Mapping[str, Any]) -> None:
+        self._file = file
+        self.batches: list[Batch] = []
+        """Those that an earlier run has done."""
+        self.changed: list[str] = []
+        """In what the job of an earlier run was another, whose journal was thrown away."""
+        job = json.loads(json.dumps(job))
+        lines = list(_lines(file))
+        earlier = lines[0][1] if lines else {}
+        if earlier == job:
+            self.batches = [_batch(line) for _, line in lines[1:]]
+            file.truncate(lines[-1][0])
+        else:
+            self.changed = [key for key in job if earlier.get(key) != job[key]] if lines else []
+            file.truncate(0)
+            self._write(job)
+
+    def add(self, batch: Batch) -> None:
+        """Note a batch; it is on the disk when this returns."""
+        self._write(asdict(batch))
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+@contextlib.contextmanager
+def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
+    """The journal of an output; it is gone when the job has ended without an error.
+
+    job: all that the output depends on. ConfigError where another process writes the same output.
+    """
+    path = output.with_name(f".{output.name}.journal")
+    with path.open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{output}: another process is writing it; wait for it, or choose another with -o"
+            ) from None
+        yield Journal(file, job)
+        path.unlink()
+
+
+def hash_recording(path: Path) -> str:
+    """SHA-256 of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(position behind it, content) of the lines up to the first that is not whole."""
+    file.seek(0)
+    for line in file:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n") or not isinstance(content, dict):
+            return
+        yield file.tell(), content
+
+
+def _batch(line: Mapping[str, Any]) -> Batch:
+    from asr.decode.words import Word
+    from asr.runtime import Event
+    from asr.runtime.recording import Batch
+
+    events = [
+        Event(**{**event, "words": tuple(Word(*word) for word in event["words"])}) for event in line["events"]
+    ]
+    return Batch(tuple(events), line["end_s"])

@@ -1,0 +1,104 @@
+"""silero-vad: needs the extra `vad`, but for what happens without it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asr.audio import read
+from asr.decode.scorer import Floats
+from asr.errors import BundleError, MissingExtra
+from asr.runtime import voice
+from asr.runtime.cutter import CutConfig, Cutter
+from asr.runtime.voice import FILE, VoiceActivity, find_model
+
+
+@pytest.fixture(scope="module")
+def network() -> Path:
+    try:
+        return find_model()
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
+def hear(activity: VoiceActivity, samples: Floats, block: int = 16000) -> list[float]:
+    heard = [p for i in range(0, len(samples), block) for p in activity.accept(samples[i : i + block])]
+    return heard + activity.finish()
+
+
+def test_speech_is_told_from_silence_and_noise(network: Path, speech: list[Floats]):
+    noise = np.random.default_rng(0).normal(0, 0.03, 48000).astype(np.float32)
+    silence = np.zeros(48000, np.float32)
+    for samples in speech:
+        heard = hear(VoiceActivity(16000, network), np.concatenate([silence, noise, samples]))
+        assert max(heard[:185]) < 0.25
+        assert np.mean(np.array(heard[190:]) > 0.4) > 0.6
+
+
+@pytest.mark.parametrize("block", [1, 511, 512, 7777])
+def test_how_samples_arrive_changes_nothing(network: Path, speech: list[Floats], block: int):
+    samples = speech[0][:20000]
+    expected = hear(VoiceActivity(16000, network), samples, len(samples))
+    assert len(expected) == 40  # the last one is not whole
+    assert hear(VoiceActivity(16000, network), samples, block) == expected
+
+
+def test_eight_kilohertz_are_heard_too(network: Path, speech_data: Path):
+    samples = read(sorted((speech_data / "fsdd_8k").rglob("*.flac"))[0], 8000)
+    activity = VoiceActivity(8000, network)
+    assert activity.window == 256
+    assert max(hear(activity, samples)) > 0.5
+    assert max(hear(VoiceActivity(8000, network), np.zeros(8000, np.float32))) < 0.25
+
+
+@pytest.mark.parametrize("silence_s", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("noise", [1e-5, 3e-3])
+def test_what_is_loud_in_joined_utterances_is_in_a_piece(
+    network: Path, speech_data: Path, silence_s: float, noise: float
+):
+    """Real speech, which is joined without a pause too: none of it is lost at the borders of pieces."""
+    paths = sorted((speech_data / "librispeech_mini").rglob("*.opus"))[::150]
+    random = np.random.default_rng(0)
+    utterances = [read(path) for path in paths]
+    parts = [part for x in utterances for part in (x, np.zeros(round(16000 * silence_s), np.float32))]
+    samples = np.concatenate(parts)
+    samples += random.normal(0, noise, len(samples)).astype(np.float32)
+    activity = VoiceActivity(16000, network)
+    cutter = Cutter(CutConfig(), 16000, activity.window, 640)
+    pieces = cutter.accept(samples, activity.accept(samples)) + cutter.finish(activity.finish())
+    kept = np.zeros(len(samples), bool)
+    for piece in pieces:
+        kept[piece.start : piece.start + len(piece.samples)] = True
+    assert len(pieces) > 4
+    levels = np.sqrt(np.square(samples[: len(samples) // 320 * 320].reshape(-1, 320)).mean(1))
+    loud = levels > 0.1 * np.quantile(levels, 0.95)
+    lost = ~kept[: len(loud) * 320 : 320][loud]
+    assert lost.mean() < 0.002
+    if silence_s == 3.0:
+        assert kept.mean() < 0.95
+
+
+def test_without_the_network_the_line_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(voice, "PACKAGES", ("no_such_package",))
+    with pytest.raises(MissingExtra, match=r"pip install 'asr-toolkit\[vad\]'"):
+        VoiceActivity(16000)
+
+
+def test_another_network_of_that_name_is_refused_and_no_package_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "some_package" / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"another")
+    (tmp_path / "some_package" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(voice, "PACKAGES", ("some_package",))
+    with pytest.raises(BundleError, match=r"not the network of silero-vad 6.2; pip install"):
+        find_model()
+    with pytest.raises(BundleError, match="cannot open it"):
+        VoiceActivity(16000, path)
+
+
+def test_other_sample_rates_are_refused_with_a_way_out():
+    with pytest.raises(BundleError, match=r"hears 22,050 Hz, voice activity detection 8,000 or 16,000 Hz"):
+        VoiceActivity(22050)
