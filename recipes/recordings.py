@@ -98,7 +98,7 @@ class Bar:
 
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
-                BarColumn(),
+                BarColumn(20),
                 TextColumn("{task.fields[told]}", markup=False),
                 TimeRemainingColumn(),
                 console=Console(file=sys.stderr),

@@ -197,3 +197,26 @@ def _exported_once(
                 info = describe(model, folder, target, Origin("tiny", "Apache-2.0"))
                 write_bundle(built, info, folder, folder / target)
     return folder
+
+
+class LoudVoice:
+    """In the place of asr.runtime.voice.VoiceActivity: somebody speaks where it is loud."""
+
+    window = 512
+
+    def __init__(self, sample_rate: int = 16000) -> None:
+        self._rest = np.zeros(0, np.float32)
+
+    def accept(self, samples: np.ndarray) -> list[float]:
+        samples = np.concatenate([self._rest, samples])
+        whole = len(samples) // 512 * 512
+        self._rest = samples[whole:]
+        return [0.9 * float(np.abs(x).mean() > 0.01) for x in samples[:whole].reshape(-1, 512)]
+
+    def finish(self) -> list[float]:
+        return self.accept(np.zeros(512 - len(self._rest), np.float32)) if len(self._rest) else []
+
+
+@pytest.fixture(scope="session")
+def loud_voice() -> type[LoudVoice]:
+    return LoudVoice

@@ -58,7 +58,7 @@ class Batch:
 class Recording:
     """One recording, and the model that hears it."""
 
-    def __init__(self, bundle: Bundle, config: RecordingConfig, voice: VoiceActivity | None = None) -> None:
+    def __init__(self, bundle: Bundle, config: RecordingConfig) -> None:
         """ConfigError or BundleError where that is not possible, MissingExtra without silero-vad."""
         info = bundle.info
         info.check_context(config.context)
@@ -68,7 +68,7 @@ class Recording:
         self._cut = config.cut
         if longest := info.features.max_samples:
             self._cut = replace(config.cut, max_s=min(config.cut.max_s, longest / self._rate))
-        self._voice = voice or VoiceActivity(self._rate)
+        self._voice = VoiceActivity(self._rate)
         self.duration_s = 0.0
         """Seconds of samples heard so far."""
 
