@@ -2,15 +2,15 @@
 
 PortAudio calls from a thread of its own and must never wait, so blocks go through a queue of QUEUE_S seconds.
 When whoever reads is slower than speech for longer than that, the newest blocks are lost, and the next one
-that is delivered says so; how far the reader is behind is measured for every block.
+that is delivered says so; how far the reader is behind is measured for every block. A simulated device
+(asr/virtual_microphone.py) goes the same way, on a clock of its own.
 """
 
 import queue
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soxr
@@ -48,10 +48,31 @@ class Block:
     overflowed: bool
     """Sound was lost right before it, here or in the device."""
 
+    lost_s: float = 0.0
+    """How much of it was lost here; of what a device loses, nobody knows."""
+
+
+class Simulation(Protocol):
+    """A device that is none, and its time."""
+
+    audio: Any
+    """In the place of sounddevice."""
+
+    def now(self) -> float:
+        """Seconds."""
+        ...
+
+    def wait(self, is_empty: bool) -> None:
+        """Deliver what has come by now; if nothing waits to be read, let time pass until something comes."""
+        ...
+
 
 def devices() -> list[Device]:
     """The inputs there are. MissingExtra without sounddevice, AudioError without PortAudio."""
-    sounddevice = _sounddevice()
+    return _inputs(_sounddevice())
+
+
+def _inputs(sounddevice: Any) -> list[Device]:
     default = sounddevice.default.device[0]
     return [
         Device(i, d["name"], d["max_input_channels"], int(d["default_samplerate"]), i == default)
@@ -61,7 +82,10 @@ def devices() -> list[Device]:
 
 
 def microphone_blocks(
-    device: int | str | None = None, sample_rate: int = SAMPLE_RATE, block_ms: int = 100
+    device: int | str | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    block_ms: int = 100,
+    simulation: Simulation | None = None,
 ) -> Iterator[Block]:
     """What a microphone hears, from now on and for ever; closing the iterator releases the device.
 
@@ -69,10 +93,10 @@ def microphone_blocks(
     sample_rate is opened at its own rate and resampled. AudioError when there is no such device, or when it
     stops delivering.
     """
-    sounddevice = _sounddevice()
-    found = _find(device)
+    sounddevice = simulation.audio if simulation else _sounddevice()
+    found = _find(device, _inputs(sounddevice))
     rate = _native_rate(sounddevice, found, sample_rate)
-    inbox = _Inbox(max(1, round(1000 * QUEUE_S / block_ms)))
+    inbox = _Inbox(max(1, round(1000 * QUEUE_S / block_ms)), simulation)
     resampler = None if rate == sample_rate else soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
     try:
         with sounddevice.InputStream(
@@ -84,10 +108,10 @@ def microphone_blocks(
             callback=inbox.put,
         ) as stream:
             while True:
-                samples, arrived_s, overflowed = inbox.get(stream, found.name)
+                samples, arrived_s, overflowed, lost = inbox.get(stream, found.name)
                 if resampler is not None:
                     samples = resampler.resample_chunk(samples)
-                yield Block(samples, time.monotonic() - arrived_s, overflowed)
+                yield Block(samples, inbox.now() - arrived_s, overflowed, lost / rate)
     except sounddevice.PortAudioError as error:
         raise AudioError(f"microphone {found.name!r}: {error}; is it in use, or unplugged?") from None
 
@@ -101,19 +125,26 @@ def level_db(samples: Floats) -> float:
 class _Inbox:
     """Where PortAudio's thread leaves blocks, and marks what it could not leave."""
 
-    def __init__(self, max_blocks: int) -> None:
-        self._queue: queue.Queue[tuple[Floats, float, bool]] = queue.Queue(max_blocks)
+    def __init__(self, max_blocks: int, simulation: Simulation | None) -> None:
+        self._queue: queue.Queue[tuple[Floats, float, bool, int]] = queue.Queue(max_blocks)
+        self._simulation = simulation
         self._has_lost = False
+        self._num_lost = 0
+
+    def now(self) -> float:
+        return self._simulation.now() if self._simulation else time.monotonic()
 
     def put(self, samples: Floats, _num_frames: int, _time: Any, status: Any) -> None:
-        has_lost = self._has_lost or bool(status.input_overflow)
+        self._has_lost |= bool(status.input_overflow)
         try:
-            self._queue.put_nowait((samples[:, 0].copy(), time.monotonic(), has_lost))
-            self._has_lost = False
+            self._queue.put_nowait((samples[:, 0].copy(), self.now(), self._has_lost, self._num_lost))
+            self._has_lost, self._num_lost = False, 0
         except queue.Full:
-            self._has_lost = True
+            self._has_lost, self._num_lost = True, self._num_lost + len(samples)
 
-    def get(self, stream: Any, name: str) -> tuple[Floats, float, bool]:
+    def get(self, stream: Any, name: str) -> tuple[Floats, float, bool, int]:
+        if self._simulation:
+            self._simulation.wait(self._queue.empty())
         try:
             # a stream that has ended brings nothing more, so there is nothing to wait for
             return self._queue.get(timeout=SILENT_S if stream.active else 0.01)
@@ -122,8 +153,7 @@ class _Inbox:
             raise AudioError(f"microphone {name!r} {what}; is it unplugged or muted by the system?") from None
 
 
-def _find(device: int | str | None) -> Device:
-    there = devices()
+def _find(device: int | str | None, there: list[Device]) -> Device:
     if not there:
         raise AudioError("no microphone found; plug one in, or transcribe a file")
     if device is None or device == "":
@@ -139,7 +169,7 @@ def _find(device: int | str | None) -> Device:
     return fits[0]
 
 
-def _native_rate(sounddevice: ModuleType, device: Device, sample_rate: int) -> int:
+def _native_rate(sounddevice: Any, device: Device, sample_rate: int) -> int:
     try:
         sounddevice.check_input_settings(
             device=device.index, channels=1, dtype="float32", samplerate=sample_rate
@@ -149,7 +179,7 @@ def _native_rate(sounddevice: ModuleType, device: Device, sample_rate: int) -> i
     return sample_rate
 
 
-def _sounddevice() -> ModuleType:
+def _sounddevice() -> Any:
     try:
         import sounddevice
     except ModuleNotFoundError:

@@ -6,7 +6,7 @@ alignment of the reference says, made by a bundle that hears the whole utterance
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,14 +17,20 @@ from asr.decode.align import align
 from asr.decode.scorer import Floats
 from asr.errors import ManifestError
 from asr.latency import Latency, Told, Trace, make_trace, summarise
+from asr.microphone import Block, microphone_blocks
 from asr.runtime.bundle import Bundle
 from asr.runtime.events import Event
 from asr.runtime.onnx_scorer import OnnxScorer
 from asr.runtime.stream import Stream
 from asr.runtime.utterance import StreamConfig
+from asr.runtime.whole import open_stream
 from asr.tokens import UNK, normalise
+from asr.virtual_microphone import VirtualMicrophone
 from export.bench import BLOCK_S
 from export.verify import read_utterances
+
+SILENT_S = 3.0
+"""Who speaks to a microphone is silent for so long afterwards: more than any endpoint waits."""
 
 
 class Spoken(NamedTuple):
@@ -130,6 +136,29 @@ def play(bundle: Bundle, samples: Floats, config: StreamConfig) -> tuple[list[To
         listener.hear(1000 * (start + len(block)) / rate, partial(stream.accept, block))
     listener.hear(1000 * len(samples) / rate, stream.finish)
     return listener.told, listener.computing_ms
+
+
+def play_to_microphone(
+    bundle: Bundle, samples: Floats, config: StreamConfig, block_ms: int, **device: Any
+) -> tuple[list[Told], list[Block]]:
+    """As `play`, through a virtual microphone with blocks as `asr transcribe --mic` has them, and its queue.
+
+    The times are when a text is shown. Who speaks is silent behind samples (S,) until the last text has
+    come: nobody tells a microphone that there is no more.  device: options of VirtualMicrophone.
+    """
+    rate = bundle.info.features.sample_rate
+    microphone = VirtualMicrophone(samples, rate, **device)
+    stream = open_stream(bundle, config)
+    told: list[Told] = []
+    blocks: list[Block] = []
+    last_s = len(samples) / rate + SILENT_S
+    for block in microphone_blocks(None, rate, block_ms, microphone):
+        blocks.append(replace(block, samples=block.samples[:0]))
+        for event in stream.accept(block.samples):
+            told.append(Told(1000 * stream.duration_s, 1000 * microphone.now(), event.text, event.final))
+        if stream.duration_s >= last_s:
+            break
+    return told, blocks
 
 
 class Listener:

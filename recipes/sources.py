@@ -14,11 +14,14 @@ from asr.errors import AudioError, ConfigError
 
 if TYPE_CHECKING:
     from asr.decode.scorer import Floats
+    from asr.microphone import Block
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 BLOCK_S = 0.1
 LAG_S = 1.0
 """More than this between a word and its text is worth a warning."""
+COMPLAINT_S = 10.0
+"""Warnings about the microphone come no faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,12 @@ class Source:
     @property
     def is_live(self) -> bool:
         """Whether its sound comes no faster than it is spoken."""
-        return self.name in ("-", "microphone") or self.settings.realtime
+        return self.is_gone or self.settings.realtime
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its sound cannot be heard again."""
+        return self.name in ("-", "microphone")
 
     def blocks(self, sample_rate: int) -> Iterator[Floats]:
         """Its samples at sample_rate. AudioError where it cannot be used."""
@@ -98,19 +106,51 @@ def _sound_files(folder: Path, recursive: bool) -> list[Path]:
 
 
 def _microphone(device: str, sample_rate: int) -> Iterator[Floats]:
-    """Blocks of the microphone; on a terminal with a level meter, and a word where computing is too slow."""
+    """Blocks of the microphone; on a terminal with a level meter. What is lost or late is always told."""
     from asr.microphone import level_db, microphone_blocks
 
-    warned_at = -60.0
-    for block in microphone_blocks(device, sample_rate, round(1000 * BLOCK_S)):
-        now = time.monotonic()
-        if (block.overflowed or block.lag_s > LAG_S) and now > warned_at + 10:
-            warned_at = now
-            what = "samples were lost" if block.overflowed else f"{block.lag_s:.1f} s behind"
-            print(f"\rasr: {what}: this machine is too slow for this model\x1b[K", file=sys.stderr)
-        if sys.stderr.isatty():
-            print(f"\r{meter(level_db(block.samples))}", end="", file=sys.stderr, flush=True)
-        yield block.samples
+    complaints = Complaints()
+    try:
+        for block in microphone_blocks(device, sample_rate, round(1000 * BLOCK_S)):
+            complaints.hear(block)
+            if sys.stderr.isatty():
+                print(f"\r{meter(level_db(block.samples))}", end="", file=sys.stderr, flush=True)
+            yield block.samples
+    finally:
+        complaints.end()
+
+
+class Complaints:
+    """What goes wrong with a microphone: told when it begins, and then together, every COMPLAINT_S."""
+
+    def __init__(self) -> None:
+        self._told_at = -COMPLAINT_S
+        self._num_gaps, self._lost_s, self._lag_s = 0, 0.0, 0.0
+
+    def hear(self, block: Block) -> None:
+        self._num_gaps += block.overflowed
+        self._lost_s += block.lost_s
+        self._lag_s = max(self._lag_s, block.lag_s)
+        if time.monotonic() >= self._told_at + COMPLAINT_S:
+            self.tell()
+
+    def end(self) -> None:
+        """Say which losses have not been told."""
+        if self._num_gaps:
+            self.tell()
+
+    def tell(self) -> None:
+        """Say what has not been said."""
+        found = [f"{self._lag_s:.1f} s behind"] if self._lag_s > LAG_S else []
+        if self._num_gaps:
+            times = "once" if self._num_gaps == 1 else f"{self._num_gaps} times"
+            amount = f", {self._lost_s:.1f} s of it here" if self._lost_s else " by the device"
+            found.append(f"sound was lost {times}{amount}")
+        if found:
+            why = ": this machine is too slow for this model" if self._lag_s > LAG_S else ""
+            print(f"\rasr: {'; '.join(found)}{why}\x1b[K", file=sys.stderr)
+            self._told_at = time.monotonic()
+        self._num_gaps, self._lost_s, self._lag_s = 0, 0.0, 0.0
 
 
 def meter(level_db: float) -> str:

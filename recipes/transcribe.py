@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asr.errors import AsrError, ConfigError
+from asr.errors import AsrError, AudioError, ConfigError
 from recipes.options import Mode, Search, stream_config
 from recipes.sources import Settings, Source, find_sources, print_devices, terminal_width
 
@@ -70,17 +70,11 @@ def transcribe(
     Example: arecord -t raw -f S16_LE -r 16000 | asr transcribe bundle -
     """
     from asr.runtime import Bundle
-    from asr.runtime.transcript import FORMATS
 
     if list_devices:
         print_devices()
         return
-    if format_ not in FORMATS:
-        raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
-    if mic == bool(sources):
-        raise ConfigError("pass sound files, folders or -, or else --mic")
-    if vad and (mic or realtime):
-        raise ConfigError("--vad is for sound that is there already; leave it out, or --mic and --realtime")
+    _check_options(format_, mic, bool(sources), vad, realtime)
     config = stream_config(mode, chunk_ms, left_chunks, look_ahead, search)
     settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)
     found = find_sources(sources or [], recursive, settings)
@@ -95,6 +89,18 @@ def transcribe(
     run.summarise()
     if run.num_failed:
         raise typer.Exit(FINISHED_WITH_FAILURES)
+
+
+def _check_options(format_: str, mic: bool, has_sources: bool, vad: bool, realtime: bool) -> None:
+    """ConfigError where they do not go together."""
+    from asr.runtime.transcript import FORMATS
+
+    if format_ not in FORMATS:
+        raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
+    if mic == has_sources:
+        raise ConfigError("pass sound files, folders or -, or else --mic")
+    if vad and (mic or realtime):
+        raise ConfigError("--vad is for sound that is there already; leave it out, or --mic and --realtime")
 
 
 def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> RecordingConfig:
@@ -145,6 +151,9 @@ class Run:
     pieces: RecordingConfig | None = None
     """How recordings are cut, if they are."""
 
+    broken: AudioError | None = None
+    """What ended a source that cannot be heard again; its transcript is complete until then."""
+
     num_done: int = 0
     num_failed: int = 0
     audio_s: float = 0.0
@@ -157,6 +166,8 @@ class Run:
                 for line in self._lines(source, events, named=output is None and not self.is_single):
                     file.write(line + "\n")
                     file.flush()
+            if self.broken:
+                raise self.broken  # a source that cannot be heard again is the only one
             self.num_done += 1
         except AsrError as error:
             if self.is_single:
@@ -194,14 +205,16 @@ class Run:
 
         config = self.config if source.is_live else replace(self.config, chunks_per_call=CHUNKS_PER_CALL)
         stream = open_stream(self.bundle, config)
-        blocks = source.blocks(self.bundle.info.features.sample_rate)
-        with (
-            contextlib.suppress(KeyboardInterrupt)
-            if source.name == "microphone"
-            else contextlib.nullcontext()
-        ):
-            for block in blocks:
+        try:
+            for block in source.blocks(self.bundle.info.features.sample_rate):
                 yield from _shown(stream.accept(block), source.settings.realtime)
+        except KeyboardInterrupt:
+            if source.name != "microphone":
+                raise
+        except AudioError as error:
+            if not source.is_gone or not stream.duration_s:
+                raise
+            self.broken = error  # what was said until then is worth keeping
         yield from _shown(stream.finish(), source.settings.realtime)
         self.audio_s += stream.duration_s
 

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,12 +12,13 @@ import pytest
 import soundfile
 
 from asr.audio import blocks, write
+from asr.errors import AudioError
 from asr.microphone import Block, Device
 from asr.runtime import Bundle, Stream, StreamConfig
 from export.verify import made_sound
 from recipes import sources
 from recipes.cli import main
-from recipes.sources import Settings, find_sources, meter, paced
+from recipes.sources import Complaints, Settings, find_sources, meter, paced
 
 Result = tuple[int, str, str]
 
@@ -206,8 +208,13 @@ def test_partial_texts_are_lines_where_a_file_is_played_without_a_terminal(
 class FakeMicrophone:
     """asr.microphone, with sound of its own; the user interrupts at the end."""
 
-    def __init__(self, sound: np.ndarray, lag_s: float = 0.0) -> None:
-        self.sound, self.lag_s = sound, lag_s
+    def __init__(
+        self,
+        sound: np.ndarray,
+        lag_s: float = 0.0,
+        error: type[BaseException] | Exception = KeyboardInterrupt,
+    ) -> None:
+        self.sound, self.lag_s, self.error = sound, lag_s, error or KeyboardInterrupt()
 
     def devices(self) -> list[Device]:
         return [Device(0, "Built-in", 2, 48000, True), Device(3, "Headset", 1, 16000, False)]
@@ -220,7 +227,7 @@ class FakeMicrophone:
         for start in range(0, len(self.sound), sample_rate * block_ms // 1000):
             samples = self.sound[start : start + sample_rate * block_ms // 1000]
             yield Block(samples, self.lag_s, overflowed=False)
-        raise KeyboardInterrupt
+        raise self.error
 
 
 def test_the_microphone_is_transcribed_until_an_interrupt(
@@ -233,6 +240,39 @@ def test_the_microphone_is_transcribed_until_an_interrupt(
     assert out.splitlines() == expected(tiny_bundles, folder / "a.wav")
     assert err.count("3.0 s behind") == 1
     assert asr("--list-devices")[1] == "  0  Built-in  (default)\n  3  Headset\n"
+
+
+def test_a_microphone_that_is_pulled_out_leaves_what_was_said_and_is_told(
+    asr, tiny_bundles: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sound = np.concatenate(list(blocks(folder / "a.wav")))
+    fake = FakeMicrophone(sound, error=AudioError("microphone 'Headset' has stopped"))
+    monkeypatch.setitem(sys.modules, "asr.microphone", fake)
+    status, out, err = asr("--mic", "--device", "3")
+    assert status == 2
+    assert out.splitlines() == expected(tiny_bundles, folder / "a.wav")
+    assert err == "asr: microphone 'Headset' has stopped\n"
+    assert asr("--mic", "--device", "3", "-o", tmp_path / "said.txt")[0] == 2
+    assert (tmp_path / "said.txt").read_text() == out
+
+
+@pytest.mark.parametrize("lag_s", [0.0, 3.0])
+def test_every_loss_of_a_microphone_is_told(lag_s: float, monkeypatch: pytest.MonkeyPatch, capsys):
+    """At once, or together with others when the last complaint is long enough ago, or at the end."""
+    clock = [0.0]
+    monkeypatch.setattr(sources.time, "monotonic", lambda: clock[0])
+    complaints = Complaints()
+    lost = np.random.default_rng(0).random(400) < 0.1
+    for is_lost in lost:
+        clock[0] += 0.1
+        complaints.hear(Block(np.zeros(10, np.float32), lag_s, bool(is_lost), 0.5 * is_lost))
+    complaints.end()
+    told = capsys.readouterr().err
+    times = [1 if word == "once" else int(word) for word in re.findall(r"lost (\w+)", told)]
+    assert sum(times) == lost.sum()
+    assert sum(map(float, re.findall(r"([\d.]+) s of it here", told))) == pytest.approx(0.5 * lost.sum())
+    assert told.count("\n") <= 5
+    assert ("3.0 s behind" in told) == ("too slow for this model" in told) == (lag_s > 0)
 
 
 def test_meter():
