@@ -35,6 +35,16 @@ from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
 GRAPHS = ("encoder", "memory", "decoder")
 
+INPUT = {
+    "encoder": ("window", "samples"),
+    "memory": ("y",),
+    "decoder": ("cross_keys",),
+    "reverse": ("y_lens",),
+    "length": ("durations",),
+    "fire": ("y",),
+}
+"""By which input each graph is known: it has one of these."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -104,6 +114,10 @@ class Bundle:
                 f"{path}: onnxruntime {ort.__version__} cannot open it ({error}); export again"
             ) from None
         of_tokens = session.get_modelmeta().custom_metadata_map.get("tokens_sha256")
+        inputs = [x.name for x in session.get_inputs()]
+        if of_tokens is None or not set(INPUT[name]) & set(inputs):
+            what = "does not say which tokens.txt it belongs to" if of_tokens is None else "is another graph"
+            raise BundleError(f"{path}: {what} (its inputs are {', '.join(inputs)}); export again")
         if of_tokens != self.info.tokens_sha256:
             raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
         return session

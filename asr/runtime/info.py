@@ -36,6 +36,11 @@ class Features:
     max_samples: int
     """Of an utterance, at most; 0: any number."""
 
+    def __post_init__(self) -> None:
+        for name in ("sample_rate", "num_bins", "frame_samples", "shift_samples"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+
 
 @checked(frozen=True, config=STRICT)
 class Field:
