@@ -25,6 +25,7 @@ from asr.decode.prompt import with_prompt
 from asr.decode.rescore import rescore
 from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segmental import label_synchronous, segmental, segmental_simple
+from asr.decode.speculative import greedy
 from asr.decode.triggered import Triggered
 from asr.decode.unbounded import unbounded
 from asr.decode.whisper_windows import hear
@@ -55,8 +56,10 @@ def ctc_prefix(
 def attention(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """Beam search by the decoder alone; CTC only bounds it (guards.py)."""
-    return search(scorer, log_probs, memory, replace(config, ctc_weight=0.0))
+    """Beam search by the decoder alone; CTC bounds it (guards.py), and with a beam of 1 drafts it."""
+    config = replace(config, ctc_weight=0.0)
+    write = greedy if config.beam == 1 and scorer.has_ctc else search
+    return write(scorer, log_probs, memory, config)
 
 
 def two_pass(

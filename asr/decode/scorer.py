@@ -133,6 +133,15 @@ class Scorer(Protocol):
         `sos_eos` first: (H, U, T), of each head or, with H = 1, the mean of all."""
         ...
 
+    def steps(self, state: Any, tokens: Ints, k: int) -> Step:
+        """As `step` with everything heard, and what the decoder says behind each of tokens (B, U), in one
+        call: ids and log_probs (B, U, k); attention (B, U, 0) is not asked for."""
+        ...
+
+    def rewind(self, state: Any, num_tokens: int) -> Any:
+        """The state of the same hypotheses behind their first num_tokens, `sos_eos` counted."""
+        ...
+
     def select(self, state: Any, index: Ints) -> Any:
         """The state of hypotheses index (B',), which may repeat, drop and reorder."""
         ...

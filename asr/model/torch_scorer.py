@@ -161,6 +161,24 @@ class TorchScorer:
             found = self.model.decoder.listen(shown, heard.cross_keys, heard.cross_values, heard.y_lens)
         return found[0].cpu().numpy()
 
+    def steps(self, state: Hypotheses, tokens: Ints, k: int) -> Step:
+        """As Scorer.steps; only the k best of the V leave the device."""
+        heard = state.heard or state.memory.rows(state.owner)
+        given = torch.from_numpy(tokens).to(self.device)
+        decoder = self.model.decoder
+        with self._evaluating():
+            logits, attention, past = decoder(
+                given, heard.cross_keys, heard.cross_values, heard.y_lens, state.past
+            )
+            values, ids = decoder.log_probs(logits.float()).topk(k)
+        state = replace(state, heard=heard, past=past)
+        return Step(ids.cpu().numpy(), values.cpu().numpy(), attention.cpu().numpy(), state)
+
+    def rewind(self, state: Hypotheses, num_tokens: int) -> Hypotheses:
+        """As Scorer.rewind."""
+        past = DecoderState(*(x[:, :, :, :num_tokens] for x in state.past.tensors()))
+        return replace(state, past=past)
+
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""
         owner = state.owner[index]

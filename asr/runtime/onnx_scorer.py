@@ -227,6 +227,18 @@ class OnnxScorer:
         state = self.start(memory, owner)
         return self._decode(np.array([tokens], np.int64), memory.gather(owner), state.past)[1]
 
+    def steps(self, state: DecoderState, tokens: Ints, k: int) -> Step:
+        state = replace(state, cross=state.cross or state.memory.gather(state.owner))
+        log_probs, attention, past = self._decode(tokens, state.cross or {}, state.past)
+        return Step(*_best(log_probs, k), attention[:, :, :0], replace(state, past=past))
+
+    def rewind(self, state: DecoderState, num_tokens: int) -> DecoderState:
+        past = {}
+        for field in self.bundle.info.decoder_state:
+            axis = 1 + field.shape.index("U")
+            past[field.name] = state.past[field.name][(slice(None),) * axis + (slice(num_tokens),)]
+        return replace(state, past=past)
+
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]
         is_same = np.array_equal(owner, state.owner)
@@ -313,9 +325,9 @@ def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:
 
 
 def _best(log_probs: Floats, k: int) -> tuple[Ints, Floats]:
-    """log_probs (B, V) -> the k likeliest ids and their values (B, k), best first."""
-    k = min(k, log_probs.shape[1])
-    ids = np.argpartition(-log_probs, k - 1, axis=1)[:, :k]
-    values = np.take_along_axis(log_probs, ids, 1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
+    """log_probs (..., V) -> the k likeliest ids and their values (..., k), best first."""
+    k = min(k, log_probs.shape[-1])
+    ids = np.argpartition(-log_probs, k - 1, axis=-1)[..., :k]
+    values = np.take_along_axis(log_probs, ids, -1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    return np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)

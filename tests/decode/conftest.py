@@ -80,6 +80,21 @@ class Toy:
         ids = np.argsort(-table, 1)[:, :k]
         return Step(ids, np.take_along_axis(table, ids, 1), np.zeros((len(ids), 0), np.float32), grown)
 
+    def steps(self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int) -> Step:
+        """One call, however many tokens."""
+        parts, count = [], self.num_steps
+        for column in tokens.T:
+            parts.append(self.step(state, column, k))
+            state = parts[-1].state
+        self.num_steps = count + 1
+        ids, log_probs = (np.stack([getattr(x, name) for x in parts], 1) for name in ("ids", "log_probs"))
+        return Step(ids, log_probs, np.zeros((*ids.shape[:2], 0), np.float32), state)
+
+    def rewind(
+        self, state: list[tuple[int, tuple[int, ...]]], num_tokens: int
+    ) -> list[tuple[int, tuple[int, ...]]]:
+        return [(seed, past[:num_tokens], *rest) for seed, past, *rest in state]
+
     def select(
         self, state: list[tuple[int, tuple[int, ...]]], index: Ints
     ) -> list[tuple[int, tuple[int, ...]]]:

@@ -1,0 +1,139 @@
+"""Greedy search by the attention decoder in few calls of it: the best CTC path is a draft that it checks.
+
+One call says what the decoder would write behind every token of a draft. Where that is the draft itself, it
+is written; the first token that is not is the decoder's own, and what is left of the draft is aligned anew
+behind it. Every token is the decoder's likeliest behind those before it, so the answer is that of beam search
+with a beam of 1, token by token, whatever the draft says; a bad draft only costs time. One thing is left to
+chance: a product of one token and one of several may be rounded differently, which decides where two units
+are equally likely, and with 8-bit activations, whose scale is of the call, where they are nearly so.
+
+Blockwise parallel decoding (Stern et al., arXiv:1811.03115) and aggressive decoding (Ge et al.,
+arXiv:2205.10350), with CTC for a draft.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from asr.decode.config import SearchConfig
+from asr.decode.guards import LENGTH, REPETITION, repeats
+from asr.decode.joint import Answers, Finished
+from asr.decode.prompt import prompt_ids
+from asr.decode.scorer import BLANK, Floats, Hypothesis, Ints, Scorer, Step
+from asr.decode.step import steps
+
+ROWS = 8
+"""Utterances checked in one call: bounds the memory of the logits of their drafts."""
+
+
+def greedy(
+    scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
+) -> list[list[Hypothesis]]:
+    """The answers of joint.search with a beam of 1 and no weight on CTC, which the model has to have."""
+    texts = [Text.begin(n, x, config) for n, x in enumerate(log_probs)]
+    heard = [text for text, x in zip(texts, log_probs, strict=True) if len(x)]
+    for start in range(0, len(heard), ROWS):
+        _write(scorer, heard[start : start + ROWS], memory, config)
+    return [text.answers.nbest(config) for text in texts]
+
+
+class Draft:
+    """What CTC heard, and how far what is written has come in it."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = np.array(tokens, np.int64)
+        self._distances = np.arange(len(tokens) + 1)
+        """Edits between what is written and each beginning of the draft."""
+        self._place = 0
+
+    def write(self, token: int) -> None:
+        """Align to one more token."""
+        old, column = self._distances, np.arange(len(self._distances))
+        same = self._tokens == token
+        new = np.append(old[0] + 1, np.minimum(old[1:] + 1, old[:-1] + ~same))
+        self._distances = np.minimum.accumulate(new - column) + column
+        # of places that are equally far, those behind this very token, then the nearest to the next
+        behind = np.append(False, same & (self._distances[1:] == old[:-1]))
+        order = np.lexsort((np.abs(column - self._place - 1), ~behind, self._distances))
+        self._place = int(order[0])
+
+    def rest(self) -> list[int]:
+        """What is left of it."""
+        return self._tokens[self._place :].tolist()
+
+
+@dataclass
+class Text:
+    """What is written of one utterance."""
+
+    utterance: int
+    answers: Answers
+    draft: Draft
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, utterance: int, log_probs: Floats, config: SearchConfig) -> "Text":
+        answers = Answers.begin(log_probs, config, Hypothesis((), 0.0))
+        return cls(utterance, answers, Draft(answers.ctc_tokens))
+
+    def drafted(self) -> list[int]:
+        """What the decoder is to check next, as far as there is room for it."""
+        return self.draft.rest()[: self.answers.max_tokens - len(self.tokens)]
+
+    def check(self, said: Step, drafted: list[int], sos_eos: int, config: SearchConfig) -> bool:
+        """Write what the decoder says while it says what was drafted, and its next token; whether the text
+        goes on.  said: behind the last token and each of those drafted, the likeliest units (U + 1, k)."""
+        for ids, values, expected in zip(said.ids, said.log_probs, [*drafted, BLANK], strict=True):
+            best = int(ids[0] == BLANK and len(ids) > 1)
+            token, value = int(ids[best]), float(values[best])
+            if token == BLANK or value == -np.inf or not self._append(token, value, sos_eos, config):
+                return False
+            if token != expected:
+                break
+        return True
+
+    def _append(self, token: int, value: float, sos_eos: int, config: SearchConfig) -> bool:
+        """Write one token; whether the text goes on, by what ends it and by the guards."""
+        self.log_probs.append(value)
+        values = np.array(self.log_probs)
+        score = float(values.sum())
+        if token == sos_eos:
+            self.answers.finished.append(Finished(score, tuple(self.tokens), values, 0))
+            return False
+        self.tokens.append(token)
+        self.draft.write(token)
+        if len(self.tokens) > self.answers.max_tokens:
+            self.answers.guard = LENGTH
+        elif repeats(np.array([self.tokens]), [self.answers.ctc_tokens], config)[0]:
+            self.answers.guard = REPETITION
+        return not self.answers.guard
+
+
+def _write(scorer: Scorer, texts: list[Text], memory: Any, config: SearchConfig) -> None:
+    """Write several texts to their ends. The state is kept as far as the shortest has come: of longer ones
+    the rest is read again in the next call, where it costs little."""
+    shown = [scorer.sos_eos, *prompt_ids(config)]
+    state, num_known = scorer.start(memory, np.array([x.utterance for x in texts])), 0
+    while texts:
+        drafts = [text.drafted() for text in texts]
+        rows = [[*shown, *x.tokens, *draft][num_known:] for x, draft in zip(texts, drafts, strict=True)]
+        said = steps(scorer, state, _padded(rows), min(2, scorer.num_tokens), config)
+        goes_on = []
+        for b, (text, draft) in enumerate(zip(texts, drafts, strict=True)):
+            new = slice(len(rows[b]) - len(draft) - 1, len(rows[b]))
+            here = Step(said.ids[b, new], said.log_probs[b, new], said.attention, None)
+            goes_on.append(text.check(here, draft, scorer.sos_eos, config))
+        texts = [text for text, more in zip(texts, goes_on, strict=True) if more]
+        if texts:
+            num_known = min(len(shown) + len(x.tokens) for x in texts) - 1
+            state = scorer.select(scorer.rewind(said.state, num_known), np.flatnonzero(goes_on))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Ints:
+    padded = np.full((len(rows), max(map(len, rows))), BLANK, np.int64)
+    for given, row in zip(padded, rows, strict=True):
+        given[: len(row)] = row
+    return padded
