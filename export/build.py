@@ -10,8 +10,9 @@ from asr.model.torch_scorer import TorchScorer
 from asr.runtime.bundle import Bundle
 from asr.runtime.info import ModelInfo
 from export.bundle import Origin, describe, write_bundle
+from export.gate import Limit, Report, gate
+from export.hearing import BundleHearing
 from export.onnx import export_graphs
-from export.quantize import quantize
 from export.targets import TARGETS
 from export.verify import (
     Comparison,
@@ -37,28 +38,42 @@ class Built:
     float32: Comparison
     """The model and its float32 graphs, on made sound, at once and in chunks: the larger difference."""
 
-    quantized: Comparison | None
+    converted: Comparison | None
     """The float32 graphs and those of the bundle, on the utterances given."""
+
+    report: Report | None
+    """What the limit of the word error rate came to."""
 
 
 def build(
-    model: HybridModel, tokens: Path, target: str, origin: Origin, utterances: Sequence[Utterance], out: Path
+    model: HybridModel,
+    tokens: Path,
+    target: str,
+    origin: Origin,
+    utterances: Sequence[Utterance],
+    out: Path,
+    limit: Limit | None = None,
 ) -> Built:
-    """Write the bundle of a model; BundleError, and nothing written, where the graphs are not the model."""
-    graphs = export_graphs(model)
+    """Write the bundle of a model; BundleError, and nothing written, where the graphs are not the model, or
+    those of the target are beyond the limit."""
+    graphs, report = export_graphs(model), None
     info = describe(model, tokens, target, origin)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float32"
         write_bundle(graphs, info, tokens, path)
         float32 = Bundle.load(path)
         proved = _prove(model, float32)
-        if TARGETS[target].quantized:
-            graphs = {name: quantize(graph) for name, graph in graphs.items()}
+        convert = TARGETS[target].converter(float32, graphs, utterances)
+        if convert and limit:
+            hearing = BundleHearing(float32, limit.utterances, limit.modes)
+            graphs, report = gate(graphs, convert, hearing, limit)
+        elif convert:
+            graphs = {name: convert(graph, ()) for name, graph in graphs.items()}
         info = write_bundle(graphs, info, tokens, out)
-        lost = _lost(float32, Bundle.load(out), utterances) if TARGETS[target].quantized else None
-    info = replace(info, figures=_figures(proved, lost))
+        lost = _lost(float32, Bundle.load(out, device="cpu"), utterances) if convert else None
+    info = replace(info, figures=_figures(proved, lost, report))
     info.write(out)
-    return Built(info, proved, lost)
+    return Built(info, proved, lost, report)
 
 
 def made_utterance(model: HybridModel) -> Utterance:
@@ -89,9 +104,9 @@ def _lost(float32: Bundle, bundle: Bundle, utterances: Sequence[Utterance]) -> C
     return compare(*answers)
 
 
-def _figures(proved: Comparison, lost: Comparison | None) -> dict[str, object]:
+def _figures(proved: Comparison, lost: Comparison | None, report: Report | None) -> dict[str, object]:
     figures: dict[str, object] = {"max_difference_to_checkpoint": float(f"{proved.max_difference:.2e}")}
     if lost:
         figures["same_units_as_float32"] = f"{lost.same} of {lost.total} utterances"
         figures["wer_float32"], figures["wer"] = (w and round(w, 2) for w in lost.wer)
-    return figures
+    return figures | ({"gate": report.as_dict()} if report else {})

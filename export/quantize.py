@@ -15,10 +15,18 @@ The decoder's table of embeddings becomes 8-bit too. Weights are signed because 
 fast on processors with VNNI, and use 7 of the 8 bits because processors without add two products in 16 bits
 and saturate: 2 * 255 * 64 fits, 2 * 255 * 127 does not (docs/experiments.md). The graphs need no
 preparation: constants are folded, and shapes known, when they come from `export/onnx.py`.
+
+What a model of its own weights cannot bear is found by `export/gate.py`, by modules: all matrices of an
+attention, say. Graphs name their nodes after the modules that they come from, which is all that is asked of
+them.
 """
 
+import contextlib
 import logging
+import math
+import re
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +40,9 @@ KEPT = {
 }
 """Modules of the encoder that are never quantized."""
 
+MODULE = re.compile(r".*\blayers\.\d+\.[^./]+|[^./]+(\.[^./]+)?")
+"""A module of a layer, as "encoder.layers.0.attention", or one outside the layers, as "decoder.out"."""
+
 OP_TYPES = ["MatMul", "Gemm", "Gather"]
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -39,28 +50,41 @@ LARGE = 1024
 """Numbers in a constant that is worth storing in 16 bits."""
 
 
-def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph of `export/onnx.py` -> the same with 8-bit weights. The argument is left as it is."""
+def quantize(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
+    """A float32 graph of `export/onnx.py` -> the same with 8-bit weights. The argument is left as it is.
+
+    kept: modules that stay in float32, of those of `modules`.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "quantized.onnx"
-        root = logging.getLogger()
-        level = root.level
-        root.setLevel(logging.ERROR)  # it recommends the preparation that is not needed
-        try:
-            quantize_dynamic(
-                copy,
-                path,
-                op_types_to_quantize=OP_TYPES,
-                nodes_to_exclude=_excluded(model),
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                reduce_range=True,
-            )
-        finally:
-            root.setLevel(level)
-        quantized = onnx.load(path)
+        quantize_dynamic(
+            copy,
+            path,
+            op_types_to_quantize=OP_TYPES,
+            nodes_to_exclude=excluded(model, kept),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            reduce_range=True,
+        )
+        return finished(onnx.load(path), model)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """onnxruntime's quantizers recommend on the root logger a preparation that is not needed."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def finished(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
+    """What a quantizer made of a model, checked, with its large float32 constants in 16 bits."""
     _store_in_16_bits(quantized.graph)
     quantized.graph.name = model.graph.name
     quantized.ir_version = model.ir_version
@@ -69,11 +93,15 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _store_in_16_bits(graph: onnx.GraphProto) -> None:
-    """Large float32 constants become float16 ones and a Cast, which onnxruntime folds when it loads them."""
+    """Large float32 constants become float16 ones and a Cast, which onnxruntime folds when it loads them.
+
+    Scales do not: some are too small for 16 bits.
+    """
     casts = []
     for constant in graph.initializer:
         value = onnx.numpy_helper.to_array(constant)
-        if value.dtype == np.float32 and value.size >= LARGE:
+        is_large = value.dtype == np.float32 and value.size >= LARGE
+        if is_large and not constant.name.endswith(("_scale", "_scales")):
             name = constant.name
             constant.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), f"{name}_half"))
             casts.append(onnx.helper.make_node("Cast", [f"{name}_half"], [name], f"{name}/Cast", to=FLOAT))
@@ -82,12 +110,36 @@ def _store_in_16_bits(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
-def _excluded(model: onnx.ModelProto) -> list[str]:
-    """Nodes of the kept modules, and every Gather that does not look up embeddings."""
-    tables = {x.name for x in model.graph.initializer if x.name.endswith("embedding.weight")}
-    kept = tuple(f"{name}{end}" for name in KEPT for end in "./")
-    return [
-        node.name
-        for node in model.graph.node
-        if node.name.startswith(kept) or (node.op_type == "Gather" and node.input[0] not in tables)
-    ]
+def modules(model: onnx.ModelProto) -> dict[str, int]:
+    """What can be kept in float32 of a graph, one by one: module -> its numbers in matrices."""
+    sizes = {x.name: math.prod(x.dims) for x in model.graph.initializer}
+    found: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type in OP_TYPES and not is_fixed(node):
+            size = sizes.get(weight_of(node), 0)
+            if size:
+                found[module_of(node)] = found.get(module_of(node), 0) + size
+    return found
+
+
+def module_of(node: onnx.NodeProto) -> str:
+    """ "encoder.layers.0.attention.out/MatMul_242" -> "encoder.layers.0.attention"."""
+    found = MODULE.match(node.name.partition("/")[0])
+    return found[0] if found else ""
+
+
+def weight_of(node: onnx.NodeProto) -> str:
+    """The input of a node that may be a matrix."""
+    return str(node.input[0] if node.op_type == "Gather" else node.input[1])
+
+
+def excluded(model: onnx.ModelProto, kept: Collection[str]) -> list[str]:
+    """Nodes that are not quantized: those of modules that are to be kept, and those that always are."""
+    return [node.name for node in model.graph.node if module_of(node) in kept or is_fixed(node)]
+
+
+def is_fixed(node: onnx.NodeProto) -> bool:
+    """Whether a node is of the modules that are never quantized, or a Gather that looks up no embeddings."""
+    fixed = tuple(f"{name}{end}" for name in KEPT for end in "./")
+    is_other_gather = node.op_type == "Gather" and not node.input[0].endswith("embedding.weight")
+    return node.name.startswith(fixed) or is_other_gather

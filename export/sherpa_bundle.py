@@ -21,9 +21,11 @@ from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import hash_file
 from asr.tokens import SPACE, load_tokenizer
 from export.bundle import Origin, check_out
+from export.gate import Limit, Report, gate
 from export.onnx import Trace, export
 from export.quantize import quantize
 from export.sherpa import artefacts
+from export.sherpa_hearing import SherpaHearing
 
 MARKER = "sherpa.json"
 """What the folder holds, and why it holds no more; a folder with it may be written anew."""
@@ -83,43 +85,61 @@ class Written:
     left_out: dict[str, str]
     """Artefact -> why it is not there."""
 
+    reports: dict[str, Report]
+    """Artefact -> what the limit of the word error rate came to."""
+
 
 def write_sherpa(
-    model: HybridModel, tokens: Path, origin: Origin, out: Path, only: Sequence[str] = ()
+    model: HybridModel,
+    tokens: Path,
+    origin: Origin,
+    out: Path,
+    limit: Limit | None = None,
+    only: Sequence[str] = (),
 ) -> Written:
     """Export everything that sherpa-onnx can run of a model, or `only` some of it.
 
-    ConfigError where there is nothing, BundleError, and nothing written, where a graph is not the model.
+    ConfigError where there is nothing, BundleError, and nothing written, where a graph is not the model, or
+    those in 8 bits are beyond the limit.
     """
     check_out(out, MARKER)
     found, left_out = artefacts(model.eval().cpu())
     found = {name: x for name, x in found.items() if not only or name in only}
-    symbols = load_tokenizer(tokens).symbols
+    tokenizer = load_tokenizer(tokens)
+    reports: dict[str, Report] = {}
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "sherpa"
         for name, artefact in found.items():
             (folder / name).mkdir(parents=True)
             (folder / name / "tokens.txt").write_text(
-                _tokens(symbols, in_base64=name == "aed"), encoding="utf-8"
+                _tokens(tokenizer.symbols, in_base64=name == "aed"), encoding="utf-8"
             )
             metadata = artefact.metadata | {"version": 1, "model_author": "", "comment": origin.source}
+            graphs = {
+                stem: artefact.written.get(stem, partial(export, trace, stem))()
+                for stem, trace in artefact.graphs.items()
+            }
             for stem, trace in artefact.graphs.items():
-                graph = artefact.written.get(stem, partial(export, trace, stem))()
-                check(trace, graph)
-                quantized = quantize(graph)
-                for x, path in ((graph, f"{stem}.onnx"), (quantized, f"{stem}.int8.onnx")):
+                check(trace, graphs[stem])
+            quantized = {stem: quantize(graph) for stem, graph in graphs.items()}
+            if limit:
+                hearing = SherpaHearing(name, model, tokenizer, limit.utterances)
+                quantized, reports[name] = gate(graphs, quantize, hearing, limit)
+            for stem, graph in graphs.items():
+                for x, path in ((graph, f"{stem}.onnx"), (quantized[stem], f"{stem}.int8.onnx")):
                     onnx.helper.set_model_props(x, {key: str(value) for key, value in metadata.items()})
                     onnx.save(x, folder / name / path)
         (folder / "README.md").write_text(_readme(list(found), model, origin), encoding="utf-8")
         files = {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*.*"))}
         listed = {path: {"size": x.size, "sha256": x.sha256} for path, x in files.items()}
-        info = {"version": __version__, "source": origin.source, "licence": origin.licence}
+        info: dict[str, Any] = {"version": __version__, "source": origin.source, "licence": origin.licence}
+        info |= {"gate": {name: x.as_dict() for name, x in reports.items()}} if reports else {}
         text = json.dumps(info | {"left_out": left_out, "files": listed}, indent=2, ensure_ascii=False)
         (folder / MARKER).write_text(text + "\n", encoding="utf-8")
         if out.exists():
             shutil.move(out, Path(temporary) / "old")
         folder.rename(out)
-    return Written({path: x.size for path, x in files.items()}, left_out)
+    return Written({path: x.size for path, x in files.items()}, left_out, reports)
 
 
 def check(trace: Trace, graph: onnx.ModelProto) -> None:

@@ -107,24 +107,26 @@ def follows(scorer: Scorer, samples: Floats) -> Floats:
 
 def in_chunks(bundle: Bundle, context: Context) -> Encode:
     """Call by call with the state in between, as a stream does it."""
+    return lambda samples: encode_in_chunks(OnnxScorer(bundle), samples, context)[1]
 
-    def encode(samples: Floats) -> Floats:
-        scorer = OnnxScorer(bundle)
-        framer, state = scorer.framer(), scorer.init_state(context)
-        framer.accept(samples)
-        framer.finish()
-        parts = [np.zeros((0, scorer.num_tokens), np.float32)]
-        size = context.chunk * bundle.info.subsampling + bundle.info.overlap_frames
-        while num := min(framer.ready(), size):
-            is_last = num == framer.ready()
-            flush = bundle.info.flush_frames(context) if is_last else 0
-            window = framer.take(num, again=0 if is_last else bundle.info.overlap_frames)
-            out = scorer.advance(window[None], np.array([num]), context, state, flush)
-            state = out.state
-            parts.append(out.log_probs[0, : out.y_lens[0]])
-        return np.concatenate(parts)
 
-    return encode
+def encode_in_chunks(scorer: OnnxScorer, samples: Floats, context: Context) -> tuple[Floats, Floats]:
+    """The encoder's output y (T, C) and CTC log-probabilities (T, V), as a stream has them."""
+    info = scorer.bundle.info
+    framer, state = scorer.framer(), scorer.init_state(context)
+    framer.accept(samples)
+    framer.finish()
+    ys, log_probs = [np.zeros((0, info.dim), np.float32)], [np.zeros((0, scorer.num_tokens), np.float32)]
+    size = context.chunk * info.subsampling + info.overlap_frames
+    while num := min(framer.ready(), size):
+        is_last = num == framer.ready()
+        flush = info.flush_frames(context) if is_last else 0
+        window = framer.take(num, again=0 if is_last else info.overlap_frames)
+        out = scorer.advance(window[None], np.array([num]), context, state, flush)
+        state = out.state
+        ys.append(out.y[0, : out.y_lens[0]])
+        log_probs.append(out.log_probs[0, : out.y_lens[0]])
+    return np.concatenate(ys), np.concatenate(log_probs)
 
 
 def encoding(bundle: Bundle, context: Context) -> Encode:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asr.errors import ConfigError
+from recipes.sets import Progress
 
 if TYPE_CHECKING:
+    from asr.config import ExperimentConfig
+    from asr.model.hybrid import HybridModel
     from asr.runtime.info import ModelInfo
     from export.bundle import Origin
+    from export.gate import Limit, Report
     from export.sherpa_bundle import Written
-    from export.verify import Comparison
+    from export.verify import Comparison, Utterance
 
 SHERPA = "sherpa-onnx"
 
-UTTERANCES = 20
-"""Of the first validation set, to compare on."""
+UTTERANCES, UTTERANCES_OF_WORDS = 20, 500
+"""Of a set: to compare on, and to measure error rates on."""
 
 
 def export(
     experiment: Annotated[Path, typer.Argument(help="folder of the experiment")],
     target: Annotated[
-        str, typer.Option(help="cpu-int8, cpu-fp32 as the reference, or sherpa-onnx")
+        str, typer.Option(help="cpu-int8, cpu-int8-static, cpu-int4, cpu-fp32, cuda-fp16, or sherpa-onnx")
     ] = "cpu-int8",
     out: Annotated[
         Path | None,
@@ -34,47 +40,143 @@ def export(
     licence: Annotated[
         str, typer.Option(help="of the weights, noted in model.json; a converted model states its own")
     ] = "",
+    max_wer_increase: Annotated[
+        float | None, typer.Option(help="what the target may cost, in per cent of the words of a set")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="that set; the first validation set of the experiment if not given")
+    ] = None,
+    utterances: Annotated[
+        int, typer.Option(help="of it, from the first on; 0: 20, or 500 with --max-wer-increase")
+    ] = 0,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="of decoding, for that; several may be given  [default: those with every graph]"),
+    ] = None,
 ) -> None:
     """Write an ONNX bundle that runs without torch, and compare it with the checkpoint.
 
-    The float32 graphs must be the checkpoint up to rounding. What 8-bit matrices change is printed: on some
+    The float32 graphs must be the checkpoint up to rounding. What a target changes is printed: on some
     utterances of the validation set, or on made sound where there is none. The target sherpa-onnx is a folder
     of graphs for that runtime instead, in float32 and 8 bits, with a README that says how it loads each.
 
-    Example: asr export exp/conformer-s --target cpu-int8 -o bundle
+    With --max-wer-increase, word error rates are measured in the chunks of a stream. Where that of the target
+    is beyond, the modules that do most harm stay in float32, as many as it takes; if half of the matrices are
+    not enough, nothing is written, and the exit status is 2.
+
+    Example: asr export exp/conformer-s --max-wer-increase 0.1 --manifest data/manifests/corpus_dev.jsonl.gz
     """
     from asr.train.checkpoint import load_model
-    from export.build import build, made_utterance
     from export.bundle import check_out
-    from export.sherpa_bundle import MARKER, write_sherpa
-    from export.targets import TARGETS
-    from export.verify import read_utterances
+    from export.sherpa_bundle import MARKER
 
-    if target not in (*TARGETS, SHERPA):
-        raise ConfigError(f"--target {target}: no such target; there are {', '.join([*TARGETS, SHERPA])}")
+    _check_target(target, max_wer_increase, utterances)
     out = out or experiment / ("sherpa" if target == SHERPA else "bundle")
     check_out(out, MARKER if target == SHERPA else "model.json")
     model, _, config = load_model(experiment, checkpoint)
     origin = _origin(experiment, checkpoint, licence)
+    needs_set = max_wer_increase is not None or _is_calibrated(target)
+    count = utterances or (UTTERANCES if max_wer_increase is None else UTTERANCES_OF_WORDS)
+    heard, where = _read(experiment, manifest, config, count, needs_set)
+    limit = None
+    if max_wer_increase is not None:
+        command = f"asr export {experiment.name} --target {target} --checkpoint {checkpoint}"
+        limit = _limit(max_wer_increase, heard, where, mode or [], command)
     if target == SHERPA:
-        _print_sherpa(write_sherpa(model, experiment / "tokens", origin, out), out)
-        return
-    rate = config.features.sample_rate
-    found = [Path(path) for path in config.data.valid if Path(path).exists()]
-    where = "made sound"
+        _export_sherpa(model, experiment / "tokens", origin, out, limit)
+    else:
+        _export_bundle(model, experiment / "tokens", target, origin, heard[:UTTERANCES], where, out, limit)
+
+
+def _export_bundle(
+    model: HybridModel,
+    tokens: Path,
+    target: str,
+    origin: Origin,
+    heard: Sequence[Utterance],
+    where: str,
+    out: Path,
+    limit: Limit | None,
+) -> None:
+    from export.build import build, made_utterance
+
     made = made_utterance(model)
-    utterances = [made]
-    if found:
-        utterances, where = read_utterances(found[0], UTTERANCES, rate), found[0].name
-    built = build(model, experiment / "tokens", target, origin, utterances, out)
+    built = build(model, tokens, target, origin, heard or [made], out, limit)
     _print_files(built.info)
     print(
         f"{'torch and onnx':<20}max |Δ log p| {built.float32.max_difference:.1e} "
-        f"on {len(made.samples) / rate:g} s of made sound, at once and in chunks"
+        f"on {len(made.samples) / model.fbank.config.sample_rate:g} s of made sound, at once and in chunks"
     )
-    if built.quantized:
-        _print_quantized(built.quantized, where)
+    if built.converted:
+        _print_converted(built.converted, target, where)
+    if built.report:
+        _print_report(built.report, target, where)
     print(f"{out}/ written, model.json format {built.info.format}, from {origin.source}")
+
+
+def _export_sherpa(model: HybridModel, tokens: Path, origin: Origin, out: Path, limit: Limit | None) -> None:
+    from export.sherpa_bundle import write_sherpa
+
+    written = write_sherpa(model, tokens, origin, out, limit)
+    for name, report in written.reports.items():
+        _print_report(report, f"{name} int8", str(report.limit.about["set"]))
+    _print_sherpa(written, out)
+
+
+def _check_target(target: str, max_wer_increase: float | None, utterances: int) -> None:
+    """ConfigError where there is no such target, or none that could be within the limit."""
+    from export.targets import TARGETS
+
+    if target not in (*TARGETS, SHERPA):
+        raise ConfigError(f"--target {target}: no such target; there are {', '.join([*TARGETS, SHERPA])}")
+    if utterances < 0:
+        raise ConfigError(f"--utterances {utterances}: expected at least 1")
+    if max_wer_increase is None:
+        return
+    if not max_wer_increase >= 0:
+        raise ConfigError(f"--max-wer-increase {max_wer_increase:g}: expected 0 or more")
+    if target in TARGETS and not TARGETS[target].kept:
+        raise ConfigError(f"--max-wer-increase: {target} costs nothing; give a target with fewer bits")
+
+
+def _is_calibrated(target: str) -> bool:
+    from export.targets import TARGETS
+
+    return target in TARGETS and TARGETS[target].calibrate is not None
+
+
+def _read(
+    experiment: Path, manifest: Path | None, config: ExperimentConfig, count: int, is_needed: bool
+) -> tuple[Sequence[Utterance], str]:
+    """The first utterances of a manifest, or of the first set of validation that is there; and its name.
+
+    Where there is none, nothing, and that is called made sound; ConfigError if they are needed.
+    """
+    from export.verify import read_utterances
+
+    path = manifest or next((Path(x) for x in config.data.valid if Path(x).exists()), None)
+    if path:
+        return read_utterances(path, count, config.features.sample_rate), path.name
+    if is_needed:
+        raise ConfigError(f"{experiment}: has no utterances to measure on; give them with --manifest")
+    return [], "made sound"
+
+
+def _limit(
+    max_increase: float, heard: Sequence[Utterance], where: str, modes: Sequence[str], command: str
+) -> Limit:
+    from export.gate import Limit
+
+    given = "".join(f" --mode {mode}" for mode in modes)
+    command += f" --max-wer-increase {max_increase:g} --manifest {where} --utterances {len(heard)}{given}"
+    return Limit(
+        max_increase,
+        heard,
+        modes,
+        {"set": where, "command": command},
+        lambda what, total: Progress("export", what, total).show,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def _origin(experiment: Path, checkpoint: str, licence: str) -> Origin:
@@ -89,7 +191,7 @@ def _origin(experiment: Path, checkpoint: str, licence: str) -> Origin:
 
 
 def _print_files(info: ModelInfo) -> None:
-    kind = info.target.rpartition("-")[2]
+    kind = info.target.partition("-")[2]
     step = f"{info.streaming.chunk_ms} ms a step" if info.streaming else "whole utterances"
     roles = {
         "encoder.onnx": f"samples, {len(info.encoder_state)} states -> log_probs (N, T, {info.num_tokens}), "
@@ -100,7 +202,7 @@ def _print_files(info: ModelInfo) -> None:
         "length.onnx": "encoder output, last token, duration -> where its segment ends",
     }
     for name, role in ((name, role) for name, role in roles.items() if name in info.files):
-        print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<6}{role}")
+        print(f"{name:<20}{info.files[name].size / 1e6:6.1f} MB {kind:<13}{role}")
 
 
 def _print_sherpa(written: Written, out: Path) -> None:
@@ -112,13 +214,26 @@ def _print_sherpa(written: Written, out: Path) -> None:
     print(f"{out}/ written; its README.md says how sherpa-onnx loads each")
 
 
-def _print_quantized(found: Comparison, where: str) -> None:
-    from export.quantize import KEPT
+def _print_converted(found: Comparison, target: str, where: str) -> None:
+    from export.targets import TARGETS
 
-    print(f"{'kept in float32':<20}{', '.join(KEPT.values())}  (export/quantize.py says why)")
+    print(f"{'kept in float32':<20}{TARGETS[target].kept}")
     before, after = found.wer
     wer = "" if before is None or after is None else f"; WER {before:.2f} -> {after:.2f}"
+    kind = target.partition("-")[2]
     print(
-        f"{'onnx and int8':<20}same units in {found.same} of {found.total} utterances of {where}, "
+        f"{'onnx and ' + kind:<20}same units in {found.same} of {found.total} utterances of {where}, "
         f"{found.units:.2f} % of units differ{wer}"
     )
+
+
+def _print_report(report: Report, target: str, where: str) -> None:
+    from export.gate import describe
+
+    print(f"{'WER, float32':<20}{describe(report.wer_float32)}  ({report.words:,} words of {where})")
+    print(f"{'WER, ' + target:<20}{describe(report.wer)}")
+    if report.kept:
+        print(f"{'':<20}{describe(report.wer_all)} before modules were brought back to float32:")
+        for name, harm in report.kept.items():
+            print(f"{'':<20}{name}  (harm {harm:.3g})")
+        print(f"{'':<20}{100 * report.share:.0f} % of the matrices")

@@ -55,8 +55,7 @@ def _bundle(file: Path) -> dict[str, Any]:
 def _plain(value: Any) -> str:
     """A value of model.json in a line: figures with their names, states with their shapes, files by name."""
     if isinstance(value, dict):
-        is_nested = any(isinstance(part, dict) for part in value.values())
-        return ", ".join(value) if is_nested else _figures(value)
+        return _figures(value)
     if isinstance(value, list):
         return ", ".join(
             f"{part.get('name')} {part.get('shape')}" if isinstance(part, dict) else str(part)
@@ -136,5 +135,9 @@ def _size(file: Path) -> dict[str, str]:
 def _figures(values: dict[str, Any]) -> str:
     kept = {key: value for key, value in values.items() if key != "kind"}
     return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in kept.items()
+        key if isinstance(value, dict) else f"{key} {_short(value)}" for key, value in kept.items()
     )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -178,7 +178,6 @@ def _exported_once(
 
     from export.bundle import Origin, describe, write_bundle
     from export.onnx import export_graphs
-    from export.quantize import quantize
     from export.targets import TARGETS
 
     base = factory.getbasetemp()
@@ -191,9 +190,8 @@ def _exported_once(
             (folder / "tokens.txt").write_text(text, encoding="utf-8")
             graphs = export_graphs(model)
             for target in targets:
-                built = graphs
-                if TARGETS[target].quantized:
-                    built = {part: quantize(graph) for part, graph in graphs.items()}
+                convert = TARGETS[target].convert
+                built = {part: convert(graph, ()) if convert else graph for part, graph in graphs.items()}
                 info = describe(model, folder, target, Origin("tiny", "Apache-2.0"))
                 write_bundle(built, info, folder, folder / target)
     return folder

@@ -177,6 +177,18 @@ def _search(
     if mode in OF_SAMPLES:
         return OF_SAMPLES[mode](scorer, samples, config, context)
     log_probs, memory = scorer.encode(samples, context)
+    return search_encoded(scorer, mode, log_probs, memory, config, context)
+
+
+def search_encoded(
+    scorer: Scorer,
+    mode: str,
+    log_probs: Sequence[Floats],
+    memory: Any,
+    config: SearchConfig,
+    context: Context = WHOLE,
+) -> list[list[Hypothesis]]:
+    """The n-best list of each utterance that was encoded already, in a mode that the model has."""
     if mode in ONLINE:
         return search_online(ONLINE[mode], scorer, log_probs, memory, config, context.chunk)
     return AT_END[mode](scorer, log_probs, memory, config)

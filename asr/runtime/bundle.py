@@ -34,6 +34,7 @@ from asr.runtime.info import FileHash, ModelInfo, read_info
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
 GRAPHS = ("encoder", "memory", "decoder")
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 INPUT = {
     "encoder": ("window", "samples"),
@@ -54,13 +55,19 @@ class Bundle:
     info: ModelInfo
     tokenizer: Tokenizer
     threads: int
+    providers: tuple[str, ...]
+    """Of onnxruntime: what runs the graphs, the best first."""
     _graphs: dict[str, bytes]
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int = 1) -> Self:
-        """Read and check a bundle. BundleError says which file is missing, damaged or of another version."""
+    def load(cls, folder: str | Path, threads: int = 1, device: str = "") -> Self:
+        """Read and check a bundle. BundleError says which file is missing, damaged or of another version.
+
+        device: cpu or cuda; that of the bundle's target if not given. A CPU runs all, not all of it fast.
+        """
         folder = Path(folder)
         info = read_info(folder)
+        providers = _providers(folder, info.target, device)
         tokenizer = load_tokenizer(folder)
         _check_units(folder, info, tokenizer)
         contents = {name: _read(folder, name, file) for name, file in info.files.items()}
@@ -68,7 +75,7 @@ class Bundle:
         if missing:
             raise BundleError(f"{folder}: model.json lists no {missing[0]}.onnx; export again")
         graphs = {name[:-5]: data for name, data in contents.items() if name.endswith(".onnx")}
-        return cls(folder, info, tokenizer, threads, graphs)
+        return cls(folder, info, tokenizer, threads, providers, graphs)
 
     @cached_property
     def word_starts(self) -> NDArray[np.bool_]:
@@ -106,7 +113,7 @@ class Bundle:
             session = ort.InferenceSession(
                 self._graphs.pop(name),
                 session_options(self.threads),
-                providers=["CPUExecutionProvider"],
+                providers=list(self.providers),
                 disabled_optimizers=["SkipLayerNormFusion"],  # slower on CPUs than the two it replaces
             )
         except Exception as error:  # onnxruntime has no common base class for its errors
@@ -121,6 +128,19 @@ class Bundle:
         if of_tokens != self.info.tokens_sha256:
             raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
         return session
+
+
+def _providers(folder: Path, target: str, device: str) -> tuple[str, ...]:
+    """What runs a bundle; BundleError where it needs a GPU, and this onnxruntime has none."""
+    device = device or target.partition("-")[0]
+    if device != "cuda":
+        return (CPU,)
+    if CUDA not in ort.get_available_providers():
+        raise BundleError(
+            f"{folder}: made for {target}, and this onnxruntime has no {CUDA}; pip install onnxruntime-gpu "
+            "in its place, or export with --target cpu-int8"
+        )
+    return (CUDA, CPU)
 
 
 def session_options(threads: int) -> ort.SessionOptions:

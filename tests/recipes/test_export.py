@@ -12,6 +12,7 @@ from asr.config import ExperimentConfig, save_config
 from asr.convert.origin import Origin
 from asr.decode.modes import modes_for
 from asr.decode.scorer import Hypothesis
+from asr.errors import BundleError
 from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import Bundle
 from asr.tokens import load_tokenizer
@@ -83,6 +84,52 @@ def test_export_writes_a_bundle_and_says_what_it_proved(asr, experiment: Path, t
     assert (info.target, info.licence, info.source) == (target, "CC0", "tiny, average checkpoint")
     assert float(info.figures["max_difference_to_checkpoint"]) < 1e-4
     assert ("same_units_as_float32" in info.figures) == (target == "cpu-int8")
+
+
+def test_what_a_limit_of_errors_came_to_is_in_the_bundle(asr, experiment: Path, manifest: Path):
+    given = ("--max-wer-increase", 900, "--manifest", manifest, "--utterances", 2, "--mode", "ctc-greedy")
+    status, out, err = asr("export", experiment, *given)
+    assert status == 0
+    assert "all converted: WER" in err
+    assert re.search(r"^WER, cpu-int8 +\d+\.\d\d % \(ctc-greedy\)$", out, re.MULTILINE)
+    found = Bundle.load(experiment / "bundle").info.figures["gate"]
+    assert (found["set"], found["utterances"], found["words"]) == ("test.jsonl.gz", 2, 4)
+    assert found["kept_in_float32"] == {}
+    assert found["size"] < 0.7 * found["size_float32"]
+    command = "--max-wer-increase 900 --manifest test.jsonl.gz --utterances 2 --mode ctc-greedy"
+    assert found["command"] == f"asr export tiny --target cpu-int8 --checkpoint average {command}"
+    assert "max_difference_to_checkpoint" in asr("info", experiment / "bundle")[1]
+
+
+def test_beyond_a_limit_nothing_is_written(
+    asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise BundleError("WER 9.00 % instead of 8.00 %")
+
+    monkeypatch.setattr(build, "gate", refuse)
+    status, _, err = asr("export", experiment, "--max-wer-increase", 0.1, "--manifest", manifest)
+    assert (status, err) == (2, "asr: WER 9.00 % instead of 8.00 %\n")
+    assert not (experiment / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-wer-increase", -1), "--max-wer-increase -1: expected 0 or more"),
+        (("--max-wer-increase", "nan"), "--max-wer-increase nan: expected 0 or more"),
+        (("--max-wer-increase", 1, "--target", "cpu-fp32"), "cpu-fp32 costs nothing"),
+        (("--utterances", -1), "--utterances -1: expected at least 1"),
+        (("--max-wer-increase", 1), "has no utterances to measure on; give them with --manifest"),
+        (("--target", "cpu-int8-static"), "has no utterances to measure on; give them with --manifest"),
+    ],
+)
+def test_limits_that_say_nothing_are_refused(
+    asr, experiment: Path, options: tuple[object, ...], message: str
+):
+    status, _, err = asr("export", experiment, *options)
+    assert status == 2
+    assert message in err
 
 
 def test_export_elsewhere(asr, experiment: Path, tmp_path: Path):

@@ -1,0 +1,150 @@
+"""What graphs hear of a set: texts in the modes that a bundle is used in, and how likely they find what the
+float32 graphs hear. Graphs are run from memory, as often as they are asked; nothing is exported again.
+
+X log-probabilities · T encoder frames · C channels · V units
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+
+from asr.context import WHOLE
+from asr.decode.config import SearchConfig
+from asr.decode.ctc import CtcGreedy
+from asr.decode.modes import FIRST_PASS, check_mode, modes_for, search_encoded
+from asr.decode.prompt import prompt_ids, with_prompt
+from asr.decode.scorer import Floats, Ints
+from asr.runtime.bundle import Bundle
+from asr.runtime.onnx_scorer import OnnxScorer
+from export.verify import Utterance, contexts, encode_in_chunks, follows
+
+Graphs = Mapping[str, onnx.ModelProto]
+
+PROBE_S = 60.0
+"""Seconds of audio on which modules are compared."""
+
+
+class Hearing(Protocol):
+    """A set of utterances, and what graphs of one model hear of it."""
+
+    utterances: Sequence[Utterance]
+
+    def texts(self, graphs: Graphs, number: int) -> dict[str, str]:
+        """What is heard of an utterance, by mode of decoding."""
+
+    def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
+        """Of what the float32 graphs say of some utterances: an array (X,) for each kind of output, of the
+        same units in the same places whatever the graphs."""
+
+    def kinds(self, mode: str) -> tuple[str, ...]:
+        """Of output, that the texts of a mode depend on."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the float32 graphs say of an utterance."""
+
+    samples: Floats
+    best: Ints
+    """The likeliest unit of each frame (T,)."""
+    tokens: tuple[int, ...]
+
+
+class BundleHearing:
+    """The graphs of a bundle, in the chunks that it streams with, or at once where it cannot stream."""
+
+    def __init__(self, float32: Bundle, utterances: Sequence[Utterance], modes: Sequence[str] = ()) -> None:
+        """ConfigError where the model cannot be used in one of the modes; none stands for `usual_modes`."""
+        self.utterances = utterances
+        self.modes = tuple(modes) or usual_modes(float32)
+        for mode in self.modes:
+            check_mode(mode, float32.info.decoder_type, float32.info.has_ctc)
+        self._float32 = float32
+        self._context = contexts(float32.info)[:2][-1]
+        self._last: tuple[Graphs, OnnxScorer] | None = None
+        self._said: list[Said] = []
+
+    def texts(self, graphs: Graphs, number: int, sessions: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """sessions: what runs the graphs in the place of onnxruntime's."""
+        scorer = self._scorer(graphs)
+        vars(scorer.bundle).update(sessions or {})  # where a bundle keeps those that it has made
+        y, log_probs = self._encode(scorer, self.utterances[number].samples)
+        config = with_prompt(scorer, SearchConfig())
+        memory = scorer.memory([y])
+        found = {
+            mode: search_encoded(scorer, mode, [log_probs], memory, config, self._context)[0][0]
+            for mode in self.modes
+        }
+        return {mode: scorer.bundle.tokenizer.decode(x.tokens) for mode, x in found.items()}
+
+    def kinds(self, mode: str) -> tuple[str, ...]:
+        return ("ctc",) if mode in FIRST_PASS else ("ctc", "decoder", "reverse")
+
+    def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
+        scorer = self._scorer(graphs)
+        self._said = self._said or self._listen()
+        kinds: dict[str, list[Floats]] = {}
+        for said in self._said:
+            for kind, found in self._of_one(scorer, said).items():
+                kinds.setdefault(kind, []).append(found)
+        return {kind: np.concatenate(parts) for kind, parts in kinds.items()}
+
+    def _of_one(self, scorer: OnnxScorer, said: Said) -> dict[str, Floats]:
+        if not scorer.has_ctc:
+            return {"decoder": np.take_along_axis(follows(scorer, said.samples), said.best[:, None], 1)[:, 0]}
+        y, log_probs = self._encode(scorer, said.samples)
+        found = {"ctc": np.take_along_axis(log_probs, said.best[:, None], 1)[:, 0]}
+        memory, owner = scorer.memory([y]), np.zeros(1, np.int64)
+        prompt = prompt_ids(with_prompt(scorer, SearchConfig()))
+        found["decoder"] = scorer.score(memory, owner, [said.tokens], prompt=prompt)[0]
+        if scorer.has_reverse:
+            found["reverse"] = scorer.score(memory, owner, [said.tokens], reverse=True)[0]
+        return found
+
+    def _listen(self) -> list[Said]:
+        scorer, said, audio_s = OnnxScorer(self._float32), [], 0.0
+        for _, samples, _ in self.utterances:
+            if audio_s < PROBE_S:
+                audio_s += len(samples) / self._float32.info.features.sample_rate
+                said.append(self._say(scorer, samples))
+        return said
+
+    def _say(self, scorer: OnnxScorer, samples: Floats) -> Said:
+        if not scorer.has_ctc:
+            return Said(samples, follows(scorer, samples).argmax(1), ())
+        _, log_probs = self._encode(scorer, samples)
+        search = CtcGreedy()
+        search.advance(log_probs)
+        return Said(samples, log_probs.argmax(1), search.best().tokens)
+
+    def _encode(self, scorer: OnnxScorer, samples: Floats) -> tuple[Floats, Floats]:
+        if self._context != WHOLE:
+            return encode_in_chunks(scorer, samples, self._context)
+        (log_probs,), memory = scorer.encode([samples])
+        return memory.ys[0], log_probs
+
+    def _scorer(self, graphs: Graphs) -> OnnxScorer:
+        """Of graphs in the place of the bundle's; the sessions of those that were asked last are kept."""
+        if self._last is None or self._last[0] is not graphs:
+            self._last = graphs, OnnxScorer(in_memory(self._float32, graphs))
+        return self._last[1]
+
+
+def in_memory(bundle: Bundle, graphs: Graphs) -> Bundle:
+    """The bundle with other graphs, that are not written anywhere."""
+    data = {}
+    for name, graph in graphs.items():
+        onnx.helper.set_model_props(graph, {"tokens_sha256": bundle.info.tokens_sha256})
+        data[name] = graph.SerializeToString()
+    return replace(bundle, _graphs=data)
+
+
+def usual_modes(bundle: Bundle) -> tuple[str, ...]:
+    """Such that every graph is heard: CTC alone, and with the decoder."""
+    possible = modes_for(bundle.info.decoder_type, bundle.info.has_ctc)
+    if not bundle.info.has_ctc:
+        return (possible[0],)
+    return ("ctc-greedy", "rescore" if "rescore" in possible else possible[-1])

@@ -1,0 +1,219 @@
+"""What sherpa-onnx hears with graphs of its contracts, each run here as that runtime runs it: for the limit
+of error rates (`export/gate.py`).
+
+T frames of 40 ms · V units · U tokens · X log-probabilities
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from asr.decode.ctc import CtcGreedy
+from asr.decode.scorer import Floats, Ints
+from asr.features import Fbank
+from asr.model.decoder import SOS_EOS
+from asr.model.hybrid import HybridModel
+from asr.runtime.bundle import session_options
+from asr.tokens import Tokenizer
+from export.hearing import PROBE_S, Graphs
+from export.sherpa_graphs import LOUD, RATE
+from export.verify import Utterance
+
+CHUNK, LEFT = 16, 4
+"""Of the stream, in frames of 40 ms and in chunks."""
+
+SILENCE_S = 0.04 * CHUNK + 0.1
+"""Behind an utterance of a stream, so that its last chunk is full."""
+
+MOONSHINE_END = 2
+FRAMES_A_TOKEN = 4
+"""A decoder writes no more than a token in so many frames."""
+
+Sessions = Mapping[str, ort.InferenceSession]
+Inputs = dict[str, NDArray[Any]]
+Listen = Callable[[Sessions, Floats, Ints | None], tuple[Ints, Floats]]
+"""Graphs, samples (S,), and what is said of them, or None -> what is said, of itself if None, and its
+log-probabilities (X,): of CTC the likeliest unit of each frame, of a decoder the tokens and the end."""
+
+
+class SherpaHearing:
+    """The graphs of one contract."""
+
+    def __init__(
+        self, contract: str, model: HybridModel, tokenizer: Tokenizer, utterances: Sequence[Utterance]
+    ) -> None:
+        self.utterances = utterances
+        self._contract, self._tokenizer = contract, tokenizer
+        self._listen = LISTEN[contract](model)
+        self._rate = model.fbank.config.sample_rate
+        self._said: list[Ints] = []
+        self._last: tuple[Graphs, Sessions] | None = None
+
+    def texts(self, graphs: Graphs, number: int) -> dict[str, str]:
+        said, _ = self._listen(self._sessions(graphs), self.utterances[number].samples, None)
+        tokens: Sequence[int] = said[:-1].tolist()
+        if self._contract in ("ctc", "streaming"):
+            search = CtcGreedy()
+            search.advance(np.eye(int(said.max(initial=0)) + 1, dtype=np.float32)[said])
+            tokens = search.best().tokens
+        return {self._contract: self._tokenizer.decode(tokens)}
+
+    def kinds(self, mode: str) -> tuple[str, ...]:
+        return (self._contract,)
+
+    def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
+        """The graphs that are given first are taken for those in float32."""
+        sessions, probe, audio_s = self._sessions(graphs), list[Floats](), 0.0
+        for _, samples, _ in self.utterances:
+            if audio_s < PROBE_S:
+                audio_s += len(samples) / self._rate
+                probe.append(samples)
+        self._said = self._said or [self._listen(sessions, x, None)[0] for x in probe]
+        found = [self._listen(sessions, x, said)[1] for x, said in zip(probe, self._said, strict=True)]
+        return {self._contract: np.concatenate(found)}
+
+    def _sessions(self, graphs: Graphs) -> Sessions:
+        if self._last is None or self._last[0] is not graphs:
+            self._last = graphs, {name: _session(graph) for name, graph in graphs.items()}
+        return self._last[1]
+
+
+def _session(graph: onnx.ModelProto) -> ort.InferenceSession:
+    return ort.InferenceSession(
+        graph.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
+
+
+def _features(model: HybridModel, scale: float) -> Callable[[Floats], Floats]:
+    """As the runtime makes them, of samples times `scale`."""
+    fbank = Fbank(replace(model.fbank.config, scale=scale))
+
+    def features(samples: Floats) -> Floats:
+        with torch.inference_mode():
+            x, _ = fbank(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+        return x.numpy()
+
+    return features
+
+
+def _of_frames(log_probs: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    said = log_probs.argmax(1) if said is None else said
+    return said, np.take_along_axis(log_probs, said[:, None], 1)[:, 0]
+
+
+def _ctc(model: HybridModel) -> Listen:
+    features = _features(model, 1.0)
+
+    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+        x = features(samples)
+        log_probs, lens = sessions["model"].run(None, {"x": x, "x_lens": np.array([x.shape[1]])})
+        return _of_frames(log_probs[0, : lens[0]], said)
+
+    return listen
+
+
+def _streaming(model: HybridModel) -> Listen:
+    features = _features(model, LOUD)
+    silence = np.zeros(int(SILENCE_S * model.fbank.config.sample_rate), np.float32)
+
+    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+        session = sessions["model"]
+        shapes = {x.name: x.shape for x in session.get_inputs()}
+        layers, heads, _, double = shapes["attn_cache"]
+        caches = {
+            "attn_cache": np.zeros((layers, heads, CHUNK * LEFT, double), np.float32),
+            "conv_cache": np.zeros(shapes["conv_cache"], np.float32),
+        }
+        required = np.array([CHUNK * LEFT])
+        mask = np.ones((1, 1, CHUNK * (LEFT + 1)), bool)
+        x = features(np.concatenate([samples, silence]))
+        parts = []
+        for number in range(x.shape[1] // (CHUNK * RATE)):
+            inputs = {"x": x[:, number * CHUNK * RATE : (number + 1) * CHUNK * RATE], "attn_mask": mask}
+            inputs |= {"offset": required + number * CHUNK, "required_cache_size": required} | caches
+            log_probs, *after = session.run(None, {name: inputs[name] for name in shapes})
+            caches = dict(zip(caches, after, strict=True))
+            parts.append(log_probs[0])
+        return _of_frames(np.concatenate(parts), said)
+
+    return listen
+
+
+def _written(
+    first: Inputs,
+    step: Callable[[Inputs, int], tuple[Floats, Inputs]],
+    most: int,
+    end: int,
+    said: Ints | None,
+) -> tuple[Ints, Floats]:
+    """Token by token up to `end`, or as is said.  step: state and token -> logits (V,) of the next, state."""
+    tokens: list[int] = []
+    found: list[float] = []
+    state, token = first, SOS_EOS
+    while token != end or not tokens:
+        logits, state = step(state, token)
+        token = int(logits.argmax()) if said is None else int(said[len(tokens)])
+        found.append(float(logits[token] - np.logaddexp.reduce(logits)))
+        tokens.append(token)
+        if said is None and len(tokens) >= most:
+            break
+    return np.array(tokens, np.int64), np.array(found, np.float32)
+
+
+def _aed(model: HybridModel) -> Listen:
+    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+        (hidden,) = sessions["encoder"].run(None, {"audio": samples[None]})
+        decoder = sessions["decoder"]
+        shapes = {x.name: x.shape for x in decoder.get_inputs() if x.name.startswith("past_key_values.")}
+        first = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items()}
+
+        def step(state: Inputs, token: int) -> tuple[Floats, Inputs]:
+            inputs = {"input_ids": np.array([[token]]), "encoder_hidden_states": hidden, **state}
+            inputs["use_cache_branch"] = np.array([state is not first])
+            names = [x.name for x in decoder.get_inputs()]
+            logits, *present = decoder.run(None, {name: inputs[name] for name in names})
+            return logits[0, -1], dict(zip(state, present, strict=True))
+
+        return _written(first, step, hidden.shape[1] // FRAMES_A_TOKEN + 1, MOONSHINE_END, said)
+
+    return listen
+
+
+def _fire_red(model: HybridModel) -> Listen:
+    features = _features(model, LOUD)
+    config, head_dim = model.decoder.config, model.decoder.head_dim
+
+    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+        x = features(samples)
+        cross = sessions["encoder"].run(None, {"x": x, "x_len": np.array([x.shape[1]])})
+        most = x.shape[1] // RATE // FRAMES_A_TOKEN + 1
+        cache = np.zeros((config.num_layers, 1, most + 1, config.num_heads, head_dim), np.float32)
+        memory = {"n_layer_cross_k": cross[0], "n_layer_cross_v": cross[1]}
+        caches = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")
+
+        def step(state: Inputs, token: int) -> tuple[Floats, Inputs]:
+            logits, keys, values = sessions["decoder"].run(
+                None, {"tokens": np.array([[token]]), **memory, **state}
+            )
+            after = dict(zip(caches, (keys, values), strict=True))
+            return logits[0, -1], {**after, "offset": state["offset"] + 1}
+
+        first = {**dict.fromkeys(caches, cache), "offset": np.zeros(1, np.int64)}
+        return _written(first, step, most, SOS_EOS, said)
+
+    return listen
+
+
+LISTEN: dict[str, Callable[[HybridModel], Listen]] = {
+    "ctc": _ctc,
+    "streaming": _streaming,
+    "aed": _aed,
+    "fire_red": _fire_red,
+}
+"""Contract -> how its graphs are run."""
