@@ -53,6 +53,12 @@ def speech_data() -> Path:
     return _folder("ASR_DATA", "data")
 
 
+@pytest.fixture(scope="session")
+def trained_bundle() -> Path:
+    """A bundle that hears English books, in upper case as LibriSpeech has them."""
+    return _folder("ASR_BUNDLE", "bundle")
+
+
 def _folder(variable: str, name: str) -> Path:
     path = Path(os.environ.get(variable) or REPO.parent / "shared" / name)
     if not path.is_dir():

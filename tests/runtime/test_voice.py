@@ -1,16 +1,22 @@
 """silero-vad: needs the extra `vad`, but for what happens without it."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from asr.audio import read
+from asr.decode.config import SearchConfig
+from asr.decode.modes import decode
 from asr.decode.scorer import Floats
 from asr.errors import BundleError, MissingExtra
-from asr.runtime import voice
+from asr.runtime import Bundle, voice
 from asr.runtime.cutter import CutConfig, Cutter
+from asr.runtime.onnx_scorer import OnnxScorer
+from asr.runtime.recording import Recording, RecordingConfig
 from asr.runtime.voice import FILE, VoiceActivity, find_model
+from asr.wer import NOTHING, align, count_errors, words
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +108,39 @@ def test_another_network_of_that_name_is_refused_and_no_package_is_imported(
 def test_other_sample_rates_are_refused_with_a_way_out():
     with pytest.raises(BundleError, match=r"hears 22,050 Hz, voice activity detection 8,000 or 16,000 Hz"):
         VoiceActivity(22050)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("silence_s", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["ctc-prefix", "rescore"])
+def test_a_joined_recording_is_heard_as_well_as_its_utterances(
+    network: Path, speech_data: Path, trained_bundle: Path, mode: str, silence_s: float
+):
+    """Real utterances with known text, joined: no more errors than apart, where their ends are known, and no
+    more words left out, where they meet above all."""
+    bundle, folder = Bundle.load(trained_bundle), speech_data / "librispeech_mini"
+    rows = list(csv.DictReader((folder / "transcripts.tsv").open(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = [row for row in rows if row["split"] == "test"][:60]
+    utterances, texts = [read(folder / row["audio"]) for row in rows], [row["text"] for row in rows]
+    scorer = OnnxScorer(bundle)
+    alone = [decode(scorer, mode, [x], SearchConfig())[0][0] for x in utterances]
+    apart = [
+        align(words(a), words(bundle.tokenizer.decode(b.tokens))) for a, b in zip(texts, alone, strict=True)
+    ]
+    silence = np.zeros(round(16000 * silence_s), np.float32)
+    blocks = (np.concatenate([x, silence]) for x in utterances)
+    found = Recording(bundle, RecordingConfig(mode=mode)).batches(blocks)
+    text = " ".join(event.text for batch in found for event in batch.events)
+    joined = align(words(" ".join(texts)), words(text))
+    expected, errors = (count_errors(pairs) for pairs in ([y for x in apart for y in x], joined))
+    assert errors.rate < expected.rate + 0.01
+    assert errors.dels < 1.1 * expected.dels + 5
+    heard = [hyp for ref, hyp in joined if ref != NOTHING]
+    borders, at = [], 0
+    for pairs in apart:
+        alone_heard = [hyp for ref, hyp in pairs if ref != NOTHING]
+        end = at + len(alone_heard)
+        borders += [(alone_heard[0], heard[at]), (alone_heard[-1], heard[end - 1])]
+        at = end
+    lost = sum(b == NOTHING for _, b in borders)
+    assert lost <= sum(a == NOTHING for a, _ in borders) + 0.1 * len(borders)
