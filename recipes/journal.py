@@ -46,10 +46,13 @@ class Journal:
             self.changed = [key for key in job if earlier.get(key) != job[key]] if lines else []
             file.truncate(0)
             self._write(job)
+        self.num_batches = len(self.batches)
+        """With those that were added."""
 
     def add(self, batch: Batch) -> None:
         """Note a batch; it is on the disk when this returns."""
         self._write(asdict(batch))
+        self.num_batches += 1
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.seek(0, os.SEEK_END)
@@ -60,7 +63,7 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of an output; it is gone when the job has ended without an error.
+    """The journal of an output; it is gone when the job has ended without an error, or has done nothing.
 
     job: all that the output depends on. ConfigError where another process writes the same output.
     """
@@ -72,8 +75,13 @@ def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
             raise ConfigError(
                 f"{output}: another process is writing it; wait for it, or choose another with -o"
             ) from None
-        yield Journal(file, job)
-        path.unlink()
+        journal, is_done = Journal(file, job), False
+        try:
+            yield journal
+            is_done = True
+        finally:
+            if is_done or not journal.num_batches:
+                path.unlink()
 
 
 def hash_recording(path: Path) -> str:

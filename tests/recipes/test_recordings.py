@@ -183,6 +183,16 @@ def test_what_was_done_for_another_job_is_not_used(
     assert len(calls) == 5
 
 
+def test_a_job_that_has_done_nothing_leaves_nothing(
+    asr: Asr, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stop_after(0, monkeypatch, RuntimeError("power"))
+    assert asr(talk, "--vad", "-o", tmp_path / "out")[0] == 1
+    (tmp_path / "bad.wav").write_bytes(b"RIFFnothing")
+    assert asr(tmp_path / "bad.wav", "--vad", "-o", tmp_path / "out")[0] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"talk.wav", "bad.wav"}
+
+
 def test_two_processes_do_not_write_one_output(tmp_path: Path):
     out = tmp_path / "out"
     read, written = os.pipe()
