@@ -107,13 +107,15 @@ def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> R
     """The same for pieces: at once, unless chunks are asked for."""
     from asr.context import WHOLE
     from asr.runtime.cutter import CutConfig
-    from asr.runtime.recording import RecordingConfig
+    from asr.runtime.recording import Recording, RecordingConfig
     from asr.runtime.stream import stream_context
 
     in_chunks = config.chunk_ms or config.left_chunks is not None or config.look_ahead
     context = stream_context(bundle.info, config) if in_chunks else WHOLE
     cut = CutConfig(max_s=piece_s)
-    return RecordingConfig(mode=config.mode, search=config.search, cut=cut, context=context)
+    pieces = RecordingConfig(mode=config.mode, search=config.search, cut=cut, context=context)
+    Recording(bundle, pieces)  # what is missing, or cannot be, is told before any work
+    return pieces
 
 
 def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path | None]:

