@@ -108,8 +108,8 @@ class SearchConfig:
     all together."""
 
     min_emit: float = 0.01
-    """Segments of a length less probable than this are not tried, except the last one of an utterance; 0
-    tries all, at many times the cost."""
+    """Where a segment that has lasted until then ends less probably than this, no end is tried, except that
+    of the utterance; 0 tries all, at many times the cost."""
 
     max_labels_per_chunk: int = 0
     """A chunked decoder may write so many tokens while it hears a chunk; 0: as many as its step has

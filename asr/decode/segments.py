@@ -144,13 +144,13 @@ class Segments:
         ends = last + 1 - counts[owner] + np.arange(len(owner)) - first[owner]
         durations = ends - np.array([h.start for h in hypotheses], np.int64)[owner]
         ending, waiting = self._hazards(memory, hypotheses, owner, ends - 1, durations)
+        rows = np.flatnonzero(self._likely(ending, durations))
         lengths = ending
         for h, start, count in zip(hypotheses, first.tolist(), counts.tolist(), strict=True):
             more = slice(start, start + count)
             waited = np.cumsum(np.append(h.waited[-1], waiting[more]))
             lengths[more] += waited[:-1]
             h.waited = np.append(h.waited, waited[1:])
-        rows = np.flatnonzero(self._likely(lengths, durations))
         parents = [hypotheses[n] for n in owner[rows].tolist()]
         ids, log_probs = self._label(memory, parents, ends[rows], self._num_labels)
         log_probs[ids == self._scorer.sos_eos] = -np.inf
@@ -244,11 +244,12 @@ class Segments:
         log_odds = self._scorer.emit(memory, frames, labels, durations).astype(np.float64)
         return -np.logaddexp(0.0, -log_odds), -np.logaddexp(0.0, log_odds)
 
-    def _likely(self, lengths: Doubles, durations: Ints) -> NDArray[np.bool_]:
-        """Which segments (R,) are worth trying."""
+    def _likely(self, ending: Doubles, durations: Ints) -> NDArray[np.bool_]:
+        """Which segments (R,) are worth trying. However long one has lasted, it may end where that is likely
+        now: else a search would fall silent for ever behind a pause, or an end that it has missed."""
         if self.config.length_model == "static":
-            lengths = self._log_lengths.max(0)[np.minimum(durations, self.max_frames) - 1]
-        return lengths >= _log(self.config.min_emit)
+            ending = self._log_lengths.max(0)[np.minimum(durations, self.max_frames) - 1]
+        return ending >= _log(self.config.min_emit)
 
     def _length_terms(self, lengths: Doubles, durations: Ints, ids: Ints) -> Doubles:
         """Log-probabilities of the lengths of segments with tokens ids (R, k)."""

@@ -281,16 +281,35 @@ def test_closed_hypotheses_do_not_compete_with_open_ones():
     assert np.exp([simple.score, segmental.score]) == pytest.approx([0.5 * 0.5 * 0.95, 0.5 * 0.7 * 0.9])
 
 
-def test_little_is_lost_by_trying_only_likely_lengths():
+def test_little_is_lost_by_trying_only_likely_ends():
     exact, quick = SearchConfig(beam=4, min_emit=0.0), SearchConfig(beam=4)
     for seed in range(5):
         wave, costs, scores = np.array((seed, 30)), [], []
         for config in (exact, quick):
-            toy = Toy(5)
+            toy = Toy(5, odds=-4.0)
             scores.append(decode(toy, "segmental", [wave], config)[0][0].score)
             costs.append(toy.num_rows)
         assert costs[1] < 0.7 * costs[0]
         assert scores[1] > scores[0] - 3
+
+
+class Pause(Toy):
+    """Nothing can be heard but at frames 60 and 63; before, an end is always possible and never likely."""
+
+    def following(self, seed, tokens, start, end):
+        units = np.array([-0.1, -2.4]) if end in (60, 63) else np.full(2, -30.0)
+        return np.array([-np.inf, -0.1, *units], np.float32)
+
+    def emit(self, memory, frames, labels, durations):
+        return np.where(np.isin(frames + 1, (60, 63)), 3.0, -1.0).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", ONLINE)
+def test_behind_a_long_pause_the_search_goes_on(mode):
+    """Though a segment so long was not likely when it began."""
+    for config in (SearchConfig(beam=4, min_emit=0.0), SearchConfig(beam=4)):
+        ((best,),) = decode(Pause(), mode, [np.array((1, 70))], config)
+        assert (best.tokens, best.frames) == ((2, 2), (59, 62))
 
 
 class Steady(Toy):
