@@ -15,6 +15,8 @@ from asr.model.schedule import scheduled, set_batch_count
 from asr.model.state import join, select, split
 from asr.model.zipformer import Zipformer, ZipformerConfig
 from asr.model.zipformer_convolution import ChunkConvolution, Edges
+from asr.model.zipformer_front import PIECE
+from asr.model.zipformer_layer import QUERIES
 from asr.model.zipformer_state import ZipformerState
 from asr.model.zipformer_training import Rates, dropout, feature_masks, kept, layer_skip
 
@@ -215,6 +217,24 @@ def test_the_future_beyond_a_chunk_is_not_heard():
 
 
 @needs_no_grad
+@pytest.mark.parametrize("causal", [False, True])
+def test_pieces_are_the_whole(causal):
+    """Without gradients it is computed piece by piece: more than one of the front and of attention."""
+    encoder, lens = tiny(causal=causal), tensor([437, 303])
+    x = torch.randn(2, 437, NUM_BINS)
+    chunk, left = (8, 2) if causal else (0, -1)
+    assert lens.min() // 2 > max(PIECE, QUERIES)
+    with torch.enable_grad():
+        whole, whole_lens, state = encoder(x, lens, chunk=chunk, left=left)
+    with torch.no_grad():
+        pieces, pieces_lens, other = encoder(x, lens, chunk=chunk, left=left)
+    assert whole.requires_grad
+    assert torch.equal(whole_lens, pieces_lens)
+    close(pieces, whole)
+    for field in fields(ZipformerState):
+        close(getattr(other, field.name), getattr(state, field.name))
+
+
 def test_the_left_context_ends():
     encoder = tiny(kernel_sizes=[1, 1, 1], depths=[1, 1, 1])
     x, x_lens = torch.randn(1, 400, NUM_BINS), tensor([400])
