@@ -216,7 +216,7 @@ def check_int8(found: Comparison, what: str) -> None:
         problem = f"{found.units:.1f} % of units change, expected {MAX_UNITS} at most"
     else:
         return
-    raise BundleError(f"{what}: {problem}; use --target cpu-fp32")
+    raise BundleError(f"{what}: {problem}; export with --max-wer-increase, or --target cpu-fp32")
 
 
 def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Sequence[Utterance]) -> int:

@@ -165,7 +165,11 @@ def test_8_bit_graphs_are_heard(sherpa, utterances, name):
 
 
 @pytest.mark.parametrize("name", ["ctc", "streaming", "aed"])
-def test_what_a_limit_is_measured_on_is_what_sherpa_hears(sherpa, tiny_model, tiny_bundles, utterances, name):
+def test_what_a_limit_is_measured_on_is_what_sherpa_hears(
+    sherpa, tiny_model, tiny_bundles, utterances, name, monkeypatch
+):
+    monkeypatch.setattr("export.sherpa_hearing.CHUNK", 8)  # as above
+    monkeypatch.setattr("export.sherpa_hearing.LEFT", 2)
     heard = [Utterance(str(n), x, "") for n, x in enumerate(utterances[:6])]
     hearing = SherpaHearing(name, tiny_model, load_tokenizer(tiny_bundles), heard)
     graphs = {x.stem: onnx.load(x) for x in (sherpa / name).glob("*.onnx") if "int8" not in x.name}
