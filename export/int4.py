@@ -3,7 +3,6 @@
 from collections.abc import Collection
 
 import onnx
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from export.quantize import excluded, finished, quiet
 
@@ -22,6 +21,8 @@ def to_int4(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelPro
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     with quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
         quantizer = MatMulNBitsQuantizer(
             copy,
             bits=4,

@@ -73,14 +73,16 @@ def quantize(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelPr
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """onnxruntime's quantizers recommend on the root logger a preparation that is not needed."""
+    """onnxruntime's quantizers recommend what is not needed, and one sets up the root logger."""
     root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
+    level, handlers, disabled = root.level, root.handlers[:], root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
+        logging.disable(disabled)
         root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 def finished(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,5 +1,7 @@
 """What a target makes of graphs is nearly what they were, and as small as it says."""
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,29 @@ def converted(float32: Bundle, graphs: Graphs) -> dict[str, Graphs]:
         assert convert
         found[target] = {name: convert(graph, ()) for name, graph in graphs.items()}
     return found
+
+
+CONVERT = """
+import logging
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from export.targets import TARGETS
+weight = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+ends = [helper.make_tensor_value_info(x, TensorProto.FLOAT, ["N", 64]) for x in "xy"]
+node = helper.make_node("MatMul", ["x", "w"], ["y"], name="encoder.layers.0.out/MatMul")
+graph = helper.make_graph([node], "encoder", ends[:1], ends[1:], [weight])
+model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 18)])
+for target in TARGETS.values():
+    target.convert and target.convert(model, ())
+assert (logging.getLogger().handlers, logging.getLogger().level) == ([], logging.WARNING)
+assert logging.getLogger().isEnabledFor(logging.WARNING)
+"""
+
+
+def test_a_conversion_is_silent_and_leaves_logging_alone():
+    """In a process of its own, as pytest has set logging up."""
+    done = subprocess.run([sys.executable, "-c", CONVERT], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_every_target_is_known_here():
