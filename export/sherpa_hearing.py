@@ -32,8 +32,8 @@ SILENCE_S = 0.04 * CHUNK + 0.1
 """Behind an utterance of a stream, so that its last chunk is full."""
 
 MOONSHINE_END = 2
-FRAMES_A_TOKEN = 4
-"""A decoder writes no more than a token in so many frames."""
+AED_TOKENS, FIRE_RED_TOKENS = 0.36, 0.24
+"""Tokens that a decoder writes at most, in a frame, and one more."""
 
 Sessions = Mapping[str, ort.InferenceSession]
 Inputs = dict[str, NDArray[Any]]
@@ -180,7 +180,7 @@ def _aed(model: HybridModel) -> Listen:
             logits, *present = decoder.run(None, {name: inputs[name] for name in names})
             return logits[0, -1], dict(zip(state, present, strict=True))
 
-        return _written(first, step, hidden.shape[1] // FRAMES_A_TOKEN + 1, MOONSHINE_END, said)
+        return _written(first, step, 1 + int(AED_TOKENS * hidden.shape[1]), MOONSHINE_END, said)
 
     return listen
 
@@ -192,7 +192,7 @@ def _fire_red(model: HybridModel) -> Listen:
     def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
         x = features(samples)
         cross = sessions["encoder"].run(None, {"x": x, "x_len": np.array([x.shape[1]])})
-        most = x.shape[1] // RATE // FRAMES_A_TOKEN + 1
+        most = 1 + int(FIRE_RED_TOKENS * x.shape[1] / RATE)
         cache = np.zeros((config.num_layers, 1, most + 1, config.num_heads, head_dim), np.float32)
         memory = {"n_layer_cross_k": cross[0], "n_layer_cross_v": cross[1]}
         caches = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")
