@@ -27,6 +27,7 @@ from torch.export import Dim
 from asr.context import Context
 from asr.errors import AsrError
 from asr.features import Fbank
+from asr.model.attention import split_heads
 from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder
 from asr.model.encoder import look_ahead_layers
@@ -37,7 +38,7 @@ from asr.model.state import State
 from asr.runtime.info import Field
 from export.conformer import conformer_fields, conformer_graph
 from export.graph import IR_VERSION, OPSET
-from export.states import decoder_fields, dynamic_shapes, encoder_fields
+from export.states import dynamic_shapes, encoder_fields
 
 
 class EncoderGraph(nn.Module):
@@ -93,21 +94,35 @@ class MemoryGraph(nn.Module):
         super().__init__()
         self.decoder = model.decoder
 
-    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.decoder.memory(y)
+    def forward(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Keys of every layer, values of every layer, (N, H, T, D) each."""
+        parts = self.decoder.cross(y).chunk(2 * len(self.decoder.layers), dim=-1)
+        return tuple(split_heads(part, self.decoder.config.num_heads) for part in parts)
 
 
 class DecoderGraph(nn.Module):
+    """G hypotheses of each of N utterances, side by side, hear one copy of what is to be heard. Keys and
+    values are inputs and outputs layer by layer: of several in one tensor, every call would copy each."""
+
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
         self.decoder = model.decoder
 
-    def forward(
-        self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor, *state: Tensor
-    ) -> tuple[Tensor, ...]:
-        guide, past = self.decoder.guide, self.decoder.init_state(1).of(state)
-        logits, attention, present = self.decoder(tokens, cross_keys, cross_values, y_lens, past, guide=guide)
-        return self.decoder.log_probs(logits), attention, *present.tensors()
+    def forward(self, tokens: Tensor, y_lens: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """tokens (N, G, U), y_lens (N,); rest: keys and values of the memory (N, H, T, D) and of the tokens
+        before (N, G, H, W, D). Returns log-probabilities (N G, U, V), attention (N G, U, T), and keys and
+        values of all tokens (N G, H, W + U, D)."""
+        depth = len(self.decoder.layers)
+        memory, past = rest[: 2 * depth], [x.flatten(0, 1) for x in rest[2 * depth :]]
+        logits, attention, present = self.decoder.extend(
+            tokens.flatten(0, 1),
+            list(zip(memory[:depth], memory[depth:], strict=True)),
+            y_lens,
+            list(zip(past[:depth], past[depth:], strict=True)),
+            guide=self.decoder.guide,
+        )
+        keys, values = zip(*present, strict=True)
+        return self.decoder.log_probs(logits), attention, *keys, *values
 
 
 class ReverseGraph(nn.Module):
@@ -158,7 +173,8 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
         traces["length"] = length_trace(model, model.decoder.length)
     if model.fire is not None:
         traces["fire"] = fire_trace(model.fire)
-    return {"encoder": encoder_graph(model)} | {name: export(trace, name) for name, trace in traces.items()}
+    graphs = {name: export(trace, name) for name, trace in traces.items()}
+    return {"encoder": encoder_graph(model), **graphs, "decoder": with_best(graphs["decoder"])}
 
 
 def encoder_graph(model: HybridModel) -> onnx.ModelProto:
@@ -228,22 +244,45 @@ def _windows(model: HybridModel, num_frames: int, n: Dim) -> tuple[dict[str, Ten
 def memory_trace(model: HybridModel) -> Trace:
     dynamic = {"y": {0: Dim("N"), 1: Dim("T")}}
     inputs = {"y": torch.randn(2, 7, model.encoder.dim)}
-    return Trace(MemoryGraph(model).eval(), inputs, dynamic, ["cross_keys", "cross_values"], 0)
+    return Trace(MemoryGraph(model).eval(), inputs, dynamic, _layers(model, "cross_"), 0)
+
+
+def _layers(model: HybridModel, prefix: str = "") -> list[str]:
+    """The names of keys and values layer by layer."""
+    depth = len(model.decoder.layers)
+    return [f"{prefix}{name}_{i}" for name in ("keys", "values") for i in range(depth)]
 
 
 def decoder_trace(model: HybridModel) -> Trace:
-    b, t, more = Dim("B"), Dim("T"), Dim("M")  # U are the tokens before them
-    tokens = torch.ones(2, 3, dtype=torch.int64)
+    n, g, t, more = Dim("N"), Dim("G"), Dim("T"), Dim("M")  # U are the tokens before them
     with torch.no_grad():
-        keys, values = model.decoder.memory(torch.randn(2, 7, model.encoder.dim))
-        state = model.decoder(tokens, keys, values, torch.tensor([7, 5])).state.named()
-    inputs = {"tokens": tokens, "cross_keys": keys, "cross_values": values, "y_lens": torch.tensor([7, 5])}
-    inputs |= state
-    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: b, 1: more}, "y_lens": {0: b}}
-    dynamic |= {"cross_keys": {0: b, 3: t}, "cross_values": {0: b, 3: t}}
-    dynamic |= dynamic_shapes(decoder_fields(model.decoder), b)
-    outputs = ["log_probs", "attention", *(f"next_{name}" for name in state)]
-    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(state))
+        memory = [x.unbind(1) for x in model.decoder.memory(torch.randn(2, 7, model.encoder.dim))]
+    shape = 2, 3, model.decoder.config.num_heads, 4, model.decoder.head_dim
+    inputs = {"tokens": torch.ones(2, 3, 5, dtype=torch.int64), "y_lens": torch.tensor([7, 5])}
+    inputs |= zip(_layers(model, "cross_"), (x.contiguous() for pair in memory for x in pair), strict=True)
+    inputs |= {name: torch.randn(shape) for name in _layers(model)}
+    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: n, 1: g, 2: more}, "y_lens": {0: n}}
+    dynamic |= {name: {0: n, 2: t} for name in _layers(model, "cross_")}
+    dynamic |= {name: {0: n, 1: g, 3: Dim("U")} for name in _layers(model)}
+    outputs = ["log_probs", "attention", *(f"next_{name}" for name in _layers(model))]
+    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(inputs) - 2)
+
+
+def with_best(decoder: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph of a decoder with an input k (1,), and the k likeliest units behind each token as outputs,
+    best first: ids and log_probs_of_ids (B, U, k)."""
+    graph, shape = decoder.graph, ["B", "M", "k"]
+    graph.node.append(
+        onnx.helper.make_node(
+            "TopK", ["log_probs", "k"], ["log_probs_of_ids", "ids"], "TopK", axis=-1, largest=1, sorted=1
+        )
+    )
+    kinds = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    graph.input.append(onnx.helper.make_tensor_value_info("k", kinds[1], [1]))
+    for name, kind in zip(("log_probs_of_ids", "ids"), kinds, strict=True):
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+    onnx.checker.check_model(decoder, full_check=True)
+    return decoder
 
 
 def reverse_trace(model: HybridModel, decoder: TransformerDecoder) -> Trace:

@@ -204,7 +204,7 @@ def _fire_red(model: HybridModel) -> Listen:
             after = dict(zip(caches, (keys, values), strict=True))
             return logits[0, -1], {**after, "offset": state["offset"] + 1}
 
-        first = {**dict.fromkeys(caches, cache), "offset": np.zeros(1, np.int64)}
+        first: Inputs = {**dict.fromkeys(caches, cache), "offset": np.zeros(1, np.int64)}
         return _written(first, step, most, SOS_EOS, said)
 
     return listen

@@ -37,10 +37,11 @@ def encoder_fields(encoder: Encoder) -> tuple[Field, ...]:
 
 
 def decoder_fields(decoder: TransformerDecoder) -> tuple[Field, ...]:
-    """The state of one hypothesis. Made without a token, it has no other size of 0."""
+    """The state of one hypothesis, layer by layer. Made without a token, it has no other size of 0."""
     return tuple(
-        Field(name, tuple(size or "U" for size in x.shape[1:]), _dtype(x))
+        Field(f"{name}_{i}", tuple(size or "U" for size in x.shape[2:]), _dtype(x))
         for name, x in decoder.init_state(1).named().items()
+        for i in range(x.shape[1])
     )
 
 

@@ -11,6 +11,7 @@ Blockwise parallel decoding (Stern et al., arXiv:1811.03115) and aggressive deco
 arXiv:2205.10350), with CTC for a draft.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,7 @@ def greedy(
     texts = [Text.begin(n, x, config) for n, x in enumerate(log_probs)]
     heard = [text for text, x in zip(texts, log_probs, strict=True) if len(x)]
     for start in range(0, len(heard), ROWS):
-        _write(scorer, heard[start : start + ROWS], memory, config)
+        write(scorer, heard[start : start + ROWS], memory, config)
     return [text.answers.nbest(config) for text in texts]
 
 
@@ -46,22 +47,25 @@ class Draft:
         self._tokens = np.array(tokens, np.int64)
         self._distances = np.arange(len(tokens) + 1)
         """Edits between what is written and each beginning of the draft."""
-        self._place = 0
+        self._is_last = np.zeros(len(tokens) + 1, bool)
+        """Whether such a beginning ends with the token that was written last, and nothing else is nearer."""
+        self._next = 0
+        """Where what is left begins, if the draft has been right since it was last asked for."""
 
     def write(self, token: int) -> None:
         """Align to one more token."""
-        old, column = self._distances, np.arange(len(self._distances))
-        same = self._tokens == token
+        old, same, column = self._distances, self._tokens == token, np.arange(len(self._distances))
         new = np.append(old[0] + 1, np.minimum(old[1:] + 1, old[:-1] + ~same))
         self._distances = np.minimum.accumulate(new - column) + column
-        # of places that are equally far, those behind this very token, then the nearest to the next
-        behind = np.append(False, same & (self._distances[1:] == old[:-1]))
-        order = np.lexsort((np.abs(column - self._place - 1), ~behind, self._distances))
-        self._place = int(order[0])
+        self._is_last = np.append(False, same & (self._distances[1:] == old[:-1]))
+        self._next += 1
 
     def rest(self) -> list[int]:
-        """What is left of it."""
-        return self._tokens[self._place :].tolist()
+        """What is left of it: behind the beginning that is nearest to what is written, of those that are
+        equally near one that ends as it does, of these that which goes on as before."""
+        far = np.abs(np.arange(len(self._distances)) - self._next)
+        self._next = int(np.lexsort((far, ~self._is_last, self._distances))[0])
+        return self._tokens[self._next :].tolist()
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Text:
     draft: Draft
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    most_drafted: int = sys.maxsize
+    """Of what CTC heard: where it is often wrong, long drafts are read for nothing."""
 
     @classmethod
     def begin(cls, utterance: int, log_probs: Floats, config: SearchConfig) -> "Text":
@@ -81,18 +87,20 @@ class Text:
 
     def drafted(self) -> list[int]:
         """What the decoder is to check next, as far as there is room for it."""
-        return self.draft.rest()[: self.answers.max_tokens - len(self.tokens)]
+        return self.draft.rest()[: min(self.answers.max_tokens - len(self.tokens), self.most_drafted)]
 
     def check(self, said: Step, drafted: list[int], sos_eos: int, config: SearchConfig) -> bool:
         """Write what the decoder says while it says what was drafted, and its next token; whether the text
         goes on.  said: behind the last token and each of those drafted, the likeliest units (U + 1, k)."""
-        for ids, values, expected in zip(said.ids, said.log_probs, [*drafted, BLANK], strict=True):
+        for u, (ids, values) in enumerate(zip(said.ids, said.log_probs, strict=True)):
             best = int(ids[0] == BLANK and len(ids) > 1)
             token, value = int(ids[best]), float(values[best])
             if token == BLANK or value == -np.inf or not self._append(token, value, sos_eos, config):
                 return False
-            if token != expected:
+            if u < len(drafted) and token != drafted[u]:
                 break
+        if drafted:
+            self.most_drafted = max(2 * u, len(drafted) // 2, 1)
         return True
 
     def _append(self, token: int, value: float, sos_eos: int, config: SearchConfig) -> bool:
@@ -112,7 +120,7 @@ class Text:
         return not self.answers.guard
 
 
-def _write(scorer: Scorer, texts: list[Text], memory: Any, config: SearchConfig) -> None:
+def write(scorer: Scorer, texts: list[Text], memory: Any, config: SearchConfig) -> None:
     """Write several texts to their ends. The state is kept as far as the shortest has come: of longer ones
     the rest is read again in the next call, where it costs little."""
     shown = [scorer.sos_eos, *prompt_ids(config)]

@@ -4,10 +4,12 @@ Positions are rotary (Su et al., "RoFormer", arXiv:2104.09864): queries and keys
 position, so that their product depends on the distance alone, and cached keys stay as they are. Models of
 other families add sinusoids to their input instead (arXiv:1706.03762).
 
-N streams · T query frames · W cached frames · C channels · H heads · D channels per head
+N streams · B hypotheses of what they say · T query frames · U tokens · W cached frames · C channels · H
+heads · D channels per head
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,22 +98,43 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(inner_dim, dim)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """x (N, U, C); keys, values (N, H, T, D); mask (N, 1, U or 1, T). Returns (N, U, C).
+        """x (B, U, C); keys, values (N, H, T, D); mask (N, 1, U or 1, T). Returns (B, U, C).
 
-        A row that may attend to nothing hears zeros.
+        Each of N sequences is heard by B / N queries, side by side in x, which for more than one have the
+        mask of one token. A row that may attend to nothing hears zeros.
         """
-        q = split_heads(self.query(x), self.num_heads)
+        if torch.compiler.is_exporting():  # as a graph, the other would transpose and scale all keys
+            weights, empty = self._attend(x, keys, mask)
+            return self._join(torch.where(empty, 0.0, weights @ values), x)
+        q = self._queries(x, keys.shape[0])
         empty = ~mask.any(-1, keepdim=True)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask | empty)
-        return self.out(join_heads(torch.where(empty, 0.0, y)))
+        return self._join(torch.where(empty, 0.0, y), x)
 
-    def weights(self, x: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """What `forward` weights the values with: (N, H, U, T)."""
-        q = split_heads(self.query(x), self.num_heads)
-        scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+    def listen(
+        self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, and what some heads weight the values with, (B, heads, U, T)."""
+        weights, empty = self._attend(x, keys, mask)
+        listening = torch.where(empty, 0.0, weights[:, list(heads)])
+        y = self._join(torch.where(empty, 0.0, weights @ values), x)
+        return y, listening.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+
+    def _attend(self, x: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What values are weighted with, (N, H, B / N * U, T), where a row that may attend to nothing attends
+        to all; and which rows these are."""
+        q = self._queries(x, keys.shape[0])
         empty = ~mask.any(-1, keepdim=True)
-        weights = scores.masked_fill(~(mask | empty), -torch.inf).softmax(-1)
-        return torch.where(empty, 0.0, weights)
+        bias = torch.where(mask | empty, 0.0, -torch.inf)  # of fewer numbers than there are scores
+        return ((q * q.shape[-1] ** -0.5) @ keys.transpose(2, 3) + bias).softmax(-1), empty
+
+    def _queries(self, x: Tensor, n: int) -> Tensor:
+        """(B, U, C) -> (N, H, B / N * U, D)."""
+        return split_heads(self.query(x).unflatten(0, (n, -1)).flatten(1, 2), self.num_heads)
+
+    def _join(self, y: Tensor, x: Tensor) -> Tensor:
+        """The inverse, for queries of x, through the output layer."""
+        return self.out(join_heads(y).reshape(*x.shape[:2], self.out.in_features))
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

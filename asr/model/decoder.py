@@ -3,8 +3,8 @@
 With the options of its configuration it is the decoder of WeNet (arXiv:2012.05481), icefall, NeMo's Canary
 (arXiv:2406.19674), Whisper (arXiv:2212.04356) and FireRedASR-AED (arXiv:2501.14350).
 
-N utterances or hypotheses · U tokens · T encoder frames · V units · C channels · L layers · H heads · D
-channels per head
+N utterances or hypotheses · B hypotheses of N utterances · U tokens · T encoder frames · V units · C
+channels · L layers · H heads · D channels per head
 """
 
 import math
@@ -25,6 +25,9 @@ from asr.model.state import State
 
 SOS_EOS = 1
 """The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
+
+Pairs = Sequence[tuple[Tensor, Tensor]]
+"""Keys and values of every layer."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -160,17 +163,22 @@ class DecoderLayer(nn.Module):
         heard: Tensor,
         rotation: Rotation | None,
         heads: Sequence[int] = (),
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
-        """x (N, U, C); past, memory: keys, values; visible, heard: masks.
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """x (B, U, C); past, memory: keys, values; visible, heard: masks.
 
-        Returns x, keys and values anew, and of heads, if there are any, where they listened (N, H, U, T).
+        Returns x, keys and values anew, and of heads, if there are any, where they listened (B, heads, U, T).
         """
         y, keys, values = self.attention(self.attention_norm(x), *past, rotation, visible)
         x = x + self.dropout(y)
         query = self.cross_norm(x)
-        listening = [self.cross.weights(query, memory[0], heard)[:, list(heads)]] if heads else []
-        x = x + self.dropout(self.cross(query, *memory, heard))
-        return x + self.feed_forward(x), (keys, values), listening
+        listening = []
+        if heads:
+            y, weights = self.cross.listen(query, *memory, heard, heads)
+            listening = [weights]
+        else:
+            y = self.cross(query, *memory, heard)
+        x = x + self.dropout(y)
+        return x + self.feed_forward(x), keys, values, listening
 
 
 class TransformerDecoder(nn.Module):
@@ -239,51 +247,68 @@ class TransformerDecoder(nn.Module):
         behind the one before it and sees all of them.  Raises ConfigError where a text is longer than the
         table of positions.
         """
-        x, listening, state = self._through(
-            tokens, (cross_keys, cross_values), y_lens, state, window, guide, order
-        )
+        if state is None:
+            state = self.init_state(tokens.shape[0])
+        past, memory = _layers(state.keys, state.values), _layers(cross_keys, cross_values)
+        logits, attention, present = self.extend(tokens, memory, y_lens, past, window, guide, order)
+        keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*present, strict=True))
+        return Decoded(logits, attention, DecoderState(keys, values))
+
+    def extend(
+        self,
+        tokens: Tensor,
+        memory: Pairs,
+        y_lens: Tensor,
+        past: Pairs,
+        window: Window | None = None,
+        guide: Guide | None = None,
+        order: Order | None = None,
+    ) -> tuple[Tensor, Tensor, Pairs]:
+        """As `forward`, of keys and values layer by layer, which are not copied.
+
+        tokens (B, U): B / N hypotheses of each utterance, side by side; memory (N, H, T, D) and y_lens (N,);
+        past (B, H, W, D).
+
+        Returns logits (B, U, V), attention (B, U, T), and the past of the next call.
+        """
+        x, listening, present = self._through(tokens, memory, y_lens, past, window, guide, order)
         attention = torch.cat(listening, 1).mean(1) if listening else x.new_zeros(*x.shape[:2], 0)
-        return Decoded(self.out(self.norm(x)), attention, state)
+        return self.out(self.norm(x)), attention, present
 
     def listen(self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor) -> Tensor:
         """As `forward` -> where each head of the guide listened before it wrote what follows each token,
         (N, H, U, T)."""
-        memory = (cross_keys, cross_values)
-        return torch.cat(self._through(tokens, memory, y_lens, None, None, self.guide, None)[1], 1)
+        state = self.init_state(tokens.shape[0])
+        past, memory = _layers(state.keys, state.values), _layers(cross_keys, cross_values)
+        return torch.cat(self._through(tokens, memory, y_lens, past, None, self.guide, None)[1], 1)
 
     def _through(
         self,
         tokens: Tensor,
-        memory: tuple[Tensor, Tensor],
+        memory: Pairs,
         y_lens: Tensor,
-        state: DecoderState | None,
+        past: Pairs,
         window: Window | None,
         guide: Guide | None,
         order: Order | None,
-    ) -> tuple[Tensor, list[Tensor], DecoderState]:
-        """x (N, U, C) behind all layers, where the heads of the guide listened, and the next state."""
-        if state is None:
-            state = self.init_state(tokens.shape[0])
+    ) -> tuple[Tensor, list[Tensor], Pairs]:
+        """x (B, U, C) behind all layers, where the heads of the guide listened, and the next past."""
+        width = past[0][0].shape[2]
         if self.positions is not None and not torch.compiler.is_exporting():
-            end = state.keys.shape[3] + tokens.shape[1] if order is None else int(order.positions.max()) + 1
+            end = width + tokens.shape[1] if order is None else int(order.positions.max()) + 1
             _require_positions(end, self.config.num_positions)
-        positions, visible = order or in_order(tokens, state.keys.shape[3], self.config.left_tokens)
+        positions, visible = order or in_order(tokens, width, self.config.left_tokens)
         window = window or Window(torch.zeros_like(y_lens)[:, None], y_lens[:, None])
-        heard = window_mask(*window, memory[0].shape[3])[:, None]
+        heard = window_mask(*window, memory[0][0].shape[2])[:, None]
         x = self._embed(tokens, positions)
         rotation = Rotation.at(positions, self.head_dim) if self.config.positions == "rotary" else None
-        listening, kept = [], []
-        pasts, memories = (
-            zip(keys.unbind(1), values.unbind(1), strict=True)
-            for keys, values in ((state.keys, state.values), memory)
-        )
-        for i, (layer, past, sound) in enumerate(zip(self.layers, pasts, memories, strict=True)):
+        listening, present = [], []
+        for i, (layer, before, audio) in enumerate(zip(self.layers, past, memory, strict=True)):
             heads = guide.of(i) if guide else ()
-            x, present, heard_by = layer(x, past, sound, visible[:, None], heard, rotation, heads)
-            listening += heard_by
-            kept.append(present)
-        keys, values = (torch.stack(tensors, dim=1) for tensors in zip(*kept, strict=True))
-        return x, listening, DecoderState(keys, values)
+            x, keys, values, weights = layer(x, before, audio, visible[:, None], heard, rotation, heads)
+            listening += weights
+            present.append((keys, values))
+        return x, listening, present
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embedding(tokens) * math.sqrt(self.config.dim)
@@ -338,6 +363,11 @@ def _require_positions(end: int, num_positions: int) -> None:
             f"decoder.num_positions: {num_positions} positions were learnt, and a text has {end} tokens, its "
             f"beginning included; search with max_tokens at most {num_positions - 1}"
         )
+
+
+def _layers(keys: Tensor, values: Tensor) -> Pairs:
+    """(N, L, ...) each -> of each layer."""
+    return list(zip(keys.unbind(1), values.unbind(1), strict=True))
 
 
 def in_order(tokens: Tensor, width: int, left: int = -1) -> Order:

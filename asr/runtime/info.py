@@ -14,7 +14,7 @@ from asr.context import WHOLE, Context
 from asr.decode.scorer import Chunking
 from asr.errors import BundleError
 
-FORMAT = 3
+FORMAT = 4
 STRICT = ConfigDict(extra="forbid")
 
 

@@ -25,6 +25,8 @@ State = Mapping[str, NDArray[Any]]
 """Name of an input of the encoder -> its tensor, streams first."""
 
 
+Tensors = dict[str, NDArray[Any]]
+
 ROWS = 5
 """Hypotheses scored in one call: bounds the memory of what they attend to, at little cost."""
 
@@ -48,33 +50,35 @@ class Memory:
     """The encoder output of N utterances. What the decoder attends to is computed once for each, if asked."""
 
     def __init__(
-        self, bundle: Bundle, ys: Sequence[Floats], crosses: dict[int, list[Floats]] | None = None
+        self, bundle: Bundle, ys: Sequence[Floats], crosses: dict[int, Tensors] | None = None
     ) -> None:
         self.ys = ys
         self._bundle = bundle
         self._crosses = crosses or {}
 
-    def gather(self, owner: Ints, window: Window | None = None) -> dict[str, NDArray[Any]]:
-        """The decoder's inputs about the audio, for hypotheses of utterances owner (B,): all of it, or the
-        window of each."""
-        lens = np.array([len(self.ys[n]) for n in owner.tolist()], np.int64)
+    def gather(self, utterances: Ints, window: Window | None = None) -> Tensors:
+        """The decoder's inputs about the audio of some utterances (N,): all of it, or the window of each. Of
+        one utterance nothing is copied."""
+        lens = np.array([len(self.ys[n]) for n in utterances.tolist()], np.int64)
         window = window or Window(np.zeros_like(lens), lens)
-        spans = list(zip(owner.tolist(), window.start.tolist(), window.end.tolist(), strict=True))
-        length = max((end - start for _, start, end in spans), default=0)
-        inputs: dict[str, NDArray[Any]] = {"y_lens": window.end - window.start}
-        for i, name in enumerate(("cross_keys", "cross_values")):
-            parts = [self.cross(n)[i][0, :, :, start:end] for n, start, end in spans]
-            heads, _, head_dim = parts[0].shape[1:]
-            inputs[name] = np.zeros((len(parts), len(parts[0]), heads, max(length, 1), head_dim), np.float32)
-            for row, part in zip(inputs[name], parts, strict=True):
-                row[:, :, : part.shape[2]] = part
+        spans = list(zip(utterances.tolist(), window.start.tolist(), window.end.tolist(), strict=True))
+        length = max(1, *(end - start for _, start, end in spans))
+        inputs: Tensors = {"y_lens": window.end - window.start}
+        for name in self._names:
+            inputs[name] = _stack([self.cross(n)[name][:, :, start:end] for n, start, end in spans], length)
         return inputs
 
-    def cross(self, n: int) -> list[Floats]:
-        """Keys and values of an utterance, (1, L, H, T, D) each; of one without frames, those of a zero."""
+    def cross(self, n: int) -> Tensors:
+        """Keys and values of an utterance, (1, H, T, D) of each layer; of one without frames, those of a
+        zero."""
         if n not in self._crosses:
-            self._crosses[n] = self._bundle.memory.run(None, {"y": self.frames(n)[None]})
+            found = self._bundle.memory.run(None, {"y": self.frames(n)[None]})
+            self._crosses[n] = dict(zip(self._names, found, strict=True))
         return self._crosses[n]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [x.name for x in self._bundle.memory.get_outputs()]
 
     def frames(self, n: int) -> Floats:
         """Utterance n as a graph can take it, (T, C): a zero where there is no frame."""
@@ -82,16 +86,58 @@ class Memory:
 
     def view(self, n: int, num_frames: int) -> "Memory":
         """Utterance n alone, up to frame num_frames."""
-        cut = [x[:, :, :, : max(num_frames, 1)] for x in self.cross(n)]
+        cut = {name: x[:, :, : max(num_frames, 1)] for name, x in self.cross(n).items()}
         return Memory(self._bundle, [self.ys[n][:num_frames]], {0: cut})
 
     def append(self, y: Floats) -> "Memory":
         """The next frames y (T, C) of one utterance behind those that are there."""
         known = {}
         if 0 in self._crosses and len(self.ys[0]) and len(y):
-            pairs = zip(self.cross(0), Memory(self._bundle, [y]).cross(0), strict=True)
-            known[0] = [np.concatenate(pair, 3) for pair in pairs]
+            new = Memory(self._bundle, [y]).cross(0)
+            known[0] = {name: np.concatenate((x, new[name]), 2) for name, x in self.cross(0).items()}
         return Memory(self._bundle, [np.concatenate((self.ys[0], y))], known)
+
+
+def _stack(parts: Sequence[Floats], length: int) -> Floats:
+    """N parts (1, H, T_n, D) -> (N, H, length, D), filled with zeros."""
+    if len(parts) == 1 and parts[0].shape[2] == length:
+        return np.ascontiguousarray(parts[0])
+    _, heads, _, head_dim = parts[0].shape
+    stacked = np.zeros((len(parts), heads, length, head_dim), np.float32)
+    for row, part in zip(stacked, parts, strict=True):
+        row[:, : part.shape[2]] = part[0]
+    return stacked
+
+
+class Rows(NamedTuple):
+    """How B hypotheses are given to the graph: as many of each utterance, side by side."""
+
+    utterances: Ints
+    """(N,)."""
+
+    order: Ints | None
+    """Of each utterance its hypotheses (N, G), repeated where others have more; None where they stand so."""
+
+    places: Ints | slice
+    """Where each of the B is then found."""
+
+    @classmethod
+    def of(cls, owner: Ints) -> "Rows":
+        utterances, counts = np.unique(owner, return_counts=True)
+        most = int(counts.max())
+        sides = np.argsort(owner, kind="stable")
+        starts = np.cumsum(counts) - counts
+        order = sides[starts[:, None] + np.minimum(np.arange(most), counts[:, None] - 1)]
+        if np.array_equal(order.ravel(), np.arange(len(owner))):
+            return cls(utterances, None, slice(None))
+        places = np.empty(len(owner), np.int64)
+        places[sides] = np.concatenate([n * most + np.arange(count) for n, count in enumerate(counts)])
+        return cls(utterances, order, places)
+
+    def shape(self, x: NDArray[Any]) -> NDArray[Any]:
+        """(B, ...) -> (N, G, ...)."""
+        n = len(self.utterances)
+        return x.reshape(n, len(x) // n, *x.shape[1:]) if self.order is None else x[self.order]
 
 
 @dataclass(frozen=True)
@@ -100,9 +146,9 @@ class DecoderState:
 
     memory: Memory
     owner: Ints
-    cross: dict[str, NDArray[Any]] | None
-    """Of everything, once it was asked for."""
-    past: dict[str, NDArray[Any]]
+    cross: Tensors | None
+    """Of everything in the utterances of Rows.of(owner), once it was asked for."""
+    past: Tensors
 
 
 class OnnxScorer:
@@ -214,23 +260,19 @@ class OnnxScorer:
         return memory.view(utterance, num_frames)
 
     def step(self, state: DecoderState, tokens: Ints, k: int, window: Window | None = None) -> Step:
-        if window is None and state.cross is None:
-            state = replace(state, cross=state.memory.gather(state.owner))
-        cross = state.memory.gather(state.owner, window) if window else state.cross
-        log_probs, attention, past = self._decode(tokens.reshape(len(tokens), -1), cross or {}, state.past)
-        ids, values = _best(log_probs[:, -1], k)
-        return Step(ids, values, attention[:, -1], replace(state, past=past))
+        given = tokens.reshape(len(tokens), -1)
+        ids, log_probs, attention, state = self._follow(state, given, k, BEST, window)
+        return Step(ids[:, -1], log_probs[:, -1], attention[:, -1], state)
 
     def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
         """As Scorer.listen; the graph gives the mean of all heads."""
-        owner = np.array([utterance])
-        state = self.start(memory, owner)
-        return self._decode(np.array([tokens], np.int64), memory.gather(owner), state.past)[1]
+        state = self.start(memory, np.array([utterance]))
+        attention: Floats = self._follow(state, np.array([tokens], np.int64), 1, ("attention",))[0]
+        return attention
 
     def steps(self, state: DecoderState, tokens: Ints, k: int) -> Step:
-        state = replace(state, cross=state.cross or state.memory.gather(state.owner))
-        log_probs, attention, past = self._decode(tokens, state.cross or {}, state.past)
-        return Step(*_best(log_probs, k), attention[:, :, :0], replace(state, past=past))
+        ids, log_probs, attention, state = self._follow(state, tokens, k, BEST)
+        return Step(ids, log_probs, attention[:, :, :0], state)
 
     def rewind(self, state: DecoderState, num_tokens: int) -> DecoderState:
         past = {}
@@ -241,11 +283,9 @@ class OnnxScorer:
 
     def select(self, state: DecoderState, index: Ints) -> DecoderState:
         owner = state.owner[index]
-        is_same = np.array_equal(owner, state.owner)
-        cross = state.cross
-        if cross and not is_same:
-            cross = {name: x[index] for name, x in cross.items()}
-        return DecoderState(state.memory, owner, cross, {name: x[index] for name, x in state.past.items()})
+        is_same = np.array_equal(np.unique(owner), np.unique(state.owner))
+        past = {name: x[index] for name, x in state.past.items()}
+        return DecoderState(state.memory, owner, state.cross if is_same else None, past)
 
     def join(self, states: Sequence[DecoderState], memory: Memory) -> DecoderState:
         past = {name: np.concatenate([x.past[name] for x in states]) for name in states[0].past}
@@ -281,8 +321,7 @@ class OnnxScorer:
         return [x[len(prompt) :] for x in scores] if prompt and not reverse else scores
 
     def _score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
-        past = self.start(memory, owner).past
-        log_probs, _, _ = self._decode(self._inputs(tokens), memory.gather(owner), past)
+        (log_probs,) = self._follow(self.start(memory, owner), self._inputs(tokens), 1, ("log_probs",))[:1]
         return [_of_tokens(x, [*y, self.sos_eos]) for x, y in zip(log_probs, tokens, strict=True)]
 
     def _score_reverse(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
@@ -307,11 +346,29 @@ class OnnxScorer:
             row[1 : 1 + len(sequence)] = sequence
         return padded
 
-    def _decode(
-        self, tokens: Ints, cross: Mapping[str, NDArray[Any]], past: Mapping[str, NDArray[Any]]
-    ) -> tuple[Floats, Floats, dict[str, NDArray[Any]]]:
-        log_probs, attention, *present = self.bundle.decoder.run(None, {"tokens": tokens, **cross, **past})
-        return log_probs, attention, dict(zip(past, present, strict=True))
+    def _follow(
+        self, state: DecoderState, tokens: Ints, k: int, outputs: Sequence[str], window: Window | None = None
+    ) -> tuple[Any, ...]:
+        """Give the decoder tokens (B, U): some of its outputs, a row for each hypothesis, and the state."""
+        rows = Rows.of(state.owner) if window is None else _alone(state.owner)
+        if window is None and state.cross is None:
+            state = replace(state, cross=state.memory.gather(rows.utterances))
+        heard = state.memory.gather(state.owner, window) if window else state.cross or {}
+        names = [*outputs, *(f"next_{name}" for name in state.past)]
+        given = {name: rows.shape(x) for name, x in {"tokens": tokens, **state.past}.items()}
+        k = min(k, self.num_tokens)
+        found = self.bundle.decoder.run(names, {"k": np.array([k]), **given, **heard})
+        found = found if rows.order is None else [x[rows.places] for x in found]
+        past = dict(zip(state.past, found[len(outputs) :], strict=True))
+        return *found[: len(outputs)], replace(state, past=past)
+
+
+BEST = ("ids", "log_probs_of_ids", "attention")
+
+
+def _alone(owner: Ints) -> Rows:
+    """Every hypothesis with its own copy of what it hears."""
+    return Rows(owner, None, slice(None))
 
 
 def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
@@ -322,12 +379,3 @@ def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
 def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:
     """A state of n streams or hypotheses, whose variable sizes are given."""
     return np.zeros((n, *field.sizes(sizes)), field.dtype)
-
-
-def _best(log_probs: Floats, k: int) -> tuple[Ints, Floats]:
-    """log_probs (..., V) -> the k likeliest ids and their values (..., k), best first."""
-    k = min(k, log_probs.shape[-1])
-    ids = np.argpartition(-log_probs, k - 1, axis=-1)[..., :k]
-    values = np.take_along_axis(log_probs, ids, -1)
-    order = np.argsort(-values, axis=-1, kind="stable")
-    return np.take_along_axis(ids, order, -1), np.take_along_axis(values, order, -1)

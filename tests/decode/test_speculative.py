@@ -80,11 +80,11 @@ DRAFTS = {
     "right": (TEXT, 1),
     "empty": ((), 21),
     "one other": ((*TEXT[:7], 9, *TEXT[8:]), 2),
-    "one missing": ((*TEXT[:7], *TEXT[8:]), 3),
+    "one missing": ((*TEXT[:7], *TEXT[8:]), 4),
     "one more": ((*TEXT[:7], 2, *TEXT[7:]), 2),
     "two others": ((*TEXT[:7], 9, *TEXT[8:12], 3, *TEXT[13:]), 3),
     "the first half": (TEXT[:10], 11),
-    "the last half": (TEXT[10:], 15),
+    "the last half": (TEXT[10:], 17),
     "too long": ((*TEXT, 3, 4), 1),
 }
 

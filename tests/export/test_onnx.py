@@ -23,10 +23,10 @@ def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
             ["window", "num_frames", "chunk", "left", "right", *state],
             ["y", "log_probs", "y_lens", *following],
         ),
-        "memory": (["y"], ["cross_keys", "cross_values"]),
+        "memory": (["y"], ["cross_keys_0", "cross_values_0"]),
         "decoder": (
-            ["tokens", "cross_keys", "cross_values", "y_lens", "keys", "values"],
-            ["log_probs", "attention", "next_keys", "next_values"],
+            ["tokens", "y_lens", "cross_keys_0", "cross_values_0", "keys_0", "values_0", "k"],
+            ["log_probs", "attention", "next_keys_0", "next_values_0", "log_probs_of_ids", "ids"],
         ),
         "reverse": (["tokens", "y", "y_lens"], ["log_probs"]),
     }

@@ -4,8 +4,10 @@ import torch
 
 from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
+from asr.decode.joint import search
 from asr.decode.modes import decode, modes_for
 from asr.decode.scorer import Floats, Window
+from asr.decode.speculative import greedy
 from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle
@@ -185,3 +187,60 @@ def test_memory_grows_as_frames_arrive_and_can_be_seen_as_it_was(
         np.testing.assert_allclose(expected.log_probs, found.log_probs, rtol=0, atol=1e-5)
         whole = scorer.step(scorer.start(memory, np.array([1])), tokens, 5)
         assert np.abs(whole.log_probs - found.log_probs).max() > 1e-4
+
+
+def test_hypotheses_of_several_utterances_share_what_they_hear(
+    scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
+):
+    """In any order, as many of each or not: what each says is what it says alone, and states stay apart."""
+    _, scorer = scorers
+    _, memory = scorer.encode([sound, sound[:20000], sound[:60], sound[30000:60000]])
+    for owners in ([0, 0, 0], [0, 0, 3, 3], [3, 0, 1], [1, 0, 0, 3, 1, 0], [2, 0, 2, 1], [3, 3, 1]):
+        state = scorer.start(memory, np.array(owners))
+        alone = [scorer.start(memory, np.array([n])) for n in owners]
+        for step in range(3):
+            tokens = np.array(
+                [scorer.sos_eos if step == 0 else 4 + (b + step) % 5 for b in range(len(owners))]
+            )
+            said = scorer.step(state, tokens, 7)
+            for b, token in enumerate(tokens):
+                one = scorer.step(alone[b], np.array([token]), 7)
+                np.testing.assert_allclose(said.log_probs[b], one.log_probs[0], rtol=0, atol=1e-4)
+                frames = one.attention.shape[1]
+                np.testing.assert_allclose(said.attention[b, :frames], one.attention[0], rtol=0, atol=1e-4)
+                alone[b] = one.state
+            order = np.roll(np.arange(len(owners)), 1) if step else np.arange(len(owners))
+            state = scorer.select(said.state, order)
+            owners, alone = [owners[b] for b in order], [alone[b] for b in order]
+
+
+def test_what_one_utterance_hears_is_not_copied(scorers: tuple[TorchScorer, OnnxScorer], sound: Floats):
+    _, scorer = scorers
+    _, memory = scorer.encode([sound])
+    state = scorer.start(memory, np.zeros(5, np.int64))
+    heard = scorer.step(state, np.full(5, scorer.sos_eos), 1).state.cross
+    assert all(heard[name] is x for name, x in memory.cross(0).items())
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_drafts_are_checked_as_steps_are(scorers: tuple[TorchScorer, OnnxScorer], speech, count: int):
+    """In torch and in ONNX: several tokens at once, a state that is cut back, and the greedy search."""
+    samples = [*speech, speech[0][:30000], speech[1][:8000]][:count]
+    config = SearchConfig(beam=1, ctc_weight=0.0)
+    for scorer in scorers:
+        log_probs, memory = scorer.encode(samples)
+        tokens = np.random.default_rng(1).integers(3, scorer.num_tokens, (count, 6))
+        tokens[:, 0] = scorer.sos_eos
+        state = scorer.start(memory, np.arange(count))
+        said = scorer.steps(state, tokens, 4)
+        for u in range(6):
+            one = scorer.step(state, tokens[:, u], 4)
+            np.testing.assert_allclose(said.log_probs[:, u], one.log_probs, rtol=0, atol=1e-4)
+            again = scorer.step(scorer.rewind(said.state, u), tokens[:, u], 4)
+            np.testing.assert_allclose(again.log_probs, one.log_probs, rtol=0, atol=1e-4)
+            state = one.state
+        expected = search(scorer, log_probs, memory, config)
+        for a, b in zip(expected, greedy(scorer, log_probs, memory, config), strict=True):
+            assert [x.tokens for x in a] == [x.tokens for x in b]
+            np.testing.assert_allclose([x.score for x in a], [x.score for x in b], rtol=0, atol=1e-3)
+        assert any(x[0].tokens for x in expected)

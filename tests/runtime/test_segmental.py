@@ -21,7 +21,7 @@ from asr.runtime.onnx_scorer import OnnxScorer
 from asr.runtime.stream import Stream
 from asr.runtime.utterance import StreamConfig
 from export.bundle import Origin, describe, write_bundle
-from export.onnx import decoder_trace, export, length_trace, memory_trace
+from export.onnx import decoder_trace, export, length_trace, memory_trace, with_best
 from export.quantize import quantize
 
 MODES = [mode for mode, decoder in NEEDS.items() if decoder == "segmental"]
@@ -54,6 +54,7 @@ def bundles(model: HybridModel, tiny_bundles: Path, tmp_path_factory: pytest.Tem
         "length": length_trace(model, model.decoder.length),
     }
     graphs = {name: export(trace, name) for name, trace in traces.items()}
+    graphs["decoder"] = with_best(graphs["decoder"])
     for target in ("cpu-fp32", "cpu-int8"):
         built = {name: quantize(x) for name, x in graphs.items()} if target == "cpu-int8" else graphs
         built = {"encoder": onnx.load(tiny_bundles / target / "encoder.onnx"), **built}
