@@ -39,7 +39,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 INPUT = {
     "encoder": ("window", "samples"),
     "memory": ("y",),
-    "decoder": ("cross_keys",),
+    "decoder": ("k",),
     "reverse": ("y_lens",),
     "length": ("durations",),
     "fire": ("y",),

@@ -249,6 +249,24 @@ def test_memory_does_not_grow_in_three_hours(int8: Bundle):
     assert stream.duration_s == 600.0 + 3 * 3600.0
 
 
+@pytest.mark.slow
+def test_the_last_minute_of_an_hour_is_what_a_fresh_stream_hears(float32: Bundle):
+    """Of a sound that is said again every 64 s, a hundred chunks, and ends with silence each time."""
+    block = made_sound(64.0, 16000)
+    block[-5 * 16000 :] = 0
+    config = StreamConfig(mode="rescore", chunks_per_call=4)
+
+    def hear(times: int) -> list[tuple[str, float]]:
+        """The final texts of the last time, and when they began in it."""
+        stream, start_s = Stream(float32, config), (times - 1) * 64.0
+        events = [event for _ in range(times) for event in stream.accept(block)] + stream.finish()
+        return [(e.text, round(e.start_s - start_s, 6)) for e in events if e.final and e.start_s >= start_s]
+
+    found = hear(57)
+    assert len(found) > 3
+    assert found == hear(2)
+
+
 def test_times_are_exact_after_a_year(float32: Bundle, sound: Floats):
     """Counts are integers: a stream that starts far from zero tells the same, so much later."""
     frames = 2**30
