@@ -195,7 +195,7 @@ class _Trials:
         last = list(self._tried.values())[-1]
         return BundleError(
             f"WER {describe(last)} instead of {describe(self._before)}, with the {most} most harmful modules "
-            f"in float32, expected {self._limit.max_increase:g} more at most; "
+            f"in float32, expected {self._limit.max_increase:g} more at most of {self._words:,} words; "
             "allow more with --max-wer-increase, or use --target cpu-fp32"
         )
 

@@ -137,6 +137,17 @@ def test_modes_are_those_of_the_model(tiny_bundles: Path):
         BundleHearing(bundle, [], ["chunked"])
 
 
+def test_a_decoder_without_ctc_is_measured_by_what_it_writes(whole_bundle: Path):
+    bundle = Bundle.load(whole_bundle)
+    graphs = {path.stem: onnx.load(path) for path in whole_bundle.glob("*.onnx")}
+    hearing = BundleHearing(bundle, [Utterance("made", made_sound(2.0, 16000), "")])
+    assert hearing.modes == ("attention",)
+    assert hearing.texts(graphs, 0)["attention"]
+    assert set(hearing.log_probs(graphs)) == {"decoder"}
+    order = rank(graphs, quantize, hearing, ["attention"], lambda *_: lambda n: None)
+    assert set(order) == {name for graph in graphs.values() for name in modules(graph)}
+
+
 def test_graphs_in_memory_are_the_bundle(tiny_bundles: Path, graphs: Graphs):
     bundle = Bundle.load(tiny_bundles / "cpu-fp32")
     window = {"y": np.ones((1, 3, bundle.info.dim), np.float32)}
