@@ -215,6 +215,7 @@ def test_a_trained_head_finds_truncated_ends():
 @pytest.mark.parametrize("quantity", [0.0, 1.0])
 def test_the_graph_is_there_where_the_head_is(monkeypatch, quantity):
     monkeypatch.setattr("export.onnx.export", lambda trace, name: trace.outputs)
+    monkeypatch.setattr("export.onnx.with_best", lambda outputs: outputs)
     graphs = export_graphs(model_of(quantity))
     assert graphs.get("fire") == (["alpha"] if quantity else None)
 
