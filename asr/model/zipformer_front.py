@@ -52,6 +52,8 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
         """x (N, C, T' + 2 SIDE, F) -> (N, C, T', F)."""
+        if not torch.compiler.is_exporting():  # channels last, as the maps want them, and a quicker gradient
+            x = x.contiguous(memory_format=torch.channels_last)
         y = self.depthwise(x).permute(0, 2, 3, 1)
         hidden = self.hidden_balancer(F.linear(y, self.expand.weight.flatten(1), self.expand.bias))
         y = F.linear(swoosh_l(hidden), self.contract.weight.flatten(1), self.contract.bias)
