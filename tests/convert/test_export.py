@@ -126,3 +126,38 @@ def by_stretch(scorer: OnnxScorer, sound: Floats, config: SearchConfig) -> list[
         found += [x.tokens for x in parts]
         sound = sound[used:]
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "name", "write_source"),
+    [
+        ("icefall", "icefall_zipformer2_causal", write_icefall),
+        ("nemo", "nemo_fastconformer_streaming", write_streaming_nemo),
+    ],
+)
+def test_public_encoders_have_an_8_bit_bundle(
+    asr: Callable,
+    golden_set: Callable[[str], GoldenSet],
+    tmp_path: Path,
+    family: str,
+    name: str,
+    write_source: Callable[[GoldenSet, Path], Path],
+):
+    source = write_source(golden_set(name), tmp_path / "source")
+    assert asr("convert", family, source, "-o", tmp_path / "exp")[0] == 0
+    assert asr("export", tmp_path / "exp", "--target", "cpu-int8", "-o", tmp_path / "bundle")[0] == 0
+    assert 0 < int8_difference(tmp_path / "exp", tmp_path / "bundle") < 0.1
+    write(tmp_path / "a.wav", made_sound(1.0, 16000))
+    assert asr("transcribe", tmp_path / "bundle", tmp_path / "a.wav")[0] == 0
+
+
+def int8_difference(exp: Path, folder: Path) -> float:
+    """The largest of a log-probability, in standard deviations of all; the likeliest units are the same."""
+    bundle = Bundle.load(folder)
+    sound = made_sound(3.0, bundle.info.features.sample_rate)
+    model, tokenizer, _ = load_model(exp)
+    ((expected,), _) = TorchScorer(model, "cpu", bundle.word_starts, tokenizer.symbols).encode([sound])
+    ((found,), _) = OnnxScorer(bundle).encode([sound])
+    assert (expected.argmax(1) == found.argmax(1)).mean() > 0.9
+    return float(np.abs(expected - found).max() / expected.std())
