@@ -50,7 +50,7 @@ def with_outliers(graphs: Graphs, names: Collection[str]) -> Graphs:
         changed[key].CopyFrom(graph)
         constants = {x.name: x for x in changed[key].graph.initializer}
         for node in list(changed[key].graph.node):
-            if node.op_type != "MatMul" or module_of(node) not in names:
+            if node.op_type != "MatMul" or module_of(node) not in names or node.input[1] not in constants:
                 continue
             weight = numpy_helper.to_array(constants[node.input[1]])
             wider = np.concatenate([weight, np.full_like(weight[:1], 1e4)])
@@ -61,9 +61,10 @@ def with_outliers(graphs: Graphs, names: Collection[str]) -> Graphs:
 
 def _with_a_zero(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     """A tensor that is the first input of a node, and a channel of zeros behind the others."""
-    pads, name = f"{node.name}/pads", f"{node.name}/padded"
-    model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, 0, 0, 0, 1]), pads))
-    pad = onnx.helper.make_node("Pad", [node.input[0], pads], [name], name=name)
+    pads, last, name = f"{node.name}/pads", f"{node.name}/last", f"{node.name}/padded"
+    for constant, value in ((pads, [0, 1]), (last, [-1])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(value), constant))
+    pad = onnx.helper.make_node("Pad", [node.input[0], pads, "", last], [name], name=name)
     model.graph.node.insert(list(model.graph.node).index(node), pad)
     return name
 
