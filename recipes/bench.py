@@ -12,6 +12,7 @@ import typer
 from asr.errors import BundleError, ConfigError
 from recipes.latency import MANIFESTS, bench_latency
 from recipes.options import Modes, Search, stream_config
+from recipes.peers import MARKER, bench_peer
 
 if TYPE_CHECKING:
     from asr.decode.scorer import Floats
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from export.bench import Figures
 
 MADE_S, MADE_PARTS = 60.0, 6
-MARKER = "sherpa.json"
-"""In what `asr export --target sherpa-onnx` writes."""
 
 
 def bench(
@@ -55,12 +54,11 @@ def bench(
 ) -> None:
     """Stream sound through a bundle as fast as it goes, and print speed, latencies and memory.
 
-    With --latency, play the utterances of a manifest as if they were spoken now, and print one line a mode
-    and chunk: error rate, lagging and delays of words, by the sound read / by the clock (docs/latency.md).
+    Beside sherpa-onnx with the same weights: live, from a file and with many streams, on one core. With
+    --latency, play the utterances of a manifest as if they were spoken now, and print one line a mode and
+    chunk: error rate, lagging and delays of words, by the sound read / by the clock (docs/latency.md).
 
     Example: asr bench bundle data/manifests/corpus_test.jsonl.gz --against bundle-fp32
-
-    Beside sherpa-onnx, with the same weights: live, from a file and with many streams, on one core.
 
     Example: asr bench bundle a.wav --against exp/conformer-m/sherpa
 
@@ -81,17 +79,14 @@ def bench(
     if latency and against is not None:
         raise ConfigError("--against compares speed; it does not go with --latency")
     if against is not None and (against / MARKER).exists():
-        sounds = _sounds(sound, loaded.info.features.sample_rate, limit)
-        _bench_peer(loaded, against, sounds, configs[0], rounds, as_json)
+        bench_peer(loaded, against, _sounds(sound, loaded, limit), configs[0], rounds, as_json)
         return
     folder = alignment or against
     other = None if folder is None else _load_like(loaded, folder, threads)
     if latency:
         bench_latency(loaded, other or loaded, sound, limit, configs, out, as_json)
     else:
-        _bench_speed(
-            loaded, other, _sounds(sound, loaded.info.features.sample_rate, limit), configs[0], as_json
-        )
+        _bench_speed(loaded, other, _sounds(sound, loaded, limit), configs[0], as_json)
 
 
 def _bench_speed(
@@ -120,46 +115,6 @@ def _bench_speed(
     )
 
 
-def _bench_peer(
-    bundle: Bundle, folder: Path, sounds: Iterator[Floats], config: StreamConfig, rounds: int, as_json: bool
-) -> None:
-    import tempfile
-    from dataclasses import asdict
-
-    import numpy as np
-    from rich.console import Console
-
-    from export.peers import Duel, duel
-
-    chunk_ms = config.chunk_ms or bundle.info.stream.chunk_ms
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "sound.npy"
-        np.save(path, np.concatenate(list(sounds)))
-        with Console(stderr=True).status("starting") as status:
-            for news in duel(bundle, folder, path, chunk_ms, rounds):
-                if isinstance(news, Duel):
-                    found = news
-                else:
-                    status.update(f"by turns: {news}")
-    if as_json:
-        print(json.dumps(asdict(found)))
-        return
-    parameters = bundle.info.parameters / 1e6
-    print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, chunks of {chunk_ms} ms")
-    print(
-        f"{'computing time per second':<28}{'ours':>9}{'theirs':>9}{'times as fast':>24}{'of the limit':>14}"
-    )
-    for row in found.rows:
-        median, low, high = row.ratios
-        ratio = f"{median:.2f} [{low:.2f} .. {high:.2f}]"
-        print(f"{row.name:<28}{row.ours:>9.4f}{row.theirs:>9.4f}{ratio:>24}{row.limit_share:>14.0%}")
-    for name, values in (("streams that keep up", found.streams), ("memory at most, MB", found.memory_mb)):
-        print(f"{name:<28}{values['ours']:>9.0f}{values['theirs']:>9.0f}")
-    for i, percent in enumerate((50, 95)):
-        values = {who: x[i] for who, x in found.round_ms.items()}
-        print(f"{f'chunk, {percent} % below, ms':<28}{values['ours']:>9.1f}{values['theirs']:>9.1f}")
-
-
 def _print(bundle: Bundle, found: Figures) -> None:
     parameters = bundle.info.parameters / 1e6
     print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, {found.mode}")
@@ -177,12 +132,13 @@ def _print(bundle: Bundle, found: Figures) -> None:
     print(f"{'memory':<20}{found.peak_memory_mb:,.0f} MB at most, of the whole process")
 
 
-def _sounds(sound: Path | None, sample_rate: int, limit: int) -> Iterator[Floats]:
+def _sounds(sound: Path | None, bundle: Bundle, limit: int) -> Iterator[Floats]:
     import numpy as np
 
     from asr.audio import read
     from export.verify import made_sound, read_utterances
 
+    sample_rate = bundle.info.features.sample_rate
     if sound is None:
         yield from np.array_split(made_sound(MADE_S, sample_rate), MADE_PARTS)
     elif sound.name.endswith(MANIFESTS):
