@@ -35,9 +35,7 @@ def bench(
     threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
     mode: Modes = None,
     search: Search = None,
-    chunk_ms: Annotated[
-        list[int] | None, typer.Option(help="several with --latency; 0: the bundle's own  [default: 0]")
-    ] = None,
+    chunk_ms: Annotated[list[int] | None, typer.Option(help="several with --latency; 0: its own")] = None,
     left_chunks: Annotated[int, typer.Option(help="-1: the bundle's own")] = -1,
     look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead")] = 0,
     limit: Annotated[int, typer.Option(help="utterances of a manifest, from the first on")] = 50,
@@ -58,8 +56,6 @@ def bench(
     --latency, play the utterances of a manifest as if they were spoken now, and print one line a mode and
     chunk: error rate, lagging and delays of words, by the sound read / by the clock (docs/latency.md).
 
-    Example: asr bench bundle data/manifests/corpus_test.jsonl.gz --against bundle-fp32
-
     Example: asr bench bundle a.wav --against exp/conformer-m/sherpa
 
     Example: asr bench bundle test.jsonl.gz --latency --chunk-ms 320 --chunk-ms 640 -o latency.json
@@ -74,19 +70,25 @@ def bench(
         for name in mode or ["ctc-prefix"]
         for ms in chunk_ms or [0]
     ]
-    if not latency and (len(configs) > 1 or alignment is not None or out is not None):
-        raise ConfigError("several modes or chunks, --alignment and -o need --latency")
-    if latency and against is not None:
-        raise ConfigError("--against compares speed; it does not go with --latency")
+    of_latency = len(configs) > 1 or alignment is not None or out is not None
+    _check_options(latency, of_latency, against)
     if against is not None and (against / MARKER).exists():
         bench_peer(loaded, against, _sounds(sound, loaded, limit), configs[0], rounds, as_json)
         return
     folder = alignment or against
-    other = None if folder is None else _load_like(loaded, folder, threads)
+    other = _load_like(loaded, folder, threads) if folder else None
     if latency:
         bench_latency(loaded, other or loaded, sound, limit, configs, out, as_json)
     else:
         _bench_speed(loaded, other, _sounds(sound, loaded, limit), configs[0], as_json)
+
+
+def _check_options(latency: bool, of_latency: bool, against: Path | None) -> None:
+    """of_latency: whether an option of --latency was given. ConfigError for what does not fit."""
+    if of_latency and not latency:
+        raise ConfigError("several modes or chunks, --alignment and -o need --latency")
+    if latency and against is not None:
+        raise ConfigError("--against compares speed; it does not go with --latency")
 
 
 def _bench_speed(
