@@ -120,6 +120,11 @@ class CrossAttention(nn.Module):
         y = self._join(torch.where(empty, 0.0, weights @ values), x)
         return y, listening.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
 
+    def weights(self, x: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """What `forward` weights the values with: (N, H, B / N * U, T)."""
+        weights, empty = self._attend(x, keys, mask)
+        return torch.where(empty, 0.0, weights)
+
     def _attend(self, x: Tensor, keys: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """What values are weighted with, (N, H, B / N * U, T), where a row that may attend to nothing attends
         to all; and which rows these are."""

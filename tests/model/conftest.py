@@ -42,7 +42,7 @@ def _decoder_config(**changes: object) -> DecoderConfig:
 SMALL = {"dim": 24, "num_layers": 2, "num_heads": 2, "ff_dim": 32}
 
 TINY: dict[str, dict[str, object]] = {
-    "conformer": {**SMALL, "kernel_size": 5, "subsampling_channels": 4},
+    "conformer": {**SMALL, "kernel_size": 5, "subsampling_channels": 4, "chunk": ChunkConfig(max_right=1)},
     "wenet-conformer": {**SMALL, "kernel_size": 4},
     "fast-conformer": {**SMALL, "kernel_size": 5, "subsampling_channels": 4, "causal": True},
     "zipformer": {

@@ -176,10 +176,11 @@ def test_verify_compares_three_ways(asr, experiment: Path, manifest: Path, monke
     for mode in modes_for("transformer"):
         assert re.search(rf"^  {mode} +same units 2/2$", out, re.MULTILINE)
         assert re.search(rf"^  {mode} +same text 2/2$", out, re.MULTILINE)
-    for part in ("at once, 2 utterances", "chunks of 16 frames", "chunks of 4 frames"):
+    ahead = "chunks of 4 frames, 4 of left context, 1 of look-ahead"
+    for part in ("at once, 2 utterances", "chunks of 16 frames", "chunks of 4 frames, 4 of left", ahead):
         assert part in out
     for name in ("torch", "onnx float32", "bundle cpu-int8"):
-        assert out.count(f"  {name} ") == 3
+        assert out.count(f"  {name} ") == 4
     assert "of 4 words" in out
     assert "encoder.onnx" in out
 
@@ -208,7 +209,7 @@ def test_verify_fails_where_a_search_differs(
 def test_a_bundle_alone_is_compared_with_itself(asr, tiny_bundles: Path, manifest: Path):
     status, out, _ = asr("verify", tiny_bundles / "cpu-fp32", manifest)
     assert status == 0
-    assert out.count("bundle cpu-fp32") == 3
+    assert out.count("bundle cpu-fp32") == 4
     status, _, err = asr("verify", tiny_bundles / "cpu-fp32", manifest, "--searches")
     assert status == 2
     assert "no checkpoint to compare searches with" in err
