@@ -7,7 +7,8 @@ What stays in float32, and why:
                 behind them: 1 to 4 % of the weights, more harm than any other kind (docs/experiments.md)
     depthwise   convolutions, for the same reason; they are 1 % of the work
     ctc         the output layer: its errors reach the log-probabilities unsmoothed, its cost is small
-    attention   products of activations with activations, softmax, norms: nothing of them is a weight
+    attention   products of activations with activations, softmax, norms: nothing of them is a weight; nor are
+                tables of positions, a matrix for each head, where a fixed chunk makes constants of them
 
 What of this is large is stored in 16 bits, and unfolded when the bundle is loaded.
 
@@ -114,7 +115,7 @@ def _store_in_16_bits(graph: onnx.GraphProto) -> None:
 
 def modules(model: onnx.ModelProto) -> dict[str, int]:
     """What can be kept in float32 of a graph, one by one: module -> its numbers in matrices."""
-    sizes = {x.name: math.prod(x.dims) for x in model.graph.initializer}
+    sizes = {x.name: math.prod(x.dims) for x in model.graph.initializer if len(x.dims) == 2}
     found: dict[str, int] = {}
     for node in model.graph.node:
         if node.op_type in OP_TYPES and not is_fixed(node):
@@ -137,7 +138,12 @@ def weight_of(node: onnx.NodeProto) -> str:
 
 def excluded(model: onnx.ModelProto, kept: Collection[str]) -> list[str]:
     """Nodes that are not quantized: those of modules that are to be kept, and those that always are."""
-    return [node.name for node in model.graph.node if module_of(node) in kept or is_fixed(node)]
+    tables = {x.name for x in model.graph.initializer if len(x.dims) > 2}
+    return [
+        node.name
+        for node in model.graph.node
+        if module_of(node) in kept or is_fixed(node) or (len(node.input) > 1 and weight_of(node) in tables)
+    ]
 
 
 def is_fixed(node: onnx.NodeProto) -> bool:

@@ -14,7 +14,7 @@ from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
 from asr.runtime.bundle import session_options
 from export.onnx import export_graphs
-from export.quantize import KEPT, quantize
+from export.quantize import KEPT, modules, quantize
 from export.verify import made_sound
 
 EIGHT_BITS = {"MatMulInteger", "DynamicQuantizeLinear"}
@@ -133,3 +133,26 @@ def test_a_model_of_real_width_is_smaller_and_faster():
             session.run(None, inputs)
             taken.append(time.process_time() - started)
     assert np.median(times[1]) < 0.85 * np.median(times[0])
+
+
+def test_tables_with_a_matrix_for_each_head_stay_in_float32():
+    """Such as those of positions, which no runtime multiplies with as integers."""
+    shapes = {"table": (1, 2, 4, 8), "weight": (8, 4)}
+    value_info = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 2, 3, size))
+        for name, size in (("x", 4), ("y", 4))
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "table"], ["hidden"], "encoder.layers.0.weights/MatMul_0"),
+        helper.make_node("MatMul", ["hidden", "weight"], ["y"], "encoder.layers.0.attention/MatMul_1"),
+    ]
+    draw = np.random.default_rng(0).normal
+    constants = [numpy_helper.from_array(draw(size=x).astype(np.float32), name) for name, x in shapes.items()]
+    graph = helper.make_graph(nodes, "tables", value_info[:1], value_info[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    found = quantize(model)
+    assert sorted(modules(model)) == ["encoder.layers.0.attention"]
+    assert [op for op in ops(found) if "MatMul" in op] == ["MatMul", "MatMulInteger"]
+    onnxruntime.InferenceSession(found.SerializeToString()).run(
+        None, {"x": np.ones((1, 2, 3, 4), np.float32)}
+    )
