@@ -65,13 +65,13 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
         max_tokens=model.decoder.max_tokens,
         prompt=tuple(model.decoder.config.prompt),
         decoder_state=decoder_fields(model.decoder),
-        streaming=_streaming(model) if encoder.can_stream and fbank.framed else None,
+        streaming=streaming(model) if encoder.can_stream and fbank.framed else None,
         files={},
         chunking=model.decoder.chunking,
     )
 
 
-def _streaming(model: HybridModel) -> Streaming:
+def streaming(model: HybridModel) -> Streaming:
     """The longest chunk up to CHUNK_MS is the default: of those of training, if it names any, else of
     CHUNKS_MS up to the longest of training, as far as they fit the model's frames."""
     fbank, encoder = model.fbank, model.encoder

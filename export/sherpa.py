@@ -2,6 +2,7 @@
 
     ctc         offline, CTC: the contract `zipformer_ctc`, which any encoder may fill
     streaming   online, CTC: the contract `wenet_ctc`; chunk and left context are arguments of the recognizer
+    zipformer   online, CTC: the contract `zipformer2_ctc`; chunk and left context are fixed
     aed         offline, attention decoder: the contract `moonshine_v2`, from samples, so with any features
     fire_red    offline, attention decoder: the contract `fire_red_asr`
 
@@ -24,6 +25,7 @@ from asr.features import FbankConfig
 from asr.model.conformer import Conformer
 from asr.model.decoder import SOS_EOS
 from asr.model.hybrid import HybridModel
+from asr.model.zipformer import Zipformer
 from export.onnx import Trace
 from export.sherpa_conformer import offline_graph, online_graph
 from export.sherpa_graphs import (
@@ -35,6 +37,7 @@ from export.sherpa_graphs import (
     OfflineCtc,
     OnlineCtc,
 )
+from export.sherpa_zipformer import OnlineZipformer, fixed_context, zipformer_metadata, zipformer_trace
 
 MAX_TOKENS = 512
 """Of an utterance, in `fire_red`."""
@@ -82,6 +85,17 @@ def _no_ctc(model: HybridModel) -> str:
 def _no_streaming(model: HybridModel) -> str:
     if not isinstance(model.encoder, Conformer):
         return f"the encoder is of type {model.encoder.config.type}, expected conformer"
+    return _no_ctc(model)
+
+
+def _no_zipformer(model: HybridModel) -> str:
+    encoder = model.encoder
+    if not isinstance(encoder, Zipformer):
+        return f"the encoder is of type {encoder.config.type}, expected zipformer"
+    if not encoder.config.causal:
+        return "encoder.causal is false, and the encoder cannot stream"
+    if not encoder.config.chunk.named:
+        return "encoder.chunk names no chunk that the model was trained with, and its runtime has a fixed one"
     return _no_ctc(model)
 
 
@@ -160,6 +174,11 @@ def online_ctc(model: HybridModel) -> Artefact:
     }
     trace = Trace(module, inputs, dynamic, outputs, 0)
     return Artefact({"model": trace}, metadata, {"model": partial(online_graph, module)})
+
+
+def online_zipformer(model: HybridModel) -> Artefact:
+    module = OnlineZipformer(model, fixed_context(model)).eval()
+    return Artefact({"model": zipformer_trace(module)}, zipformer_metadata(module))
 
 
 def audio_aed(model: HybridModel) -> Artefact:
@@ -245,6 +264,7 @@ def fire_red(model: HybridModel) -> Artefact:
 CONTRACTS: dict[str, tuple[Callable[[HybridModel], str], Callable[[HybridModel], Artefact]]] = {
     "ctc": (_no_ctc, offline_ctc),
     "streaming": (_no_streaming, online_ctc),
+    "zipformer": (_no_zipformer, online_zipformer),
     "aed": (_no_aed, audio_aed),
     "fire_red": (_no_fire_red, fire_red),
 }

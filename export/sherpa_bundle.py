@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from export.bundle import Origin, check_out
 from export.gate import Limit, Report, gate
 from export.onnx import Trace, export
 from export.quantize import quantize
-from export.sherpa import artefacts
+from export.sherpa import Artefact, artefacts
 from export.sherpa_hearing import SherpaHearing
 
 MARKER = "sherpa.json"
@@ -50,6 +50,15 @@ recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
 
 A chunk is in frames of 40 ms, so 16 are 640 ms{step}. The last chunk is decoded only when it is full: pass as
 much silence behind an utterance, and 0.1 s more.""",
+    "zipformer": """\
+recognizer = sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(
+    model="zipformer/model.int8.onnx", tokens="zipformer/tokens.txt")
+
+    sherpa-onnx --zipformer2-ctc-model=zipformer/model.int8.onnx --tokens=zipformer/tokens.txt a.wav
+    sherpa-onnx-microphone --zipformer2-ctc-model=zipformer/model.int8.onnx --tokens=zipformer/tokens.txt
+
+A chunk is {chunk_ms} ms. The last one is decoded only when it is full: pass as much silence behind an
+utterance, and 0.2 s more.""",
     "aed": """\
 recognizer = sherpa_onnx.OfflineRecognizer.from_moonshine_v2(
     encoder="aed/encoder.int8.onnx", decoder="aed/decoder.int8.onnx", tokens="aed/tokens.txt")
@@ -129,7 +138,7 @@ def write_sherpa(
                 for x, path in ((graph, f"{stem}.onnx"), (quantized[stem], f"{stem}.int8.onnx")):
                     onnx.helper.set_model_props(x, {key: str(value) for key, value in metadata.items()})
                     onnx.save(x, folder / name / path)
-        (folder / "README.md").write_text(_readme(list(found), model, origin), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(found, model, origin), encoding="utf-8")
         files = {str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*.*"))}
         listed = {path: {"size": x.size, "sha256": x.sha256} for path, x in files.items()}
         info: dict[str, Any] = {"version": __version__, "source": origin.source, "licence": origin.licence}
@@ -172,11 +181,13 @@ def _tokens(symbols: list[str], in_base64: bool) -> str:
     return "".join(f"{symbol} {i}\n" for i, symbol in enumerate(symbols))
 
 
-def _readme(names: list[str], model: HybridModel, origin: Origin) -> str:
+def _readme(found: Mapping[str, Artefact], model: HybridModel, origin: Origin) -> str:
     parts = [README.format(source=origin.source, licence=origin.licence, version=__version__)]
     frames = model.encoder.subsampling // 4
     step = f"; take a multiple of {frames}" if frames > 1 else ""
-    for name in names:
-        code, _, programs = COMMANDS[name].replace("{step}", step).partition("\n\n")
+    for name, artefact in found.items():
+        chunk_ms = str(10 * artefact.metadata.get("decode_chunk_len", 0))
+        said = COMMANDS[name].replace("{step}", step).replace("{chunk_ms}", chunk_ms)
+        code, _, programs = said.partition("\n\n")
         parts.append(f"## {name}\n\n```python\n{code}\n```\n\n{programs}\n")
     return "\n".join(parts)

@@ -31,6 +31,12 @@ CHUNK, LEFT = 16, 4
 SILENCE_S = 0.04 * CHUNK + 0.1
 """Behind an utterance of a stream, so that its last chunk is full."""
 
+
+def zipformer_silence(shift: int, sample_rate: int) -> int:
+    """The same for a Zipformer whose stream goes on by `shift` feature frames, in samples."""
+    return (shift + 20) * sample_rate // 100
+
+
 MOONSHINE_END = 2
 AED_TOKENS, FIRE_RED_TOKENS = 0.36, 0.24
 """Tokens that a decoder writes at most, in a frame, and one more."""
@@ -58,7 +64,7 @@ class SherpaHearing:
     def texts(self, graphs: Graphs, number: int) -> dict[str, str]:
         said, _ = self._listen(self._sessions(graphs), self.utterances[number].samples, None)
         tokens: Sequence[int] = said[:-1].tolist()
-        if self._contract in ("ctc", "streaming"):
+        if self._contract in ("ctc", "streaming", "zipformer"):
             search = CtcGreedy()
             search.advance(np.eye(int(said.max(initial=0)) + 1, dtype=np.float32)[said])
             tokens = search.best().tokens
@@ -145,6 +151,28 @@ def _streaming(model: HybridModel) -> Listen:
     return listen
 
 
+def _zipformer(model: HybridModel) -> Listen:
+    features, overlap = _features(model, 1.0), model.encoder.overlap_frames
+
+    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+        session = sessions["model"]
+        (_, (_, length, _)), *shapes = [(x.name, x.shape) for x in session.get_inputs()]
+        sizes = {name: [1 if isinstance(size, str) else size for size in shape] for name, shape in shapes}
+        states = {name: np.zeros(shape, np.float32) for name, shape in sizes.items()}
+        states["processed_lens"] = np.zeros(1, np.int64)
+        shift = length - overlap
+        silence = np.zeros(zipformer_silence(shift, model.fbank.config.sample_rate), np.float32)
+        x = features(np.concatenate([samples, silence]))
+        parts = []
+        for first in range(0, x.shape[1] - length, shift):
+            log_probs, *after = session.run(None, {"x": x[:, first : first + length], **states})
+            states = dict(zip(states, after, strict=True))
+            parts.append(log_probs[0])
+        return _of_frames(np.concatenate(parts), said)
+
+    return listen
+
+
 def _written(
     first: Inputs,
     step: Callable[[Inputs, int], tuple[Floats, Inputs]],
@@ -213,6 +241,7 @@ def _fire_red(model: HybridModel) -> Listen:
 LISTEN: dict[str, Callable[[HybridModel], Listen]] = {
     "ctc": _ctc,
     "streaming": _streaming,
+    "zipformer": _zipformer,
     "aed": _aed,
     "fire_red": _fire_red,
 }

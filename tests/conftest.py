@@ -99,11 +99,21 @@ def streaming_model(request: pytest.FixtureRequest) -> "HybridModel":
         {
             "wenet-conformer": lambda: WenetConformerConfig(**sizes),
             "fast-conformer": lambda: FastConformerConfig(**sizes, subsampling_channels=8, chunk=chunk),
-            "zipformer": lambda: _zipformer(
-                causal=True, chunk=ChunkConfig(chunks=[4, 16, 0], left_frames=[32, -1])
-            ),
+            "zipformer": _causal_zipformer,
         }[request.param]()
     )
+
+
+@pytest.fixture(scope="session")
+def zipformer_model() -> "HybridModel":
+    """That of `streaming_model`, for tests of Zipformers alone."""
+    return _tiny(_causal_zipformer())
+
+
+def _causal_zipformer() -> Any:
+    from asr.model.masks import ChunkConfig
+
+    return _zipformer(causal=True, chunk=ChunkConfig(chunks=[4, 16, 0], left_frames=[32, -1]))
 
 
 def _zipformer(**options: Any) -> Any:
@@ -192,14 +202,25 @@ def _exported_once(
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / targets[-1]).exists():
-            text = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(TINY_SYMBOLS))
-            (folder / "tokens.txt").write_text(text, encoding="utf-8")
+            _write_tokens(folder)
             graphs = export_graphs(model)
             for target in targets:
                 convert = TARGETS[target].convert
                 built = {part: convert(graph, ()) if convert else graph for part, graph in graphs.items()}
                 info = describe(model, folder, target, Origin("tiny", "Apache-2.0"))
                 write_bundle(built, info, folder, folder / target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the units of all these models."""
+    return _write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def _write_tokens(folder: Path) -> Path:
+    text = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(TINY_SYMBOLS))
+    (folder / "tokens.txt").write_text(text, encoding="utf-8")
     return folder
 
 

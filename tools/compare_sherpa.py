@@ -17,16 +17,15 @@ from asr.context import WHOLE, Context
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.decode.scorer import Floats
+from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 from asr.wer import total, word_errors
+from export.sherpa_hearing import CHUNK, LEFT, SILENCE_S, zipformer_silence
+from export.sherpa_zipformer import fixed_context
 from export.verify import Utterance, read_utterances
 
-CHUNK, LEFT = 16, 4
-"""Of the stream, in frames of 40 ms and in chunks."""
-
-SILENCE_S = 0.04 * CHUNK + 0.1
-SEARCHES = {"ctc": "ctc-greedy", "streaming": "ctc-greedy", "aed": "unbounded"}
+SEARCHES = {"ctc": "ctc-greedy", "streaming": "ctc-greedy", "zipformer": "ctc-greedy", "aed": "unbounded"}
 
 
 def offline(recognizer: sherpa_onnx.OfflineRecognizer, samples: Floats) -> str:
@@ -53,6 +52,9 @@ def recognizer_of(name: str, folder: Path, end: str) -> Callable[[Floats], str]:
             model=files["model"], tokens=tokens, chunk_size=CHUNK, num_left_chunks=LEFT
         )
         return lambda samples: online(stream, samples)
+    if name == "zipformer":
+        stream = sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(model=files["model"], tokens=tokens)
+        return lambda samples: online(stream, samples)
     if name == "ctc":
         ctc = sherpa_onnx.OfflineRecognizer.from_zipformer_ctc(model=files["model"], tokens=tokens)
         return lambda samples: offline(ctc, samples)
@@ -60,6 +62,17 @@ def recognizer_of(name: str, folder: Path, end: str) -> Callable[[Floats], str]:
         encoder=files["encoder"], decoder=files["decoder"], tokens=tokens
     )
     return lambda samples: offline(aed, samples)
+
+
+def context_of(name: str, model: HybridModel) -> tuple[Context, int]:
+    """What the graph of an artefact hears, and samples of silence that it needs behind an utterance."""
+    subsampling = model.encoder.subsampling
+    if name == "streaming":
+        return Context(CHUNK * 4 // subsampling, LEFT), int(16000 * SILENCE_S)
+    if name == "zipformer":
+        context = fixed_context(model)
+        return context, zipformer_silence(context.chunk * subsampling, 16000)
+    return WHOLE, 0
 
 
 def wer(texts: Sequence[str], utterances: Sequence[Utterance]) -> float:
@@ -84,10 +97,9 @@ def main() -> None:
     for name, mode in SEARCHES.items():
         if not (arguments.folder / name).exists():
             continue
-        silence = np.zeros(int(16000 * SILENCE_S) if name == "streaming" else 0, np.float32)
+        context, num_zeros = context_of(name, model)
+        silence = np.zeros(num_zeros, np.float32)
         samples = [np.concatenate([x.samples, silence]) for x in utterances]
-        chunk = CHUNK * 4 // model.encoder.subsampling
-        context = Context(chunk, LEFT, 0) if name == "streaming" else WHOLE
         search = SearchConfig(beam=1)
         ours = [tokenizer.decode(decode(scorer, mode, [x], search, context)[0][0].tokens) for x in samples]
         print(f"  {name:<10} checkpoint {wer(ours, utterances):6.2f}", end="")

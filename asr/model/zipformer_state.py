@@ -82,11 +82,15 @@ class Layout:
 
         Returns the last W rows of the memory, and (N, convolutions_dim).
         """
-        layers = [past for stack in pasts for past in stack]
+        rows, convolutions = self.join([past for stack in pasts for past in stack])
+        seen = torch.cat([memory, rows.to(memory.dtype)], dim=1)
+        return keep(seen, steps, memory.shape[1], dim=1), convolutions
+
+    def join(self, layers: Sequence[Past]) -> tuple[Tensor, Tensor]:
+        """The inverse of `unpack`, for all layers one after the other."""
         rows = [
             past.memory.unflatten(1, (-1, frames)).flatten(2)
             for past, frames in zip(layers, self._frames, strict=True)
         ]
-        seen = torch.cat([memory, torch.cat(rows, dim=2).to(memory.dtype)], dim=1)
         convolutions = torch.cat([past.convolutions.flatten(1) for past in layers], dim=1)
-        return keep(seen, steps, memory.shape[1], dim=1), convolutions
+        return torch.cat(rows, dim=2), convolutions

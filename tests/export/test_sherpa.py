@@ -106,7 +106,7 @@ def utterances(request: pytest.FixtureRequest) -> list[Floats]:
 def sherpa(tiny_model: HybridModel, tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sherpa") / "tiny"
     written = write_sherpa(tiny_model, tiny_bundles, Origin("tiny", "Apache-2.0"), out)
-    assert set(written.left_out) == {"fire_red"}
+    assert set(written.left_out) == {"fire_red", "zipformer"}
     return out
 
 
@@ -324,7 +324,10 @@ def test_a_folder_says_how_it_is_used(sherpa):
         assert f"## {name}" in readme
         assert f'"{name}/' in readme
     listed = json.loads((sherpa / "sherpa.json").read_text())
-    assert listed["left_out"] == {"fire_red": "features.high_freq_hz is -400.0, its runtime has 0.0"}
+    assert listed["left_out"] == {
+        "zipformer": "the encoder is of type conformer, expected zipformer",
+        "fire_red": "features.high_freq_hz is -400.0, its runtime has 0.0",
+    }
     assert set(listed["files"]) >= {"ctc/model.onnx", "aed/decoder.int8.onnx", "README.md"}
     symbol, token = (sherpa / "aed" / "tokens.txt").read_text().splitlines()[3].split()
     assert (base64.b64decode(symbol), token) == (b" ", "3")
