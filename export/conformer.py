@@ -2,7 +2,7 @@
 
 Against the trace: activations are (N T', C), so that a matrix and its bias are one operation; nothing but the
 mask depends on sizes, which are found once; each layer has tensors of its own as its state, so that nothing
-is cut apart or put together; factors are in the weights. A call is about two thirds of the time
+is cut apart or put together; factors are in the weights. A call takes four fifths of the time
 (docs/experiments.md). The modules are what it is held against (tests/export/test_conformer.py).
 
 While streams go on, all frames of a call count: what they keep is a slice.

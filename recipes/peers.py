@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from asr.errors import ConfigError
+
 if TYPE_CHECKING:
     from asr.decode.scorer import Floats
     from asr.runtime import Bundle, StreamConfig
@@ -27,6 +29,8 @@ def bench_peer(
 
     from export.peers import Duel, duel
 
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds}: expected at least 1")
     chunk_ms = config.chunk_ms or bundle.info.stream.chunk_ms
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "sound.npy"

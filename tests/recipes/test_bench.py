@@ -167,3 +167,14 @@ def test_a_manifest_without_text_is_refused(asr, bundle: Path, tmp_path: Path):
     status, _, err = asr(bundle, write_manifest(tmp_path, ["", ""]), "--latency")
     assert status == 2
     assert "test.jsonl.gz: none of its first 2 utterances has a text" in err
+
+
+def test_a_comparison_with_sherpa_onnx_needs_a_round_and_a_streaming_model(asr, bundle: Path, tmp_path: Path):
+    (tmp_path / "sherpa.json").write_text("{}")
+    for options, message in (
+        ((), "has no streaming model"),
+        (("--rounds", 0), "--rounds 0: expected at least 1"),
+    ):
+        status, _, err = asr(bundle, "--against", tmp_path, *options)
+        assert status == 2
+        assert message in err
