@@ -45,18 +45,48 @@ def open_stream(bundle: Bundle, config: StreamConfig | None = None) -> "Stream |
     return (WholeStream if is_whole else Stream)(bundle, config)
 
 
-class WholeStream:
-    """One source of sound, from its start to `finish`, as `Stream` is."""
+class _Source:
+    """One source of sound, from its start to `finish`, as `Stream` is, without chunks."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
         """ConfigError or BundleError where `config` is not possible with this bundle."""
         config = config or StreamConfig()
-        info = bundle.info
-        _refuse_chunks(bundle, config)
+        if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
+            raise BundleError(
+                f"{bundle.folder}: this model hears whole utterances, and has no chunks; leave out chunk, "
+                "left context and look-ahead"
+            )
         self._scorer = OnnxScorer(bundle)
         self._config = replace(config, mode=mode_of(self._scorer, config.mode))
+        self._num_samples = 0
+        self._finished = False
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio accepted so far."""
+        return self._num_samples / self._scorer.bundle.info.features.sample_rate
+
+    def _take(self, samples: Floats) -> Floats:
+        """The next samples (S,), checked and counted."""
+        samples = check_samples(samples, self._num_samples, self._finished)
+        self._num_samples += len(samples)
+        return samples
+
+    def _close(self) -> None:
+        """There are no more."""
+        self._take(np.zeros(0, np.float32))
+        self._finished = True
+
+
+class WholeStream(_Source):
+    """Utterances are parted by loudness."""
+
+    def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
+        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        super().__init__(bundle, config)
+        info = bundle.info
         self._block = info.subsampling * info.features.shift_samples
-        endpoint = config.endpoint
+        endpoint = self._config.endpoint
         if longest := info.features.max_samples:  # a quarter more than max_s is possible
             longest_s = longest // self._block * info.frame_s
             endpoint = replace(endpoint, max_s=min(endpoint.max_s, 0.8 * longest_s))
@@ -67,13 +97,6 @@ class WholeStream:
         self._blocks: list[Floats] = []
         self._levels: list[float] = []
         self._first_frame = 0
-        self._num_samples = 0
-        self._finished = False
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio accepted so far."""
-        return self._num_samples / self._scorer.bundle.info.features.sample_rate
 
     @property
     def encoded_s(self) -> float:
@@ -82,9 +105,7 @@ class WholeStream:
 
     def accept(self, samples: Floats) -> list[Event]:
         """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
-        samples = check_samples(samples, self._num_samples, self._finished)
-        self._num_samples += len(samples)
-        whole = np.concatenate([self._rest, samples])
+        whole = np.concatenate([self._rest, self._take(samples)])
         num_blocks = len(whole) // self._block
         self._rest = whole[num_blocks * self._block :]
         events: list[Event] = []
@@ -94,8 +115,7 @@ class WholeStream:
 
     def finish(self) -> list[Event]:
         """There is no more: the final event of what was not yet decoded."""
-        check_samples(np.zeros(0, np.float32), self._num_samples, self._finished)
-        self._finished = True
+        self._close()
         self._blocks.append(self._rest)
         return self._end(len(self._blocks))
 
@@ -131,25 +151,15 @@ class WholeStream:
         self._endpointer.reset()
 
 
-class WindowStream:
-    """One source of sound that Whisper hears in windows of full length, which its own times part
-    (asr/decode/whisper_windows.py): for recordings, as a text comes half a minute late. As `Stream`."""
+class WindowStream(_Source):
+    """Whisper hears windows of full length, which its own times part (asr/decode/whisper_windows.py): for
+    recordings, as a text comes half a minute late."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
         """ConfigError or BundleError where `config` is not possible with this bundle."""
-        config = config or StreamConfig()
-        _refuse_chunks(bundle, config)
-        self._scorer = OnnxScorer(bundle)
-        mode_of(self._scorer, config.mode)
-        self._recording = Recording(self._scorer, config.search)
+        super().__init__(bundle, config)
+        self._recording = Recording(self._scorer, self._config.search)
         self._waiting = np.zeros(0, np.float32)
-        self._num_samples = 0
-        self._finished = False
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio accepted so far."""
-        return self._num_samples / self._scorer.bundle.info.features.sample_rate
 
     @property
     def encoded_s(self) -> float:
@@ -159,15 +169,12 @@ class WindowStream:
 
     def accept(self, samples: Floats) -> list[Event]:
         """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
-        samples = check_samples(samples, self._num_samples, self._finished)
-        self._num_samples += len(samples)
-        self._waiting = np.concatenate([self._waiting, samples])
+        self._waiting = np.concatenate([self._waiting, self._take(samples)])
         return self._hear(self._scorer.max_samples)
 
     def finish(self) -> list[Event]:
         """There is no more: the final events of what was not yet decoded."""
-        check_samples(np.zeros(0, np.float32), self._num_samples, self._finished)
-        self._finished = True
+        self._close()
         return self._hear(1)
 
     def _hear(self, least: int) -> list[Event]:
@@ -178,14 +185,6 @@ class WindowStream:
             self._waiting = self._waiting[used:]
             events += [make_event(x, tokenizer, self._scorer.frame_s, 0, final=True) for x in found]
         return events
-
-
-def _refuse_chunks(bundle: Bundle, config: StreamConfig) -> None:
-    if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
-        raise BundleError(
-            f"{bundle.folder}: this model hears whole utterances, and has no chunks; leave out chunk, "
-            "left context and look-ahead"
-        )
 
 
 class Loudness:
