@@ -40,8 +40,12 @@ class Journal:
         lines = list(_lines(file))
         earlier = lines[0][1] if lines else {}
         if earlier == job:
-            self.batches = [_batch(line) for _, line in lines[1:]]
-            file.truncate(lines[-1][0])
+            whole, _ = lines[0]
+            with contextlib.suppress(KeyError, TypeError):  # a line that is none of ours
+                for end, line in lines[1:]:
+                    self.batches.append(_batch(line))
+                    whole = end
+            file.truncate(whole)
         else:
             self.changed = [key for key in job if earlier.get(key) != job[key]] if lines else []
             file.truncate(0)

@@ -135,6 +135,8 @@ def test_after_a_kill_the_same_command_goes_on(
         (lambda data: data[:-9], 4),
         (lambda data: data[: len(data) // 2], 5),
         (lambda data: data[:20], 5),
+        (lambda data: data + b'{"end_s": 1.0}\n', 3),
+        (lambda data: data + b'{"end_s": 1.0, "events": [{}]}\n', 3),
     ],
 )
 def test_a_journal_cut_anywhere_is_good_up_to_there(
