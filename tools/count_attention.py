@@ -8,7 +8,8 @@ through the logarithms of cost and length.
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ from asr.data.cuts import open_cuts, read_cut
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.decode.scorer import Floats, Ints, Step, Window
-from asr.model.torch_scorer import Hypotheses, TorchScorer
+from asr.model.torch_scorer import Hypotheses, Memory, TorchScorer
 from asr.train.checkpoint import load_model
 
 
 class Counter(TorchScorer):
-    """Counts what `step` hears, and its processor time."""
+    """Counts what `step` and `score` hear, and their processor time."""
 
     heard = 0
     seconds = 0.0
@@ -33,10 +34,26 @@ class Counter(TorchScorer):
         everything = state.memory.y_lens.numpy()[state.owner]
         lens = everything if window is None else window.end - window.start
         self.heard += int(lens.sum()) * (tokens.size // len(tokens))
+        with self._timed():
+            return super().step(state, tokens, k, window)
+
+    def score(
+        self,
+        memory: Memory,
+        owner: Ints,
+        tokens: Sequence[Sequence[int]],
+        reverse: bool = False,
+        prompt: Sequence[int] = (),
+    ) -> list[Floats]:
+        self.heard += int(memory.y_lens.numpy()[owner] @ [len(x) for x in tokens])
+        with self._timed():
+            return super().score(memory, owner, tokens, reverse, prompt)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
         start = time.process_time()
-        found = super().step(state, tokens, k, window)
+        yield
         self.seconds += time.process_time() - start
-        return found
 
 
 def measure(
