@@ -143,7 +143,7 @@ def as_large_as_zipformer() -> dict[str, nn.Module]:
         "rotary conformer 4x, kernel 31": rotary(512, 1, 8),
     }
     wanted, *ones = map(parameters, models.values())
-    layers = [parameters(model.layers[0]) for model in list(models.values())[1:]]
+    layers = [parameters(model.get_submodule("layers.0")) for model in list(models.values())[1:]]
     first, second = (1 + round((wanted - one) / layer) for one, layer in zip(ones, layers, strict=True))
     models["conformer 4x, kernel 31"] = encoder(512, first, 8, subsampling=4, kernel_size=31)
     models["rotary conformer 4x, kernel 31"] = rotary(512, second, 8)

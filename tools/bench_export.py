@@ -73,6 +73,7 @@ def make_blank_frequent(model: HybridModel, share: float = 0.85) -> None:
     """Of the frames of made sound, so many are blank."""
     samples = torch.from_numpy(made_sound(SOUND_S, model.fbank.config.sample_rate))[None]
     y, _ = model.encode(*model.features(samples, torch.tensor([samples.shape[1]])))
+    assert model.ctc is not None
     blank, others = model.ctc(y).split([1, model.num_tokens - 1], dim=-1)
     model.ctc.bias[0] += (others.max(-1).values - blank[..., 0]).quantile(share)
 

@@ -11,6 +11,7 @@ the smallest and the largest, and the largest difference of a log-mel value.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import kaldi_native_fbank
 import numpy as np
@@ -52,12 +53,20 @@ def kaldi(samples: Floats, piece_s: float) -> Floats:
     options.frame_opts.snip_edges = True
     options.mel_opts.num_bins, options.mel_opts.high_freq = 80, -400
     fbank, size = kaldi_native_fbank.OnlineFbank(options), round(piece_s * RATE)
-    frames = []
+    frames: list[Floats] = []
     for at in range(0, len(samples), size):
         fbank.accept_waveform(RATE, samples[at : at + size])
         while len(frames) < fbank.num_frames_ready:
             frames.append(fbank.get_frame(len(frames)))
     return np.stack(frames)
+
+
+def graph_frames(session: ort.InferenceSession, parts: list[Floats]) -> Floats:
+    return np.concatenate([session.run(None, {"window": x})[0][0] for x in parts])
+
+
+def torch_frames(fbank: Fbank, parts: list[Floats]) -> Floats:
+    return np.concatenate([fbank.frames(torch.from_numpy(x))[0].numpy() for x in parts])
 
 
 def main() -> None:
@@ -71,11 +80,9 @@ def main() -> None:
     for piece_s in PIECES_S:
         parts = windows(samples, fbank, piece_s)
         ways: dict[str, Callable[[], Floats]] = {
-            "kaldi-native-fbank": lambda s=piece_s: kaldi(samples, s),
-            "graph": lambda x=parts: np.concatenate([session.run(None, {"window": w})[0][0] for w in x]),
-            "torch": lambda x=parts: np.concatenate(
-                [fbank.frames(torch.from_numpy(w))[0].numpy() for w in x]
-            ),
+            "kaldi-native-fbank": partial(kaldi, samples, piece_s),
+            "graph": partial(graph_frames, session, parts),
+            "torch": partial(torch_frames, fbank, parts),
         }
         found = {name: way() for name, way in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}

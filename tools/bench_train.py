@@ -19,6 +19,7 @@ from torchaudio.models import Conformer
 
 from asr.config import ExperimentConfig, load_config
 from asr.model.build import build_model
+from asr.model.conformer import ConformerConfig
 from asr.optim import build_optimizer
 
 REPO = Path(__file__).parents[1]
@@ -32,6 +33,7 @@ class Reference(nn.Module):
     def __init__(self, config: ExperimentConfig, num_tokens: int) -> None:
         super().__init__()
         encoder, decoder = config.encoder, config.decoder
+        assert isinstance(encoder, ConformerConfig)
         channels = encoder.subsampling_channels
         self.front = nn.Sequential(
             nn.Conv2d(1, channels, 3, 2, 1), nn.SiLU(), nn.Conv2d(channels, channels, 3, 2, 1), nn.SiLU()

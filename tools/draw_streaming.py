@@ -10,8 +10,10 @@ T encoder frames · U tokens
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import le, lt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -85,7 +87,7 @@ class Hearing(NamedTuple):
 def hearings() -> list[Hearing]:
     """Of every kind of decoder and mode."""
     num_frames = utterance()
-    arrived = [arrives(lambda n, u=u: alignatt_allows(SPIKES[u], n)) for u in range(len(WORDS))]
+    arrived = [arrives(partial(alignatt_allows, spike)) for spike in SPIKES]
     triggered = [spike + SEARCH.trigger_frames + 1 for spike in SPIKES]
     return [
         Hearing("joint, attention, rescore", [*WORDS, "end"], _up_to([num_frames] * 5)),
@@ -138,8 +140,8 @@ def arrives(is_enough: Callable[[int], bool]) -> int:
     return next((n for n in range(CHUNK, last, CHUNK) if is_enough(n)), last)
 
 
-def ctc_writes(num_frames: int) -> int:
-    """How many words the best CTC path has, of the frames that have arrived."""
+def ctc_writes(word: int, num_frames: int) -> bool:
+    """Whether the best CTC path of the frames that have arrived has come to this word."""
     log_probs = np.full((num_frames, len(WORDS) + 2), -9.0, np.float32)
     log_probs[:, BLANK] = 0.0
     for u, spike in enumerate(SPIKES):
@@ -147,7 +149,7 @@ def ctc_writes(num_frames: int) -> int:
             log_probs[spike, BLANK], log_probs[spike, SOS_EOS + 1 + u] = -9.0, 0.0
     search = CtcGreedy()
     search.advance(log_probs)
-    return len(search.best().tokens)
+    return len(search.best().tokens) > word
 
 
 class Writing(NamedTuple):
@@ -161,14 +163,13 @@ class Writing(NamedTuple):
 
 def writings() -> list[Writing]:
     """Of every mode, where it makes no mistake and computing takes no time."""
-    words = range(len(WORDS))
     end = [arrives(lambda n: False)] * len(WORDS)
-    ctc = [arrives(lambda n, u=u: ctc_writes(n) > u) for u in words]
-    triggered = [arrives(lambda n, u=u: SPIKES[u] + SEARCH.trigger_frames < n) for u in words]
-    alignatt = [arrives(lambda n, u=u: alignatt_allows(SPIKES[u], n)) for u in words]
-    segmental = [arrives(lambda n, u=u: ENDS[u] < n) for u in words]
-    windows = [(u - 1) // HEARING.step * HEARING.step + HEARING.window for u in ENDS]
-    chunked = [arrives(lambda n, u=u: windows[u] <= n) for u in words]
+    ctc = [arrives(partial(ctc_writes, u)) for u in range(len(WORDS))]
+    triggered = [arrives(partial(lt, spike + SEARCH.trigger_frames)) for spike in SPIKES]
+    alignatt = [arrives(partial(alignatt_allows, spike)) for spike in SPIKES]
+    segmental = [arrives(partial(lt, last)) for last in ENDS]
+    windows = [(last - 1) // HEARING.step * HEARING.step + HEARING.window for last in ENDS]
+    chunked = [arrives(partial(le, window)) for window in windows]
     return [
         Writing("ctc-greedy", ctc, ctc),
         Writing("ctc-prefix, rescore,\njoint, attention", ctc, end),
@@ -241,9 +242,9 @@ def timeline() -> Figure:
             kept = all(b <= n for a, b in zip(first, for_good, strict=True) if n in (a, b))
             face = HEARD if kept else "white"
             axes.plot(n * FRAME_S, y + 0.42, "o", color=HEARD, markerfacecolor=face, markersize=6)
-            place = {"ha": "center", "va": "bottom", "fontsize": 8}
             behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            axes.text(n * FRAME_S, y + 0.26, " ".join(new), bbox=behind, **place)
+            at = n * FRAME_S, y + 0.26
+            axes.text(*at, " ".join(new), ha="center", va="bottom", fontsize=8, bbox=behind)
     axes.set_yticks([-0.5, *(y + 0.42 for y in range(len(rows)))], ["spoken", *(x.modes for x in rows)])
     axes.set(xlim=(0, last * FRAME_S + 0.25), ylim=(len(rows) + 0.1, -1.0))
     axes.set_xlabel(
@@ -280,7 +281,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 def draw(folder: Path) -> list[Path]:
     """Write all of them; the same files each time, with one version of matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     files = []
     with matplotlib.rc_context(style):
         for name, figure in FIGURES.items():
