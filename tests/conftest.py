@@ -3,7 +3,7 @@
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,18 @@ def same_random_numbers() -> None:
 def golden() -> Path:
     """Inputs and outputs of reference implementations, one folder each; see CONTRIBUTING.md."""
     return _folder("ASR_GOLDEN", "golden")
+
+
+@pytest.fixture(scope="session")
+def golden_folder(golden: Path) -> Callable[[str], Path]:
+    """One of those folders by its name; a set may have some of them only."""
+
+    def find(name: str) -> Path:
+        if not (golden / name).is_dir():
+            pytest.skip(f"{golden / name} is not there")
+        return golden / name
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-import itertools
+import json
+import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,13 +10,35 @@ from torch import Tensor, tensor
 from asr.errors import ConfigError
 from asr.features import FLOOR, Cmvn, Fbank, FbankConfig
 
-WAVES = ("noise", "chirp", "voice")
+@dataclass
+class Kaldi:
+    """Its options, and what it computed."""
+
+    options: dict
+    arrays: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+    def config(self, **changes: object) -> FbankConfig:
+        return FbankConfig(
+            sample_rate=self.options["sample_rate"],
+            num_bins=self.options["num_bins"],
+            frame_ms=self.options["frame_length_ms"],
+            shift_ms=self.options["frame_shift_ms"],
+            low_freq_hz=self.options["low_freq"],
+            **changes,
+        )
 
 
 @pytest.fixture(scope="module")
-def kaldi(golden):
-    with np.load(golden / "kaldi_fbank" / "io.npz") as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+def kaldi(golden_folder) -> Kaldi:
+    folder = golden_folder("kaldi_fbank")
+    options = json.loads((folder / "config.json").read_text())
+    if options["window"] != "povey":
+        pytest.skip(f"{folder} has windows of another form than ours")
+    with np.load(folder / "io.npz") as arrays:
+        return Kaldi(options, {name: torch.from_numpy(arrays[name]) for name in arrays.files})
 
 
 def frames(config: FbankConfig, samples: Tensor) -> Tensor:
@@ -34,26 +58,26 @@ def assert_equals_kaldi(x: Tensor, expected: Tensor) -> None:
         close(x[below < nats], expected[below < nats], atol)
 
 
-@pytest.mark.parametrize("wave", WAVES)
-@pytest.mark.parametrize(
-    ("snip_edges", "high_freq", "scale"), list(itertools.product((False, True), (0, -400), (1, 32768)))
-)
-def test_frames_equal_kaldis(kaldi, wave, snip_edges, high_freq, scale):
-    config = FbankConfig(snip_edges=snip_edges, high_freq_hz=high_freq, scale=scale)
-    x = frames(config, kaldi[f"wav.{wave}"])
-    expected = kaldi[f"fbank.{wave}.snip{snip_edges:d}.hf{high_freq}.scale{scale}"]
-    assert x.shape == expected.shape
-    assert_equals_kaldi(x, expected)
+@pytest.mark.parametrize("snip_edges", [False, True])
+def test_frames_equal_kaldis(kaldi, snip_edges):
+    names = [re.fullmatch(rf"fbank\.(\w+)\.snip{snip_edges:d}\.hf(.+)\.scale(\d+)", x) for x in kaldi.arrays]
+    assert any(names)
+    for name in filter(None, names):
+        wave, high_freq, scale = name[1], float(name[2]), float(name[3])
+        config = kaldi.config(snip_edges=snip_edges, high_freq_hz=high_freq, scale=scale)
+        x, expected = frames(config, kaldi[f"wav.{wave}"]), kaldi[name[0]]
+        assert x.shape == expected.shape
+        assert_equals_kaldi(x, expected)
 
 
 @pytest.mark.parametrize("snip_edges", [False, True])
-@pytest.mark.parametrize("num_samples", [100, 399, 400, 401, 559, 560])
-def test_frames_of_very_short_utterances_equal_kaldis(kaldi, num_samples, snip_edges):
-    config = FbankConfig(snip_edges=snip_edges, high_freq_hz=0)
-    x = frames(config, kaldi["wav.noise"][:num_samples])
-    expected = kaldi[f"short.len{num_samples}.snip{snip_edges:d}"]
-    assert x.shape == expected.shape
-    close(x, expected, 6e-4)
+def test_frames_of_very_short_utterances_equal_kaldis(kaldi, snip_edges):
+    for num_samples in kaldi.options["short"]:
+        config = kaldi.config(snip_edges=snip_edges, high_freq_hz=0)
+        x = frames(config, kaldi["wav.noise"][:num_samples])
+        expected = kaldi[f"short.len{num_samples}.snip{snip_edges:d}"]
+        assert x.shape == expected.shape
+        close(x, expected, 6e-4)
 
 
 @pytest.mark.parametrize("sample_rate", [8000, 11025, 16000, 44100])

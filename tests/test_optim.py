@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,8 @@ def test_only_eden_knows_epochs() -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(golden: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    folder = golden / "icefall_zipformer2_training"
+def reference(golden_folder: Callable[[str], Path]) -> tuple[dict, dict[str, np.ndarray]]:
+    folder = golden_folder("icefall_zipformer2_training")
     with np.load(folder / "io.npz") as arrays:
         return json.loads((folder / "config.json").read_text()), dict(arrays)
 

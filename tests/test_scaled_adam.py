@@ -92,8 +92,8 @@ def test_it_moves_as_the_formulas_say_tensor_by_tensor(lr):
                 torch.testing.assert_close(p.detach().double(), one.p, rtol=1e-4, atol=4e-5 * lr)
 
 
-def test_it_moves_as_the_reference_does(golden):
-    folder = golden / "icefall_zipformer2_training"
+def test_it_moves_as_the_reference_does(golden_folder):
+    folder = golden_folder("icefall_zipformer2_training")
     config = json.loads((folder / "config.json").read_text())["scaled_adam"]
     with np.load(folder / "io.npz") as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files if "scaled_adam" in name}

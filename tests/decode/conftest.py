@@ -1,6 +1,7 @@
 """A toy model small enough to enumerate everything it can say."""
 
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -169,10 +170,22 @@ def plain_prefix_beam() -> Callable[[Floats, int, int], list[tuple[tuple[int, ..
 
 
 @pytest.fixture(scope="session")
-def vectors(golden) -> dict[str, np.ndarray]:
+def vectors(golden_folder) -> dict[str, np.ndarray]:
     """Computed by enumeration in float64, and torchaudio's alignments."""
-    with np.load(golden / "ctc_rnnt" / "io.npz") as arrays:
+    with np.load(golden_folder("ctc_rnnt") / "io.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def cases(vectors: dict[str, np.ndarray]) -> Callable[[str], list[str]]:
+    """The names of a kind, as nbest0, nbest1, ..."""
+
+    def find(kind: str) -> list[str]:
+        found = {name.partition(".")[0] for name in vectors if re.match(rf"{kind}\d+\.", name)}
+        assert found
+        return sorted(found)
+
+    return find
 
 
 @pytest.fixture

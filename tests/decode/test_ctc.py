@@ -9,30 +9,28 @@ from asr.decode.ctc import CtcGreedy, CtcPrefixBeam, advance_all
 SEARCHES = {"greedy": CtcGreedy, "prefix": lambda: CtcPrefixBeam(beam=6, tokens_per_frame=4)}
 
 
-@pytest.mark.parametrize("case", range(5))
-def test_wide_beam_gives_the_exact_nbest_list(vectors, case):
-    log_probs = vectors[f"nbest{case}.log_probs"]
-    labels, lens = vectors[f"nbest{case}.labels"], vectors[f"nbest{case}.lens"]
-    beam = CtcPrefixBeam(beam=2000, tokens_per_frame=log_probs.shape[1])
-    beam.advance(log_probs)
-    nbest = beam.nbest(len(lens))
-    np.testing.assert_allclose([x.score for x in nbest], vectors[f"nbest{case}.scores"], rtol=0, atol=1e-6)
-    expected = {
-        tuple(x[:n].tolist()): s for x, n, s in zip(labels, lens, vectors[f"nbest{case}.scores"], strict=True)
-    }
-    assert {x.tokens for x in nbest} == set(expected)
-    for x in nbest:  # by name, since equal scores may come in any order
-        assert x.score == pytest.approx(expected[x.tokens], abs=1e-6)
+def test_wide_beam_gives_the_exact_nbest_list(vectors, cases):
+    for case in cases("nbest"):
+        log_probs, scores = vectors[f"{case}.log_probs"], vectors[f"{case}.scores"]
+        rows = zip(vectors[f"{case}.labels"], vectors[f"{case}.lens"], scores, strict=True)
+        expected = {tuple(x[:n].tolist()): score for x, n, score in rows}
+        beam = CtcPrefixBeam(beam=2000, tokens_per_frame=log_probs.shape[1])
+        beam.advance(log_probs)
+        nbest = beam.nbest(len(scores))
+        np.testing.assert_allclose([x.score for x in nbest], scores, rtol=0, atol=1e-6)
+        assert {x.tokens for x in nbest} == set(expected)
+        for x in nbest:  # by name, since equal scores may come in any order
+            assert x.score == pytest.approx(expected[x.tokens], abs=1e-6)
 
 
-@pytest.mark.parametrize("case", range(5))
-def test_greedy_is_the_best_path_collapsed(vectors, case):
-    greedy = CtcGreedy()
-    greedy.advance(vectors[f"nbest{case}.log_probs"])
-    best = greedy.best()
-    assert best.tokens == tuple(vectors[f"nbest{case}.greedy_labels"].tolist())
-    assert best.score == pytest.approx(float(vectors[f"nbest{case}.greedy_score"]), abs=1e-6)
-    assert greedy.nbest(3) == [best]
+def test_greedy_is_the_best_path_collapsed(vectors, cases):
+    for case in cases("nbest"):
+        greedy = CtcGreedy()
+        greedy.advance(vectors[f"{case}.log_probs"])
+        best = greedy.best()
+        assert best.tokens == tuple(vectors[f"{case}.greedy_labels"].tolist())
+        assert best.score == pytest.approx(float(vectors[f"{case}.greedy_score"]), abs=1e-6)
+        assert greedy.nbest(3) == [best]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -20,8 +20,8 @@ from asr.model.segmental import SegmentalConfig
 FRAME_S = 0.04
 
 
-def test_alignment_equals_the_reference(golden):
-    with np.load(golden / "ctc_rnnt" / "io.npz") as arrays:
+def test_alignment_equals_the_reference(golden_folder):
+    with np.load(golden_folder("ctc_rnnt") / "io.npz") as arrays:
         vectors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     cases = sorted(name.removesuffix(".path") for name in vectors if name.endswith(".path"))
     assert cases
