@@ -24,11 +24,9 @@ Tables = Callable[[str], Iterator[tuple[dict[str, Any], dict[str, Tensor]]]]
 
 
 @pytest.fixture(scope="session")
-def golden_set(golden: Path) -> Callable[[str], GoldenSet]:
+def golden_set(golden_folder: Callable[[str], Path]) -> Callable[[str], GoldenSet]:
     def read(name: str) -> GoldenSet:
-        folder = golden / name
-        if not folder.is_dir():
-            pytest.skip(f"{folder} is not there")
+        folder = golden_folder(name)
         config = json.loads((folder / "config.json").read_text())
         with np.load(folder / "io.npz") as arrays:
             found = {key: torch.from_numpy(arrays[key]) for key in arrays.files}

@@ -4,6 +4,7 @@ import argparse
 import base64
 import io
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,34 +51,42 @@ def write_icefall(reference: GoldenSet, folder: Path) -> Path:
     saved = {"model": reference.weights, "optimizer": None, **icefall_options(reference.config)}
     torch.save(saved, folder / "exp" / "pretrained.pt")
     count = reference.config["vocab_size"]
-    names = [*symbols(count, {0: "<blk>", 1: "<sos/eos>", 2: "<unk>"}), "#0", "#1"]
+    end, blank = reference.config["attention_decoder"]["eos_id"], reference.config["blank_id"]
+    unknown = next(i for i in range(count) if i not in (end, blank))
+    names = [*symbols(count, {blank: "<blk>", end: "<sos/eos>", unknown: "<unk>"}), "#0", "#1"]
     lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(names))
     (folder / "data" / "lang_bpe" / "tokens.txt").write_text(lines, encoding="utf-8")
     return folder
 
 
-MARKS = [
-    "<|nospeech|>",
-    "<pad>",
-    "<|endoftext|>",
-    "<|startoftranscript|>",
-    "<|en|>",
-    "<|transcribe|>",
-    "<|pnc|>",
-]
+MARKS = ("<|nospeech|>", "<|en|>", "<|transcribe|>", "<|pnc|>")
+"""Units of Canary whose ids a reference does not say."""
+
+
 FEATURES = {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512}
 
 
-def pieces(count: int, marks: list[str]) -> bytes:
-    """A SentencePiece model of so many units, the marks behind the unknown one."""
+def canary_units(config: dict[str, Any]) -> list[str]:
+    """The first units of a reference with Canary's decoder, by their ids."""
+    special = {config["pad"]: "<pad>", config["eos"]: "<|endoftext|>", config["bos"]: "<|startoftranscript|>"}
+    others = iter(("<unk>", *MARKS))
+    count = max(max(special) + 1, len(special) + 1 + len(MARKS))
+    return [special[i] if i in special else next(others, f"<|spare-{i}|>") for i in range(count)]
+
+
+def pieces(count: int, first: Sequence[str] = ("<unk>",)) -> bytes:
+    """A SentencePiece model of so many units, which begin so; behind them are characters."""
     model = io.BytesIO()
-    text = " ".join(map(chr, range(ord("a"), ord("z") + 1)))
+    num_characters = count - len(first) - 1  # and a space
+    text = "".join(map(chr, [*range(ord("a"), ord("z") + 1), *range(0x4E00, 0x4E00 + count)]))
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter([text] * 3),
+        sentence_iterator=iter([text[:num_characters]] * 3),
         model_writer=model,
         model_type="char",
         vocab_size=count,
-        user_defined_symbols=marks,
+        character_coverage=1.0,
+        user_defined_symbols=[x for x in first if x != "<unk>"],
+        unk_id=list(first).index("<unk>"),
         bos_id=-1,
         eos_id=-1,
         minloglevel=3,

@@ -19,8 +19,8 @@ from asr.train.checkpoint import load_model
 from export.verify import Utterance, count_same_searches, made_sound
 
 from .sources import (
-    MARKS,
     GoldenSet,
+    canary_units,
     nemo_options,
     pack,
     pieces,
@@ -32,7 +32,8 @@ from .sources import (
 
 def write_nemo(reference: GoldenSet, folder: Path) -> Path:
     folder.mkdir()
-    units = pieces(reference.config["vocab_size"], MARKS if "transf_decoder" in reference.config else [])
+    first = canary_units(reference.config) if "transf_decoder" in reference.config else ["<unk>"]
+    units = pieces(reference.config["vocab_size"], first)
     return pack(folder / "a.nemo", nemo_options(reference.config), reference.weights, units)
 
 
@@ -44,7 +45,7 @@ def write_streaming_nemo(reference: GoldenSet, folder: Path) -> Path:
     count, dim = 20, reference.config["encoder"]["d_model"]
     head = torch.randn(count + 1, dim, 1, generator=torch.Generator().manual_seed(0))
     made = {"decoder.decoder_layers.0.weight": head, "decoder.decoder_layers.0.bias": torch.zeros(count + 1)}
-    return pack(folder / "a.nemo", options, reference.weights | made, pieces(count, []))
+    return pack(folder / "a.nemo", options, reference.weights | made, pieces(count))
 
 
 @pytest.mark.slow

@@ -58,11 +58,11 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda x: saved_again(x, n_layers_enc=9), "layers of the encoder, args.n_layers_enc is 9"),
-        (lambda x: saved_again(x, d_model=64), "channels, args.d_model is 64"),
+        (lambda x: saved_again(x, n_layers_enc=99), "layers of the encoder, args.n_layers_enc is 99"),
+        (lambda x: saved_again(x, d_model=996), "channels, args.d_model is 996"),
         (lambda x: saved_again(x, d_model="big"), "args.d_model: 'big', expected a whole number"),
-        (lambda x: saved_again(x, odim=9), "units, the checkpoint has 9; not its own"),
-        (lambda x: saved_again(x, kernel_size=31), "does not fit encoder.layers.0.convolution.depthwise"),
+        (lambda x: saved_again(x, odim=998), "units, the checkpoint has 998; not its own"),
+        (lambda x: saved_again(x, kernel_size=95), "does not fit encoder.layers.0.convolution.depthwise"),
         (
             lambda x: torch.save({"model_state_dict": {"a": torch.ones(1)}}, x / "model.pth.tar"),
             "no args with",

@@ -152,7 +152,8 @@ def forced(request: pytest.FixtureRequest, golden_set: Callable) -> Iterator[For
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    """Log-probabilities of units that are never said have many digits in front of the point."""
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_forced_tokens_in_a_batch(forced):

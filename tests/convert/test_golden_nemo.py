@@ -4,7 +4,7 @@ Sizes and options are those of the config.json beside the arrays. Padding is not
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,21 +72,21 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
 
 
 @pytest.fixture
-def whole(golden: Path) -> Golden:
-    return read(golden / "nemo_fastconformer")
+def whole(golden_folder: Callable[[str], Path]) -> Golden:
+    return read(golden_folder("nemo_fastconformer"))
 
 
 @pytest.fixture
-def streaming(golden: Path) -> Golden:
-    return read(golden / "nemo_fastconformer_streaming")
+def streaming(golden_folder: Callable[[str], Path]) -> Golden:
+    return read(golden_folder("nemo_fastconformer_streaming"))
 
 
 def test_the_encoder_at_once(whole: Golden) -> None:
     whole.assert_encodes(whole.encoder(), "rel_pos.")
 
 
-def test_the_encoder_of_canary(golden: Path) -> None:
-    canary = read(golden / "nemo_canary_aed")
+def test_the_encoder_of_canary(golden_folder: Callable[[str], Path]) -> None:
+    canary = read(golden_folder("nemo_canary_aed"))
     canary.assert_encodes(canary.encoder(), "")
 
 
@@ -173,8 +173,10 @@ def test_a_stream_and_its_state_after_every_call(streaming: Golden) -> None:
 
 
 @pytest.mark.parametrize("name", ["nemo_fastconformer_ctc_large", "nemo_canary_1b_assumed_vocabulary"])
-def test_every_tensor_of_the_public_models_has_its_place(golden: Path, name: str) -> None:
-    folder = golden / "checkpoint_tables"
+def test_every_tensor_of_the_public_models_has_its_place(
+    golden_folder: Callable[[str], Path], name: str
+) -> None:
+    folder = golden_folder("checkpoint_tables")
     options = next(x for x in json.loads((folder / "config.json").read_text()) if x["name"] == name)[
         "options"
     ]

@@ -276,7 +276,8 @@ def test_losses(wenet):
         logits = decoder(wenet.ours(wenet[f"{prefix}ys_in"]), *decoder.memory(y), y_lens).logits
         targets = wenet.ours(wenet[f"{prefix}ys_out"])
         loss = divergence(logits.log_softmax(-1), targets, token_lens + 1, options["lsm_weight"])
-        found[f"att_{name}"] = loss.mean()
+        per = (token_lens + 1).sum() if options.get("length_normalized_loss") else len(loss)
+        found[f"att_{name}"] = loss.sum() / per
         if name == "l2r":
             hits = (logits.argmax(-1) == targets)[valid_mask(token_lens + 1, targets.shape[1])]
             found["att_accuracy"] = hits.float().mean()
@@ -294,6 +295,8 @@ def divergence(log_probs: Tensor, targets: Tensor, lens: Tensor, smoothing: floa
     """
     others = log_probs.shape[-1] - 1
     loss = label_smoothed_cross_entropy(log_probs, targets, lens, smoothing * (others + 1) / others)
+    if not smoothing:
+        return loss
     entropy = -(1 - smoothing) * math.log(1 - smoothing) - smoothing * math.log(smoothing / others)
     return loss - lens * entropy
 

@@ -15,7 +15,7 @@ from asr.decode.modes import decode
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 
-from .sources import MARKS, nemo_options, pack, pieces
+from .sources import canary_units, nemo_options, pack, pieces
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def assert_encodes(model: Any, reference: Any, name: str) -> None:
 
 def test_a_model_of_ctc(asr, with_ctc, tmp_path):
     config, count = with_ctc.config, with_ctc.config["vocab_size"]
-    archive = pack(tmp_path / "a.nemo", nemo_options(config), with_ctc.weights, pieces(count, []))
+    archive = pack(tmp_path / "a.nemo", nemo_options(config), with_ctc.weights, pieces(count))
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
     assert (status, err) == (0, "")
     model, tokenizer, converted = load_model(tmp_path / "exp")
@@ -75,7 +75,7 @@ def test_a_hybrid_model_leaves_its_transducer_out(asr, with_ctc, tmp_path):
     }
     weights["decoder.prediction.embed.weight"] = weights["joint.joint_net.2.weight"] = torch.zeros(2, 3)
     options = nemo_options(with_ctc.config) | {
-        "decoder": {"vocabulary": [" ", *map(chr, range(97, 96 + count))]}
+        "decoder": {"vocabulary": [" ", "a", *map(chr, range(0x4E00, 0x4DFE + count))]}
     }
     del options["tokenizer"]
     (tmp_path / "in").mkdir()
@@ -92,18 +92,16 @@ def test_a_hybrid_model_leaves_its_transducer_out(asr, with_ctc, tmp_path):
 
 def test_a_model_with_the_decoder_of_canary(asr, canary, tmp_path):
     config, count = canary.config, canary.config["vocab_size"]
-    marks = MARKS.copy()
-    model_of = pieces(count, marks)
-    archive = pack(tmp_path / "a.nemo", nemo_options(config), canary.weights, model_of)
+    names = canary_units(config)
+    archive = pack(tmp_path / "a.nemo", nemo_options(config), canary.weights, pieces(count, names))
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
     assert (status, err) == (0, "")
     model, tokenizer, converted = load_model(tmp_path / "exp")
     assert model.ctc is None
     assert converted.decoder.prompt == ["<|en|>", "<|transcribe|>", "<|en|>", "<|pnc|>"]
-    names = ["<unk>", *marks]
     start, end = names.index("<|startoftranscript|>"), names.index("<|endoftext|>")
     assert (start, end) == (config["bos"], config["eos"])
-    units = arrange_units(count, start, end, names.index("<pad>"), 0)
+    units = arrange_units(count, start, end, names.index("<pad>"), names.index("<unk>"))
     ids, lens = canary["dec.input_ids"], canary["dec.input_lens"]
     with torch.no_grad():
         assert_encodes(model, canary, "")
@@ -121,7 +119,7 @@ def test_a_model_with_the_decoder_of_canary(asr, canary, tmp_path):
 
 WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
     (lambda o, w: o["encoder"].update(subsampling="striding"), "encoder.subsampling"),
-    (lambda o, w: o["encoder"].update(n_layers=9), "layers and channels are not those of the weights"),
+    (lambda o, w: o["encoder"].update(n_layers=99), "layers and channels are not those of the weights"),
     (lambda o, w: o["encoder"].update(d_model="wide"), "layers and channels are not"),
     (lambda o, w: o.pop("encoder"), "not the options of a Fast Conformer"),
     (lambda o, w: o["preprocessor"].update(window="hamming"), "preprocessor.window"),
@@ -138,7 +136,7 @@ WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
 def test_what_does_not_fit_is_told(asr, with_ctc, tmp_path, spoil, expected):
     options, weights = yaml.safe_load(yaml.safe_dump(nemo_options(with_ctc.config))), dict(with_ctc.weights)
     spoil(options, weights)
-    archive = pack(tmp_path / "a.nemo", options, weights, pieces(with_ctc.config["vocab_size"], []))
+    archive = pack(tmp_path / "a.nemo", options, weights, pieces(with_ctc.config["vocab_size"]))
     status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
     assert status == 2
     assert expected in err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from asr.convert.whisper import our_units, whisper_units
+from asr.convert.whisper import NUM_MARKS, our_units, whisper_units
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.errors import CheckpointError
@@ -82,6 +82,13 @@ def changed(source: Path, **dims: int) -> None:
     torch.save(saved, source / "tiny.pt")
 
 
+def with_other_ranks(source: Path, languages: int) -> None:
+    """As many as leave so many units to languages."""
+    dims = torch.load(source / "tiny.pt", weights_only=True)["dims"]
+    num_times = dims["n_audio_ctx"] + 1
+    write_ranks(source, dims["n_vocab"] - NUM_MARKS - num_times - languages)
+
+
 def with_other_positions(source: Path) -> None:
     saved = torch.load(source / "tiny.pt", weights_only=True)
     saved["model_state_dict"]["encoder.positional_embedding"] += 1
@@ -95,14 +102,14 @@ def with_other_positions(source: Path) -> None:
             lambda x: (x / "multilingual.tiktoken").unlink(),
             "expected one of multilingual.tiktoken",
         ),
-        (lambda x: write_ranks(x, 150), "150 units leave no number of languages"),
-        (lambda x: write_ranks(x, 500), "500 units leave no number of languages"),
+        (lambda x: with_other_ranks(x, languages=0), "units leave no number of languages"),
+        (lambda x: with_other_ranks(x, languages=-120), "units leave no number of languages"),
         (lambda x: (x / "multilingual.tiktoken").write_text("x"), ".tiktoken:1: 'x', expected"),
         (
             lambda x: torch.save({"a": torch.ones(1)}, x / "tiny.pt"),
             "no dims in it; expected a file",
         ),
-        (lambda x: changed(x, n_audio_layer=7), "layers of the encoder, dims say 7"),
+        (lambda x: changed(x, n_audio_layer=77), "layers of the encoder, dims say 77"),
         (lambda x: changed(x, n_text_state=10**5), "decoder.token_embedding.weight is ("),
         (with_other_positions, "are not the sinusoids of Whisper"),
     ],
