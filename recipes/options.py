@@ -65,6 +65,8 @@ def stream_config(
     """How a stream listens; a chunk of 0 ms and -1 left chunks are the bundle's own."""
     from asr.runtime import StreamConfig
 
+    if left_chunks < -1:
+        raise ConfigError(f"--left-chunks {left_chunks}: expected 0 or more, or -1 for the bundle's own")
     left = left_chunks if left_chunks >= 0 else None
     return StreamConfig(
         mode=mode,

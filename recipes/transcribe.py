@@ -131,6 +131,8 @@ def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path
             raise ConfigError(
                 f"{output}: would be the transcript of several sources, one of them {source.name}"
             )
+        if any(_is_same(output, Path(x.name)) for x in sources):
+            raise ConfigError(f"{output}: is a source; choose another file with -o")
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -138,6 +140,13 @@ def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path
         if not os.access(output.parent, os.W_OK):
             raise ConfigError(f"{output.parent}: not writable; choose another folder with -o")
     return list(outputs)
+
+
+def _is_same(output: Path, source: Path) -> bool:
+    try:
+        return output.samefile(source)
+    except OSError:
+        return False
 
 
 @dataclass

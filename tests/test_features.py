@@ -10,6 +10,7 @@ from torch import Tensor, tensor
 from asr.errors import ConfigError
 from asr.features import FLOOR, Cmvn, Fbank, FbankConfig
 
+
 @dataclass
 class Kaldi:
     """Its options, and what it computed."""

@@ -66,6 +66,8 @@ class Bundle:
         device: cpu or cuda; that of the bundle's target if not given. A CPU runs all, not all of it fast.
         """
         folder = Path(folder)
+        if threads < 0:
+            raise BundleError(f"threads is {threads}, expected 1 or more, or 0 for all cores")
         info = read_info(folder)
         providers = _providers(folder, info.target, device)
         tokenizer = load_tokenizer(folder)
@@ -84,7 +86,12 @@ class Bundle:
 
     @cached_property
     def encoder(self) -> ort.InferenceSession:
-        return self._session("encoder")
+        session = self._session("encoder")
+        if problem := _unlike(session, self.info):
+            raise BundleError(
+                f"{self.folder}/encoder.onnx: {problem}, and not as model.json says; export again"
+            )
+        return session
 
     @cached_property
     def memory(self) -> ort.InferenceSession:
@@ -128,6 +135,23 @@ class Bundle:
         if of_tokens != self.info.tokens_sha256:
             raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
         return session
+
+
+def _unlike(session: ort.InferenceSession, info: ModelInfo) -> str:
+    """Which input of the encoder is not what a state of `info` gives it; nothing where all are."""
+    fields = {field.name: [None, *field.shape] for field in info.encoder_state}
+    others = {"window", "samples", "num_frames", *info.context_inputs}
+    shapes = {x.name: x.shape for x in session.get_inputs() if x.name not in others}
+    if unknown := sorted(shapes.keys() ^ fields.keys()):
+        return f"{unknown[0]} is {'' if unknown[0] in shapes else 'not '}an input"
+    for name, shape in shapes.items():
+        said = fields[name]
+        pairs = zip(shape, said, strict=False)
+        if len(shape) != len(said) or any(
+            a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int)
+        ):
+            return f"input {name} is {shape}"
+    return ""
 
 
 def _providers(folder: Path, target: str, device: str) -> tuple[str, ...]:

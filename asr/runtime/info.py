@@ -1,6 +1,7 @@
 """model.json: what a model is, what it must be given, and the hashes of the files beside it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, field
 from fractions import Fraction
@@ -16,6 +17,10 @@ from asr.errors import BundleError
 
 FORMAT = 4
 STRICT = ConfigDict(extra="forbid")
+SIZE = re.compile(r"([1-9]\d*\*)?[WRU](/[1-9]\d*)?")
+"""Of a dimension that varies, as `parse_size` reads it."""
+
+DTYPES = ("float32", "float16", "int64", "int32", "bool")
 
 
 @checked(frozen=True, config=STRICT)
@@ -37,9 +42,8 @@ class Features:
     """Of an utterance, at most; 0: any number."""
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "num_bins", "frame_samples", "shift_samples"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        _expect_at_least(1, self, "sample_rate", "num_bins", "frame_samples", "shift_samples")
+        _expect_at_least(0, self, "max_samples")
 
 
 @checked(frozen=True, config=STRICT)
@@ -53,6 +57,13 @@ class Field:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype of {self.name} is {self.dtype}, expected one of {', '.join(DTYPES)}")
+        for size in self.shape:
+            if (isinstance(size, int) and size < 0) or (isinstance(size, str) and not SIZE.fullmatch(size)):
+                raise ValueError(f"{size!r} in the shape of {self.name}, expected a size")
 
     def sizes(self, variables: Mapping[str, int]) -> list[int]:
         """The shape where the variables have values."""
@@ -83,6 +94,11 @@ class Streaming:
 
     flush_samples: int
     """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, self, "chunk_ms", "chunk_unit")
+        counts = ("left_chunks", "max_look_ahead", "look_ahead_layers", "flush_frames", "flush_samples")
+        _expect_at_least(0, self, *counts)
 
 
 @checked(frozen=True, config=STRICT)
@@ -145,6 +161,12 @@ class ModelInfo:
 
     figures: dict[str, Any] = field(default_factory=dict)
     """What was measured when it was exported."""
+
+    def __post_init__(self) -> None:
+        _expect_at_least(1, self, "subsampling", "dim", "num_tokens")
+        _expect_at_least(0, self, "overlap_frames", "sos_eos", "max_tokens")
+        if self.sos_eos >= self.num_tokens:
+            raise ValueError(f"sos_eos is {self.sos_eos}, and there are {self.num_tokens} tokens")
 
     def write(self, folder: Path) -> None:
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -246,8 +268,10 @@ def read_info(folder: Path) -> ModelInfo:
         return TypeAdapter(ModelInfo).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{path}: {where}: {first['msg'].lower()}; export again") from None
+        where = "".join(f"{x}." for x in first["loc"])[:-1]
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[0].lower() + problem[1:]
+        raise BundleError(f"{path}: {where + ': ' if where else ''}{problem}; export again") from None
 
 
 def parse_size(size: str) -> tuple[str, Fraction]:
@@ -255,6 +279,12 @@ def parse_size(size: str) -> tuple[str, Fraction]:
     rest, _, divisor = size.partition("/")
     factor, _, name = rest.rpartition("*")
     return name, Fraction(int(factor or 1), int(divisor or 1))
+
+
+def _expect_at_least(least: int, owner: object, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < least:
+            raise ValueError(f"{name} is {getattr(owner, name)}, expected at least {least}")
 
 
 def _evaluate(size: str, variables: Mapping[str, int]) -> int:

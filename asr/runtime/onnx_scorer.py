@@ -174,6 +174,7 @@ class OnnxScorer:
 
     def init_state(self, context: Context) -> State:
         """The state of one new stream; that of WHOLE for an utterance at once, in any context."""
+        self.bundle.encoder  # noqa: B018  # its states are checked before any is made
         sizes = {"W": context.width, "R": context.delay}
         return {field.name: _zeros(field, sizes) for field in self.bundle.info.encoder_state}
 

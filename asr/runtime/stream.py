@@ -32,6 +32,9 @@ from asr.runtime.utterance import StreamConfig, Utterance
 MAX_LATE_S = 60.0
 """A text that comes later than this is no stream's, and the state would fill the memory."""
 
+MAX_LEFT_S = 600.0
+"""So would one of more left context."""
+
 
 class Stream:
     """One source of sound, from its start to `finish`."""
@@ -85,6 +88,13 @@ def stream_context(info: ModelInfo, config: StreamConfig) -> Context:
     left = info.stream.left_chunks if config.left_chunks is None else config.left_chunks
     context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
     info.check_context(context)
+    spans = {
+        "a chunk": (context.chunk, MAX_LATE_S),
+        "left context": (context.left * context.chunk, MAX_LEFT_S),
+    }
+    for name, (num_frames, most) in spans.items():
+        if (seconds := num_frames * info.frame_s) > most:
+            raise ConfigError(f"{name} of {seconds:,.0f} s, expected at most {most:.0f}")
     if (late_s := info.late_frames(context) * info.frame_s) > MAX_LATE_S:
         layers = info.stream.look_ahead_layers
         what = f"look_ahead of {config.look_ahead} chunks in each of {layers} layers"

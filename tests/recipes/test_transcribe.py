@@ -139,6 +139,7 @@ def test_modes_and_context_can_be_chosen(asr, folder: Path):
         (["missing.wav"], "missing.wav: not found"),
         (["a.wav", "--mode", "magic"], "no such mode"),
         (["a.wav", "--left-chunks", "x"], "left-chunks"),
+        (["a.wav", "--left-chunks", "-5"], "--left-chunks -5: expected 0 or more, or -1"),
         (["a.wav", "--look-ahead", "-1"], "look_ahead is -1, expected 0 or more"),
     ],
 )
@@ -157,6 +158,18 @@ def test_an_unusable_output_is_told_before_any_work(asr, folder: Path, tmp_path:
     status, _, err = asr(folder / "a.wav", "-o", tmp_path / "file" / "out.txt")
     assert status == 2
     assert "file" in err
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+def test_a_source_is_never_overwritten(asr, folder: Path, through_a_link: bool):
+    out = folder / ("link.txt" if through_a_link else "a.wav")
+    if through_a_link:
+        out.symlink_to(folder / "a.wav")
+    before = (folder / "a.wav").read_bytes()
+    status, _, err = asr(folder / "a.wav", "-o", out)
+    assert status == 2
+    assert f"{out}: is a source; choose another file with -o" in err
+    assert (folder / "a.wav").read_bytes() == before
 
 
 def test_an_empty_folder_says_so(asr, tmp_path: Path, folder: Path):

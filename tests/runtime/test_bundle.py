@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
+from asr.context import Context
 from asr.errors import AsrError, BundleError, TokensError
 from asr.runtime.bundle import GRAPHS, Bundle, hash_file
 from asr.runtime.info import FORMAT, Field, read_info
@@ -105,6 +106,39 @@ def test_a_model_json_that_is_none(copy: Path, text: str, expected: str):
 def test_an_unknown_field_is_named(copy: Path):
     edit(copy, chunk_msec=3)
     assert "chunk_msec" in message(copy)
+
+
+def with_first_state(info: dict, **values: object) -> dict:
+    first, *rest = info["encoder_state"]
+    return {"encoder_state": [first | values, *rest]}
+
+
+IMPOSSIBLE = [
+    (lambda info: {"subsampling": 0}, "model.json: subsampling is 0, expected at least 1"),
+    (lambda info: {"sos_eos": 22}, "sos_eos is 22, and there are 22 tokens"),
+    (lambda info: {"features": info["features"] | {"shift_samples": -1}}, "shift_samples is -1"),
+    (lambda info: {"streaming": info["streaming"] | {"chunk_ms": 0}}, "streaming: chunk_ms is 0"),
+    (lambda info: with_first_state(info, dtype="float99"), "encoder_state.0: dtype of frames is float99"),
+    (lambda info: with_first_state(info, shape=[-3, 80]), "-3 in the shape of frames, expected a size"),
+    (lambda info: with_first_state(info, shape=["W**9", 80]), "'W**9' in the shape of frames"),
+    (lambda info: with_first_state(info, shape=[10**9, 80]), "encoder.onnx: input frames is ['N', 3, 80]"),
+    (lambda info: with_first_state(info, name="other"), "encoder.onnx: frames is an input, and not as"),
+    (lambda info: {"encoder_state": []}, "is an input, and not as model.json says; export again"),
+    (lambda info: {"streaming": None}, "encoder.onnx: chunk is an input"),
+]
+
+
+@pytest.mark.parametrize(("change", "expected"), IMPOSSIBLE, ids=[x for _, x in IMPOSSIBLE])
+def test_what_cannot_be_is_refused_before_anything_is_computed(copy: Path, change, expected: str):
+    edit(copy, **change(json.loads((copy / "model.json").read_text())))
+    with pytest.raises(BundleError) as caught:
+        OnnxScorer(Bundle.load(copy)).init_state(Context(4, 2))
+    assert expected in str(caught.value)
+
+
+def test_a_number_of_threads_is_not_negative(copy: Path):
+    with pytest.raises(BundleError, match="threads is -1, expected 1 or more"):
+        Bundle.load(copy, threads=-1)
 
 
 def test_only_files_beside_model_json_are_read(copy: Path):

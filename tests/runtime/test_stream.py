@@ -193,6 +193,10 @@ def test_settings_that_are_not_possible(float32: Bundle):
         StreamConfig(look_ahead=-1)
     with pytest.raises(ConfigError, match=r"look_ahead of 1000 chunks in each of 2 layers is 1,280 s"):
         Stream(float32, StreamConfig(chunk_ms=640, look_ahead=1000))
+    with pytest.raises(ConfigError, match=r"a chunk of 1,000 s, expected at most 60"):
+        Stream(float32, StreamConfig(chunk_ms=1_000_000))
+    with pytest.raises(ConfigError, match=r"left context of 6,400 s, expected at most 600"):
+        Stream(float32, StreamConfig(chunk_ms=640, left_chunks=10_000))
     with pytest.raises(BundleError, match="a chunk of 0 ms"):
         Stream(float32, StreamConfig(chunk_ms=0, look_ahead=1))
     with pytest.raises(ConfigError, match="no such mode: magic"):
