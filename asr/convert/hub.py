@@ -20,10 +20,14 @@ def fetch(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
     """Download the files of a repository that match into the cache of huggingface_hub.
 
     Returns their folder, and the id with the commit that they are of. Raises CheckpointError where that
-    fails, and ModuleNotFoundError without the package.
+    fails, as it does without the package.
     """
-    import huggingface_hub
-
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{source}: no such folder here; if it is a name on the hub, pip install 'asr-toolkit[hub]'"
+        ) from None
     found = ID.fullmatch(source)
     assert found
     name, revision = found["name"], found["revision"]

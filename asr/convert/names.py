@@ -123,6 +123,12 @@ def load(
         if _sizes(taken) != _sizes(tensor) or (order and taken is value):
             problems.append(f"{', '.join(sources[name])} {tuple(value.shape)} does not fit {expected}")
             continue
+        if value.is_floating_point() != tensor.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            problems.append(
+                f"{', '.join(sources[name])} {tuple(value.shape)} of {kind} does not fit {expected}"
+            )
+            continue
         found[name] = taken.reshape(tensor.shape)
     if problems:
         raise CheckpointError(f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems)}")

@@ -85,4 +85,7 @@ def test_without_the_package_the_extra_is_named(asr, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     status, _, err = asr("convert", "wenet", "owner/name", "-o", tmp_path / "exp")
     assert status == 2
-    assert err == "asr: huggingface_hub is not installed; pip install 'asr-toolkit[hub]'\n"
+    assert err == (
+        "asr: owner/name: no such folder here; if it is a name on the hub, pip install 'asr-toolkit[hub]'\n"
+    )
+    assert list(tmp_path.iterdir()) == []

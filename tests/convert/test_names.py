@@ -70,6 +70,10 @@ def test_keys_of_all_layers_stand_before_the_values():
             lambda w: w.update({"dec.out.bias": torch.zeros(9)}),
             r"dec\.out\.bias \(9,\) does not fit decoder\.out\.bias \(7,\)",
         ),
+        (
+            lambda w: w.update({"dec.out.bias": torch.zeros(7, dtype=torch.int8)}),
+            r"dec\.out\.bias \(7,\) of int8 does not fit decoder\.out\.bias \(7,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):
