@@ -79,7 +79,7 @@ def test_a_sample_rate_that_is_none_is_refused(copy: Path, sample_rate: int):
     about = json.loads((copy / "model.json").read_text())
     about["features"]["sample_rate"] = sample_rate
     (copy / "model.json").write_text(json.dumps(about))
-    with pytest.raises(BundleError, match=rf"features: .*sample_rate is {sample_rate}, expected more than 0"):
+    with pytest.raises(BundleError, match=rf"features: .*sample_rate is {sample_rate}, expected at least 1"):
         Bundle.load(copy)
 
 
