@@ -35,6 +35,8 @@ BLANK, SOS_EOS, UNK = 0, 1, 2
 SPECIAL = ("<blk>", "<sos/eos>", "<unk>")
 SPACE = "▁"
 UNKNOWN_MARK = "⁇"
+TWIN = "\ue000"
+"""Behind a symbol that another unit has, too, once for each such unit before it: no character of any text."""
 KINDS = ("unigram", "bpe", "char", "phone")
 
 MAX_BYTES = 64 * 2**20
@@ -121,7 +123,8 @@ class Units:
             raise TokensError(f"{self.folder}: no id {token}; ids are 0 to {len(self.symbols) - 1}")
         if token == UNK:
             return UNKNOWN_MARK
-        return "" if token in (BLANK, SOS_EOS) else self.symbols[token]
+        symbol = self.symbols[token]
+        return "" if token in (BLANK, SOS_EOS) else symbol.rstrip(TWIN) or symbol
 
 
 class Characters(Units):

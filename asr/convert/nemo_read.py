@@ -19,7 +19,7 @@ from asr.convert.converted import Converted, Tokens, ctc_alone, decoder_alone, f
 from asr.convert.names import MADE_UP, Names, Units, arrange_units, count_layers, load
 from asr.convert.nemo import ENCODER, NEMO, encoder_config, features_config
 from asr.convert.source import Source
-from asr.convert.units import find_unit, maybe_unit, our_symbols
+from asr.convert.units import find_unit, maybe_unit, our_symbols, tell_apart
 from asr.errors import CheckpointError
 from asr.pieces import open_pieces
 
@@ -138,7 +138,7 @@ def _units(source: Source, options: Mapping[str, Any], where: str) -> tuple[list
         )
         model = source.data(file)
         theirs += open_pieces(model, str(file))[1]
-    return theirs, model if len(parts) == 1 else None
+    return (theirs, model) if len(parts) == 1 else (tell_apart(theirs), None)
 
 
 def _ctc_head(weights: Mapping[str, Tensor], where: str) -> str:

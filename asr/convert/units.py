@@ -1,12 +1,13 @@
 """The symbols of a public checkpoint's units, as our tokens.txt writes them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from asr.convert.names import MADE_UP, Units
 from asr.convert.source import Source
 from asr.errors import CheckpointError
 from asr.pieces import makes_units, open_pieces
-from asr.tokens import SPACE, SPECIAL
+from asr.tokens import SPACE, SPECIAL, TWIN
 
 
 def read_units(text: str, where: str) -> list[str]:
@@ -47,6 +48,16 @@ def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
     for problem in _problems(symbols):
         raise CheckpointError(f"{where}: {problem}")
     return symbols
+
+
+def tell_apart(theirs: Sequence[str]) -> list[str]:
+    """Units of several inventories; those written alike get a mark each, so that all are different."""
+    seen: Counter[str] = Counter()
+    found = []
+    for symbol in theirs:
+        found.append(symbol + TWIN * seen[symbol])
+        seen[symbol] += 1
+    return found
 
 
 def splitter(source: Source, symbols: Sequence[str], *names: str) -> bytes | None:

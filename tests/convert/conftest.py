@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from asr.convert.options import Options
 from asr.convert.wenet import read_config, wenet_names
 from recipes.cli import main
 
-from .sources import GoldenSet, symbols
+from .sources import GoldenSet, train_yaml, write_wenet
 
 Result = tuple[int, str, str]
 Tables = Callable[[str], Iterator[tuple[dict[str, Any], dict[str, Tensor]]]]
@@ -60,38 +59,6 @@ def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return status, captured.out, captured.err
 
     return run
-
-
-def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
-    """WeNet's train.yaml for options as in a golden set."""
-    parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
-    special = options["special_tokens"]  # None in the older kind, which has sos/eos at the end
-    return {name: options[name] for name in parts if name in options} | {
-        "model": "asr_model",
-        "encoder": "conformer",
-        "output_dim": options["vocab_size"],
-        "tokenizer": "char",
-        "tokenizer_conf": {"special_tokens": special, "symbol_table_path": "data/lang_char.txt"},
-        "ctc_conf": {"ctc_blank_id": 0},
-        "dataset_conf": {
-            "fbank_conf": {"num_mel_bins": options["input_dim"], "frame_shift": 10, "frame_length": 25},
-            "resample_conf": {"resample_rate": 16000},
-            "batch_conf": {"batch_type": "static"},
-        },
-        "max_epoch": 360,
-    }
-
-
-def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor]) -> Path:
-    """Write the folder that WeNet publishes."""
-    folder.mkdir(parents=True)
-    (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
-    names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
-    found = symbols(options["vocab_size"], names)
-    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(found))
-    (folder / "units.txt").write_text(lines, encoding="utf-8")
-    torch.save(weights, folder / "final.pt")
-    return folder
 
 
 @pytest.fixture(scope="session")

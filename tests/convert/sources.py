@@ -94,12 +94,14 @@ def pieces(count: int, first: Sequence[str] = ("<unk>",)) -> bytes:
     return model.getvalue()
 
 
-def pack(file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | None) -> Path:
-    """Write the archive as NeMo does."""
+def pack(
+    file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | dict[str, bytes] | None
+) -> Path:
+    """Write the archive as NeMo does, with one tokenizer, or several by the names of their files."""
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     members = {"model_config.yaml": yaml.safe_dump(options).encode(), "model_weights.ckpt": buffer.getvalue()}
-    members |= {"12ab_tokenizer.model": model} if model else {}
+    members |= model if isinstance(model, dict) else {"12ab_tokenizer.model": model} if model else {}
     with tarfile.open(file, "w") as opened:
         for name, data in members.items():
             info = tarfile.TarInfo(f"./{name}")
@@ -133,6 +135,38 @@ def write_firered(reference: GoldenSet, folder: Path) -> Path:
     rows = [np.append(frames.sum(0), 500), np.append((frames**2).sum(0), 0)]
     text = "\n".join(" ".join(map(repr, row.tolist())) for row in rows)
     (folder / "cmvn.ark").write_text(f" [\n{text} ]\n")
+    return folder
+
+
+def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
+    """WeNet's train.yaml for options as in a golden set."""
+    parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
+    special = options["special_tokens"]  # None in the older kind, which has sos/eos at the end
+    return {name: options[name] for name in parts if name in options} | {
+        "model": "asr_model",
+        "encoder": "conformer",
+        "output_dim": options["vocab_size"],
+        "tokenizer": "char",
+        "tokenizer_conf": {"special_tokens": special, "symbol_table_path": "data/lang_char.txt"},
+        "ctc_conf": {"ctc_blank_id": 0},
+        "dataset_conf": {
+            "fbank_conf": {"num_mel_bins": options["input_dim"], "frame_shift": 10, "frame_length": 25},
+            "resample_conf": {"resample_rate": 16000},
+            "batch_conf": {"batch_type": "static"},
+        },
+        "max_epoch": 360,
+    }
+
+
+def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor]) -> Path:
+    """final.pt, train.yaml and units.txt."""
+    folder.mkdir(parents=True)
+    (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
+    names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
+    found = symbols(options["vocab_size"], names)
+    lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(found))
+    (folder / "units.txt").write_text(lines, encoding="utf-8")
+    torch.save(weights, folder / "final.pt")
     return folder
 
 

@@ -117,6 +117,31 @@ def test_a_model_with_the_decoder_of_canary(asr, canary, tmp_path):
     assert decode(scorer, "", [samples], SearchConfig(max_tokens=5))[0]
 
 
+def test_units_of_several_languages_may_be_written_alike(asr, canary, tmp_path):
+    """As in the public Canary models: special units, and a SentencePiece model for each language."""
+    special = canary_units(canary.config)
+    num_first = len(special) + 2
+    num_english = (canary.config["vocab_size"] - num_first) // 2
+    sizes = {"spl": num_first, "en": num_english, "de": canary.config["vocab_size"] - num_first - num_english}
+    models = {
+        f"{name}_tokenizer.model": pieces(count, special if name == "spl" else ["<unk>"])
+        for name, count in sizes.items()
+    }
+    langs = {name: {"type": "bpe", "model_path": f"nemo:{name}_tokenizer.model"} for name in sizes}
+    options = nemo_options(canary.config) | {"tokenizer": {"type": "agg", "langs": langs}}
+    archive = pack(tmp_path / "a.nemo", options, canary.weights, models)
+    status, _, err = asr("convert", "nemo", archive, "-o", tmp_path / "exp")
+    assert (status, err) == (0, "")
+    _, tokenizer, _ = load_model(tmp_path / "exp")
+    assert len(set(tokenizer.symbols)) == len(tokenizer.symbols)
+    ours = [i for i, x in enumerate(tokenizer.symbols) if x.startswith("a") and len(x) < 4]
+    assert len(ours) == 3
+    assert [tokenizer.decode([i]) for i in ours] == ["a"] * 3
+    spaces = [i for i, x in enumerate(tokenizer.symbols) if x.startswith("▁")]
+    assert tokenizer.decode([ours[0], spaces[-1], ours[2]]) == "a a"
+    assert [word for word, _, _ in tokenizer.words([ours[1], spaces[-1], ours[2]])] == ["a", "a"]
+
+
 WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
     (lambda o, w: o["encoder"].update(subsampling="striding"), "encoder.subsampling"),
     (lambda o, w: o["encoder"].update(n_layers=99), "layers and channels are not those of the weights"),
