@@ -81,3 +81,8 @@ def test_a_stream_says_what_is_found_at_once(bundle, sound, block, right):
     final = [event for event in stream.finish() if event.final]
     assert [event.text for event in final] == [bundle.tokenizer.decode(nbest[0].tokens)]
     assert len([event for event in events if event.text and not event.final]) > 2
+
+
+@pytest.mark.slow
+def test_a_hundred_real_utterances_in_streams(writes_as_torch, model, bundle):
+    writes_as_torch(TorchScorer(model, "cpu"), bundle, "chunked", SEARCH)

@@ -9,6 +9,8 @@ import pytest
 from asr.decode.config import SearchConfig
 from asr.decode.scorer import Floats
 from asr.decode.words import word_starts
+from asr.model.hybrid import HybridModel
+from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle, EndpointConfig, Event, Stream, StreamConfig
 
 MODES = ["alignatt", "edatt", "triggered"]
@@ -67,3 +69,12 @@ def test_a_bundle_knows_where_words_begin(float32: Bundle):
     tokenizer = float32.tokenizer
     marked = [symbol.startswith("▁") for symbol in tokenizer.symbols]
     assert float32.word_starts.tolist() == marked == word_starts(tokenizer.words, len(marked)).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_hundred_real_utterances_in_streams(
+    writes_as_torch, tiny_model: HybridModel, float32: Bundle, mode: str
+):
+    scorer = TorchScorer(tiny_model, "cpu", float32.word_starts)
+    writes_as_torch(scorer, float32, mode, SEARCH)

@@ -132,6 +132,13 @@ def test_every_mode_gives_the_same_from_torch_and_from_onnx(
     assert len(found[0][0].tokens) > 5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["segmental", "segmental-simple"])
+def test_a_hundred_real_utterances_in_streams(writes_as_torch, model: HybridModel, bundles: Path, mode: str):
+    bundle = Bundle.load(bundles / "cpu-fp32")
+    writes_as_torch(TorchScorer(model, "cpu"), bundle, mode, SearchConfig(beam=3))
+
+
 @pytest.mark.parametrize("right", [0, 2])
 @pytest.mark.parametrize("mode", ["segmental", "segmental-simple"])
 def test_a_stream_writes_while_it_hears(bundles: Path, sound: Floats, mode: str, right: int):
