@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from asr.decode.words import word_starts
 from asr.errors import BundleError
-from asr.runtime.info import FileHash, ModelInfo, read_info
+from asr.runtime.info import Field, FileHash, ModelInfo, read_info
 from asr.tokens import Tokenizer, load_tokenizer, tokens_hash
 
 GRAPHS = ("encoder", "memory", "decoder")
@@ -86,12 +86,16 @@ class Bundle:
 
     @cached_property
     def encoder(self) -> ort.InferenceSession:
-        session = self._session("encoder")
-        if problem := _unlike(session, self.info):
+        return self._session("encoder")
+
+    @cached_property
+    def encoder_state(self) -> tuple[Field, ...]:
+        """The state of one stream. BundleError where model.json says another than the graph has."""
+        if problem := _unlike(self.encoder, self.info):
             raise BundleError(
                 f"{self.folder}/encoder.onnx: {problem}, and not as model.json says; export again"
             )
-        return session
+        return self.info.encoder_state
 
     @cached_property
     def memory(self) -> ort.InferenceSession:
@@ -140,7 +144,7 @@ class Bundle:
 def _unlike(session: ort.InferenceSession, info: ModelInfo) -> str:
     """Which input of the encoder is not what a state of `info` gives it; nothing where all are."""
     fields = {field.name: [None, *field.shape] for field in info.encoder_state}
-    others = {"window", "samples", "num_frames", *info.context_inputs}
+    others = {"window", "num_frames", *info.context_inputs}
     shapes = {x.name: x.shape for x in session.get_inputs() if x.name not in others}
     if unknown := sorted(shapes.keys() ^ fields.keys()):
         return f"{unknown[0]} is {'' if unknown[0] in shapes else 'not '}an input"

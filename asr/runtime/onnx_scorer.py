@@ -174,9 +174,8 @@ class OnnxScorer:
 
     def init_state(self, context: Context) -> State:
         """The state of one new stream; that of WHOLE for an utterance at once, in any context."""
-        self.bundle.encoder  # noqa: B018  # its states are checked before any is made
         sizes = {"W": context.width, "R": context.delay}
-        return {field.name: _zeros(field, sizes) for field in self.bundle.info.encoder_state}
+        return {field.name: _zeros(field, sizes) for field in self.bundle.encoder_state}
 
     def advance(
         self, windows: Floats, num_frames: Ints, context: Context, state: State, flush_frames: int = 0
