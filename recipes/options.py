@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from asr.runtime import StreamConfig
 
 MODES = (
-    "ctc-greedy, ctc-prefix, attention, joint, rescore; where the decoder writes as frames arrive, alignatt, "
-    "edatt or triggered; of models with such a decoder, segmental or chunked; not given: ctc-prefix, or "
-    "attention where there is no CTC head"
+    "ctc-greedy, ctc-prefix, attention, unbounded, joint, rescore; where the decoder writes as frames "
+    "arrive, alignatt, edatt or triggered; of models with such a decoder, segmental, segmental-simple, "
+    "segmental-label, chunked or whisper; not given: ctc-prefix, or attention where there is no CTC head"
 )
 
 Mode = Annotated[str, typer.Option(help=MODES)]

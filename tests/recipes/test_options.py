@@ -1,10 +1,18 @@
 """--search takes any field of a search, and says what is wrong with one."""
 
+import re
+
 import pytest
 
 from asr.decode.config import SearchConfig
+from asr.decode.modes import MODES
 from asr.errors import ConfigError
+from recipes import options
 from recipes.options import search_config, stream_config
+
+
+def test_the_help_names_every_mode() -> None:
+    assert set(re.findall(r"[a-z-]+", options.MODES)) > set(MODES)
 
 
 def test_fields_are_taken_and_win_over_options() -> None:
