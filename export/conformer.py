@@ -181,15 +181,7 @@ class ConformerWriter:
 
     def _before(self, lens: str, length: str) -> str:
         """lens (N,), length (1,) -> (N, length, 1): whether a frame is before the end."""
-        graph = self.graph
-        step = self._range(graph.constant([0]), length)
-        is_before = graph.add("Less", step, graph.add("Unsqueeze", lens, graph.constant([1])))
-        return graph.add("Unsqueeze", is_before, graph.constant([2]))
-
-    def _range(self, start: str, end: str) -> str:
-        graph = self.graph
-        ends = [graph.add("Squeeze", x, graph.constant([0])) for x in (start, end)]
-        return graph.add("Range", *ends, graph.constant(1))
+        return self.graph.add("Unsqueeze", self.graph.before(lens, length), self.graph.constant([2]))
 
     def _sight(self, lens: str, sizes: Sizes) -> Sight:
         """Of layers that look ahead, each sees other frames: M = L of them, else M = 1."""
@@ -201,10 +193,10 @@ class ConformerWriter:
                 late = graph.add("Mul", graph.constant(range(self.config.num_layers)), sizes.delay)
                 ends = graph.add("Min", graph.add("Add", ends, late), sizes.length)  # (N, M)
             zero = graph.constant([0])
-            step = self._range(zero, sizes.length)
+            step = graph.range(zero, sizes.length)
             offsets = graph.add("Unsqueeze", graph.add("Sub", offset, late), graph.constant([2]))
             queries = graph.add("Sub", graph.add("Add", offsets, step), sizes.delay)  # (N, M, T')
-            steps = self._range(graph.add("Neg", sizes.width), sizes.length)
+            steps = graph.range(graph.add("Neg", sizes.width), sizes.length)
             keys = graph.add("Add", offsets, steps)  # (N, M, W + T')
             known = graph.add("Less", steps, graph.add("Unsqueeze", ends, graph.constant([2])))
             known = graph.add("And", known, graph.add("GreaterOrEqual", keys, graph.constant(0)))
@@ -362,10 +354,10 @@ class ConformerWriter:
     def _shift(self, x: str, first: str, sizes: Sizes) -> str:
         """Rows of x (N T', C), for each stream from frame `first` (N,) on; the last is repeated."""
         graph, one = self.graph, self.graph.constant([1])
-        step = self._range(graph.constant([0]), sizes.length)
+        step = graph.range(graph.constant([0]), sizes.length)
         column = graph.add("Unsqueeze", first, one)
         index = graph.add("Min", graph.add("Add", column, step), graph.add("Sub", sizes.length, one))
-        rows = self._range(graph.constant([0]), sizes.n)
+        rows = graph.range(graph.constant([0]), sizes.n)
         starts = graph.add("Unsqueeze", graph.add("Mul", rows, sizes.length), one)
         index = graph.add("Reshape", graph.add("Add", index, starts), graph.constant([-1]))
         return graph.add("Gather", x, index, axis=0)

@@ -89,6 +89,16 @@ class Graph:
         """(1,)."""
         return self.add("Shape", x, start=axis, end=axis + 1)
 
+    def range(self, start: str, end: str) -> str:
+        """(end - start,); both (1,)."""
+        ends = [self.add("Squeeze", x, self.constant([0])) for x in (start, end)]
+        return self.add("Range", *ends, self.constant(1))
+
+    def before(self, lens: str, length: str) -> str:
+        """lens (N,), length (1,) -> (N, length): whether a frame is before the end."""
+        step = self.range(self.constant([0]), length)
+        return self.add("Less", step, self.add("Unsqueeze", lens, self.constant([1])))
+
     def linear(self, name: str, module: nn.Linear, x: str, scale: float | Tensor = 1.0) -> str:
         """x (..., C) -> scale times its image (..., C'); one scale, or (C',)."""
         with self.scope(name):

@@ -1,5 +1,5 @@
 """A model as ONNX graphs, traced from the very modules that were trained; but for the encoder of a Conformer,
-which is written by hand (`export/conformer.py`).
+or of a causal Zipformer, which is written by hand (`export/conformer.py`, `export/zipformer.py`).
 
     encoder   features, normalisation, encoder, CTC head; the state goes in as it came out of the call before
     memory    keys and values of the decoder's cross-attention
@@ -15,9 +15,9 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import onnx
 import torch
@@ -35,10 +35,12 @@ from asr.model.fire import Fire
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import LengthModel, SegmentalDecoder
 from asr.model.state import State
+from asr.model.zipformer import Zipformer
 from asr.runtime.info import Field
 from export.conformer import conformer_fields, conformer_graph
 from export.graph import IR_VERSION, OPSET
 from export.states import dynamic_shapes, encoder_fields
+from export.zipformer import zipformer_fields, zipformer_graph
 
 
 class EncoderGraph(nn.Module):
@@ -179,8 +181,8 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
 
 def encoder_graph(model: HybridModel) -> onnx.ModelProto:
     """Written by hand where that is known, else traced."""
-    if is_written(model):
-        return conformer_graph(model)
+    if written := _written(model):
+        return written.graph(model)
     streams = model.encoder.can_stream and model.fbank.framed
     return export(encoder_trace(model) if streams else whole_trace(model), "encoder")
 
@@ -189,13 +191,25 @@ def state_fields(model: HybridModel) -> tuple[Field, ...]:
     """The state of one stream in the encoder's graph."""
     if not model.fbank.framed:
         return ()
+    written = _written(model)
+    return written.fields(model.encoder) if written else encoder_fields(model.encoder)
+
+
+class Written(NamedTuple):
+    """How the graph of an encoder is written by hand."""
+
+    graph: Callable[[HybridModel], onnx.ModelProto]
+    fields: Callable[[Any], tuple[Field, ...]]
+
+
+def _written(model: HybridModel) -> Written | None:
     encoder = model.encoder
-    return conformer_fields(cast(Conformer, encoder)) if is_written(model) else encoder_fields(encoder)
-
-
-def is_written(model: HybridModel) -> bool:
-    """Whether the encoder's graph is written by hand."""
-    return isinstance(model.encoder, Conformer) and isinstance(model.fbank, Fbank)
+    if not isinstance(model.fbank, Fbank):
+        return None
+    if isinstance(encoder, Conformer):
+        return Written(conformer_graph, conformer_fields)
+    is_causal = isinstance(encoder, Zipformer) and encoder.can_stream
+    return Written(zipformer_graph, zipformer_fields) if is_causal else None
 
 
 def encoder_trace(model: HybridModel) -> Trace:

@@ -9,6 +9,7 @@ of the process; everything is in them, from samples to text, greedily by CTC.
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import subprocess
@@ -27,7 +28,8 @@ import onnxruntime as ort
 from asr.decode.scorer import Floats
 from asr.errors import BundleError, MissingExtra
 from asr.runtime.bundle import Bundle, session_options
-from asr.runtime.stream import StreamBatch
+from asr.runtime.onnx_scorer import OnnxScorer
+from asr.runtime.stream import StreamBatch, stream_context
 from asr.runtime.utterance import StreamConfig
 
 FRAME_MS, SAMPLE_RATE = 40, 16000
@@ -58,7 +60,7 @@ USES = {
     "live": {"ours": Task(), "theirs": Task()},
     "file": {"ours": Task(chunks_per_call=BACKLOG), "theirs": Task()},
 } | {f"{n} streams": dict.fromkeys(("ours", "theirs"), Task(n, 1, TOGETHER_S / n)) for n in STREAMS}
-"""sherpa-onnx takes this kind of model chunk by chunk, and stream by stream."""
+"""sherpa-onnx takes such models chunk by chunk; streams side by side in one call where it is a Zipformer."""
 
 
 class Run(NamedTuple):
@@ -156,10 +158,11 @@ def keep_up(run: Callable[[Task], Run], chunk_s: float) -> int:
 
 def check(bundle: Bundle, folder: Path, chunk_ms: int) -> None:
     """Whether the two can be compared."""
-    if not peer_model(bundle, folder).exists():
-        raise BundleError(f"{folder}: has no streaming model; write one with asr export --target sherpa-onnx")
+    path = peer_model(bundle, folder)
     if chunk_ms % FRAME_MS:
         raise BundleError(f"a chunk of {chunk_ms} ms is no multiple of {FRAME_MS} ms, its frame there")
+    if path.parent.name == "zipformer" and (fixed_ms := fixed_chunk_ms(path)) != chunk_ms:
+        raise BundleError(f"{path}: its chunk is {fixed_ms} ms, not {chunk_ms}; pass --chunk-ms {fixed_ms}")
     try:
         import sherpa_onnx  # noqa: F401
     except ImportError:
@@ -169,7 +172,16 @@ def check(bundle: Bundle, folder: Path, chunk_ms: int) -> None:
 def peer_model(bundle: Bundle, folder: Path) -> Path:
     """The file that is quantized like the bundle."""
     end = ".onnx" if bundle.info.target == "cpu-fp32" else ".int8.onnx"
-    return folder / "streaming" / f"model{end}"
+    for name in RECOGNIZERS:
+        if (path := folder / name / f"model{end}").exists():
+            return path
+    raise BundleError(f"{folder}: has no streaming model; write one with asr export --target sherpa-onnx")
+
+
+def fixed_chunk_ms(path: Path) -> int:
+    """Of a `zipformer2_ctc` model."""
+    metadata = {x.key: x.value for x in onnx.load(path).metadata_props}
+    return 10 * int(metadata["decode_chunk_len"])
 
 
 @contextmanager
@@ -209,18 +221,34 @@ def worker(*arguments: str) -> Iterator[Callable[[Task], Run]]:
 
 
 def multiply_adds(bundle: Bundle) -> float:
-    """Of the encoder's matrices, for a second of sound."""
-    info = bundle.info
-    frames = info.features.sample_rate / info.features.shift_samples
-    graph = onnx.load(bundle.folder / "encoder.onnx").graph
-    sizes = {x.name: float(np.prod(x.dims)) for x in graph.initializer if len(x.dims) == 2}
-    total = 0.0
-    for node in graph.node:
-        if node.op_type in ("Cast", "DequantizeLinear") and node.input[0] in sizes:  # stored in fewer bits
-            sizes[node.output[0]] = sizes[node.input[0]]
-        if node.op_type in ("MatMul", "MatMulInteger") and (size := sizes.get(node.input[1])):
-            total += size * frames / (1 if node.name.startswith("fbank") else info.subsampling)
-    return total
+    """Of the encoder's matrices, for a second of sound: as onnxruntime tells it of a call of a stream."""
+    info, scorer = bundle.info, OnnxScorer(bundle)
+    context = stream_context(info, StreamConfig())
+    num_frames = context.chunk * info.subsampling + info.overlap_frames
+    shift, length = info.features.shift_samples, info.features.frame_samples
+    inputs: dict[str, Any] = {name: np.array(getattr(context, name)) for name in info.context_inputs}
+    inputs |= scorer.init_state(context)
+    inputs |= {"window": np.zeros((1, (num_frames - 1) * shift + length), np.float32)}
+    inputs |= {"num_frames": np.array([num_frames])}
+    options = session_options(1)
+    options.enable_profiling = True
+    options.add_session_config_entry("session.disable_prepacking", "1")  # or weights have no shape
+    with tempfile.TemporaryDirectory() as folder:
+        options.profile_file_prefix = f"{folder}/profile"
+        session = ort.InferenceSession(bundle.folder / "encoder.onnx", options)
+        session.run(None, inputs)
+        events = json.loads(Path(session.end_profiling()).read_bytes())
+    total = sum(_multiply_adds(event["args"]) for event in events if "args" in event)
+    return total / (context.chunk * info.frame_s)
+
+
+def _multiply_adds(event: dict[str, Any]) -> int:
+    """Of a node: rows of what it is given, times the size of a matrix of two dimensions."""
+    shapes = [next(iter(x.values())) for x in event.get("input_type_shape", ())]
+    is_product = any(kind in event.get("op_name", "") for kind in ("MatMul", "Gemm"))
+    if not is_product or len(shapes) < 2 or len(shapes[1]) != 2:
+        return 0
+    return math.prod(shapes[0][:-1]) * math.prod(shapes[1])
 
 
 def peak(target: str, size: int = 1024, rounds: int = 12) -> float:
@@ -269,13 +297,27 @@ def ours(folder: str, chunk_ms: int, left: int) -> Callable[[Floats, Task], list
     return run
 
 
-def theirs(path: str, chunk_ms: int, left: int) -> Callable[[Floats, Task], list[float]]:
+def wenet(path: str, tokens: str, chunk_ms: int, left: int) -> Any:
     import sherpa_onnx
 
-    tokens = str(Path(path).parent / "tokens.txt")
-    recognizer = sherpa_onnx.OnlineRecognizer.from_wenet_ctc(
-        model=path, tokens=tokens, chunk_size=chunk_ms // FRAME_MS, num_left_chunks=left, num_threads=1
-    )
+    sizes = {"chunk_size": chunk_ms // FRAME_MS, "num_left_chunks": left}
+    return sherpa_onnx.OnlineRecognizer.from_wenet_ctc(model=path, tokens=tokens, num_threads=1, **sizes)
+
+
+def zipformer(path: str, tokens: str, chunk_ms: int, left: int) -> Any:
+    """Whose chunk and left context are in the graph."""
+    import sherpa_onnx
+
+    return sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(model=path, tokens=tokens, num_threads=1)
+
+
+RECOGNIZERS: dict[str, Callable[[str, str, int, int], Any]] = {"streaming": wenet, "zipformer": zipformer}
+"""Artefact of `export/sherpa.py` -> what loads it."""
+
+
+def theirs(path: str, chunk_ms: int, left: int) -> Callable[[Floats, Task], list[float]]:
+    make = RECOGNIZERS[Path(path).parent.name]
+    recognizer = make(path, str(Path(path).parent / "tokens.txt"), chunk_ms, left)
 
     def run(samples: Floats, task: Task) -> list[float]:
         streams = [recognizer.create_stream() for _ in range(task.streams)]

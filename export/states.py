@@ -62,10 +62,15 @@ def _size(size: int, others: Mapping[str, int], unit: int) -> int | str:
         if other != size:
             share = Fraction(other - size, unit)
             assert size == (share * unit if name == "W" else 0), "sizes are in proportion to one variable"
-            times = f"{share.numerator}*" if share.numerator > 1 else ""
-            part = f"/{share.denominator}" if share.denominator > 1 else ""
-            return f"{times}{name}{part}"
+            return share_of(name, share)
     return size
+
+
+def share_of(name: str, share: Fraction) -> str:
+    """The size that is so many times a variable."""
+    times = f"{share.numerator}*" if share.numerator > 1 else ""
+    part = f"/{share.denominator}" if share.denominator > 1 else ""
+    return f"{times}{name}{part}"
 
 
 def _dtype(x: Any) -> str:

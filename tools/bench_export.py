@@ -20,6 +20,7 @@ from asr.runtime import Bundle, StreamConfig
 from export.bench import bench_against
 from export.bundle import Origin, describe, write_bundle
 from export.onnx import export_graphs
+from export.peers import RECOGNIZERS
 from export.quantize import quantize
 from export.sherpa_bundle import write_sherpa
 from export.verify import made_sound
@@ -52,7 +53,8 @@ def main() -> None:
             info = describe(model, tokens, target, Origin("fresh weights", ""))
             write_bundle(built, info, tokens, tokens / target)
         if args.keep:
-            write_sherpa(model, tokens, Origin("fresh weights", ""), tokens / "sherpa", only=["streaming"])
+            origin = Origin("fresh weights", "")
+            write_sherpa(model, tokens, origin, tokens / "sherpa", only=list(RECOGNIZERS))
         ours, theirs = (Bundle.load(tokens / target) for target in ("cpu-int8", "cpu-fp32"))
         sounds = [made_sound(SOUND_S, config.features.sample_rate)] * args.rounds
         stream = StreamConfig(mode="ctc-greedy", chunk_ms=args.chunk_ms)

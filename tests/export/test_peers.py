@@ -8,7 +8,8 @@ import pytest
 from asr.errors import BundleError
 from asr.runtime import Bundle
 from export import peers
-from export.bundle import Origin
+from export.bundle import Origin, describe, write_bundle
+from export.onnx import export_graphs
 from export.peers import Duel, Run, Task, duel, keep_up, multiply_adds, peak, worker
 from export.sherpa_bundle import write_sherpa
 from export.verify import made_sound
@@ -95,3 +96,19 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tiny_bundles: Path, so
         next(duel(bundle, tmp_path, sound, 640, 1))
     with pytest.raises(BundleError, match="650 ms is no multiple of 40 ms"):
         next(duel(bundle, folder, sound, 650, 1))
+
+
+@pytest.mark.slow
+def test_a_zipformer_is_compared_with_the_contract_of_zipformers(
+    zipformer_model, tiny_bundles: Path, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(peers, "MAX_STREAMS", 2)
+    write_sherpa(zipformer_model, tiny_bundles, Origin("", ""), tmp_path / "sherpa", only=["zipformer"])
+    info = describe(zipformer_model, tiny_bundles, "cpu-fp32", Origin("", ""))
+    write_bundle(export_graphs(zipformer_model), info, tiny_bundles, tmp_path / "bundle")
+    bundle = Bundle.load(tmp_path / "bundle")
+    *_, found = duel(bundle, tmp_path / "sherpa", sound, 640, rounds=1)
+    assert isinstance(found, Duel)
+    assert [row.name for row in found.rows] == ["live", "file", "4 streams", "16 streams"]
+    with pytest.raises(BundleError, match="its chunk is 640 ms, not 320; pass --chunk-ms 640"):
+        next(duel(bundle, tmp_path / "sherpa", sound, 320, 1))
