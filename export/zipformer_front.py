@@ -21,6 +21,10 @@ from export.zipformer_layer import (
     write_norm,
 )
 
+PIECES = 8
+"""In which the ConvNeXt layer computes, as its hidden numbers are many: they stay in the cache, and in memory
+that the process has already."""
+
 
 class Heard(NamedTuple):
     """What the front makes of a call."""
@@ -67,9 +71,32 @@ def _mix(graph: Graph, module: ConvNeXt, seen: str) -> str:
         y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
         shape = graph.add("Shape", y)
         y = graph.add("Reshape", y, graph.constant([-1, module.expand.in_channels]))
-        assert module.expand.bias is not None
-        assert module.contract.bias is not None
-        bias = module.expand.bias - SWOOSH_L.shift
-        y = swoosh(graph, write_linear(graph, "expand", module.expand.weight.flatten(1), bias, y), SWOOSH_L)
-        y = write_linear(graph, "contract", module.contract.weight.flatten(1), module.contract.bias, y)
-        return graph.add("Add", graph.slice(seen, SIDE, -SIDE, 1), graph.add("Reshape", y, shape))
+        expand = _weights(graph, "expand", module.expand, SWOOSH_L.shift)
+        contract = _weights(graph, "contract", module.contract)
+        parts = []
+        for part in _split(graph, y):
+            hidden = swoosh(graph, _map(graph, part, expand), SWOOSH_L)
+            parts.append(_map(graph, hidden, contract))
+        y = graph.add("Reshape", graph.add("Concat", *parts, axis=0), shape)
+        return graph.add("Add", graph.slice(seen, SIDE, -SIDE, 1), y)
+
+
+def _weights(graph: Graph, name: str, module: nn.Conv2d, shift: float = 0.0) -> tuple[str, str]:
+    """Those of a convolution of single points, as a matrix, and its bias less a number."""
+    assert module.bias is not None
+    with graph.scope(name):
+        weight = graph.weight("weight", module.weight.flatten(1).t())
+        return weight, graph.weight("bias", module.bias - shift)
+
+
+def _split(graph: Graph, x: str) -> list[str]:
+    """(M, C) -> PIECES of it, of which the last may be empty."""
+    num_rows = graph.size(x, 0)
+    most = graph.add("Add", graph.add("Div", num_rows, graph.constant(PIECES)), graph.constant(1))
+    left = graph.add("Sub", num_rows, graph.add("Mul", most, graph.constant(range(PIECES))))
+    sizes = graph.add("Max", graph.add("Min", left, most), graph.constant(0))
+    return graph.split("Split", x, sizes, count=PIECES, axis=0)
+
+
+def _map(graph: Graph, x: str, weights: tuple[str, str]) -> str:
+    return graph.add("Add", graph.add("MatMul", x, weights[0]), weights[1])
