@@ -63,9 +63,19 @@ STATES = {
         "offset": (),
     },
     "zipformer": {
-        "frames": (128, 3, 19),
-        "memory": ("W", 2 * (16 + 12 + 2 * 16) + 16 + 18 + 2 * 16),
-        "convolutions": (2 * (16 * 2 + 24),),
+        "frames": (3, 19, 128),
+        **{
+            f"{name}.{i}.0": shape
+            for i, width, dim, side in ((0, "2*W", 16, 2), (1, "W", 24, 1))
+            for name, shape in {
+                "keys": (2, width, 8),
+                "hidden": (1, width, 3 * dim // 4),
+                "values_1": (2, width, 8),
+                "values_2": (2, width, 8),
+                "convolution_1": (1, side, dim),
+                "convolution_2": (1, side, dim),
+            }.items()
+        },
         "offset": (),
     },
 }
