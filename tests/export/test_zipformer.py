@@ -14,9 +14,12 @@ from asr.losses import LossConfig
 from asr.model.build import build_model
 from asr.model.decoder import DecoderConfig
 from asr.model.hybrid import HybridModel
+from asr.model.layers import swoosh_l, swoosh_r
 from asr.model.masks import ChunkConfig
 from asr.model.zipformer import ZipformerConfig
+from export.graph import Graph
 from export.zipformer import zipformer_fields, zipformer_graph
+from export.zipformer_layer import SWOOSH_L, SWOOSH_R, Swoosh, swoosh
 
 OVERLAP = 13
 
@@ -171,9 +174,21 @@ def test_models_without_ctc_and_other_bins():
     np.testing.assert_allclose(found["y"], y[:, : found["y"].shape[1]].numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "module"), [(SWOOSH_L, swoosh_l), (SWOOSH_R, swoosh_r)], ids=["left", "right"]
+)
+def test_activations_are_those_of_the_modules_however_far_from_zero(kind: Swoosh, module):
+    graph = Graph("activation")
+    graph.output("y", swoosh(graph, graph.input("z", ("N",)), kind), ("N",))
+    session = onnxruntime.InferenceSession(graph.model().SerializeToString())
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, 60.0, 80.0])])
+    (found,) = session.run(None, {"z": (x - kind.shift).numpy()})
+    np.testing.assert_allclose(found, module(x).numpy(), atol=2e-6, rtol=2e-6)
+
+
 def test_it_stays_small():
     """What makes it fast: no operation that a layer needs to find out about sizes."""
     nodes = zipformer_graph(zipformer(CONFIG)).graph.node
     ops = Counter(node.op_type for node in nodes if ".stacks.0.layers.1." in node.name)
     assert not {"Shape", "Gather", "Expand", "Where", "Range", "Cast", "Softplus"} & set(ops)
-    print(sum(ops.values()))
+    assert sum(ops.values()) <= 147
