@@ -32,7 +32,7 @@ SLOPE = 0.08
 """Of both activations, far to the left."""
 
 MOST = 80.0
-"""Numbers above it count as it in an activation, as their exponentials are infinite."""
+"""Of what is raised to a power; above it log(exp(-c) + exp(z)) is z, and exp(z) soon infinite."""
 
 
 class Swoosh(NamedTuple):
@@ -57,9 +57,10 @@ SWOOSH_L, SWOOSH_R = Swoosh.of(4.0, 0.035), Swoosh.of(1.0, 0.313261687)
 
 def swoosh(graph: Graph, z: str, kind: Swoosh) -> str:
     """Softplus takes three times as long as all of this, since onnxruntime has no fast one."""
-    z = graph.add("Clip", z, "", graph.constant(MOST, "float32"))
-    y = graph.add("Add", graph.add("Exp", z), graph.constant(kind.floor, "float32"))
-    return graph.add("Sub", graph.add("Log", y), graph.add("Mul", z, graph.constant(SLOPE, "float32")))
+    y = graph.add("Exp", graph.add("Clip", z, "", graph.constant(MOST, "float32")))
+    y = graph.add("Log", graph.add("Add", y, graph.constant(kind.floor, "float32")))
+    straight = graph.add("Mul", z, graph.constant(SLOPE, "float32"))
+    return graph.add("Sub", graph.add("Max", y, z), straight)
 
 
 def write_linear(graph: Graph, name: str, weight: Tensor, bias: Tensor, x: str) -> str:

@@ -181,7 +181,7 @@ def test_activations_are_those_of_the_modules_however_far_from_zero(kind: Swoosh
     graph = Graph("activation")
     graph.output("y", swoosh(graph, graph.input("z", ("N",)), kind), ("N",))
     session = onnxruntime.InferenceSession(graph.model().SerializeToString())
-    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, 60.0, 80.0])])
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -100.0, 60.0, 80.0, 100.0, 1e4])])
     (found,) = session.run(None, {"z": (x - kind.shift).numpy()})
     np.testing.assert_allclose(found, module(x).numpy(), atol=2e-6, rtol=2e-6)
 
@@ -191,4 +191,4 @@ def test_it_stays_small():
     nodes = zipformer_graph(zipformer(CONFIG)).graph.node
     ops = Counter(node.op_type for node in nodes if ".stacks.0.layers.1." in node.name)
     assert not {"Shape", "Gather", "Expand", "Where", "Range", "Cast", "Softplus"} & set(ops)
-    assert sum(ops.values()) <= 147
+    assert sum(ops.values()) <= 152
