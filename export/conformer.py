@@ -3,7 +3,7 @@
 Against the trace: activations are (N T', C), so that a matrix and its bias are one operation; nothing but the
 mask depends on sizes, which are found once; each layer has tensors of its own as its state, so that nothing
 is cut apart or put together; factors are in the weights. A call takes four fifths of the time
-(docs/experiments.md). The modules are what it is held against (tests/export/test_conformer.py).
+(docs/experiments.md). The modules are what it is held against (tests/export/test_encoder.py).
 
 While streams go on, all frames of a call count: what they keep is a slice.
 
@@ -14,6 +14,7 @@ N streams · T feature frames · T' encoder frames · S samples · F mel bins ·
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -21,14 +22,13 @@ import onnx
 import torch
 from torch import nn
 
-from asr.context import Context
 from asr.model.attention import BASE
 from asr.model.conformer import Conformer, ConformerLayer
 from asr.model.hybrid import HybridModel
 from asr.model.layers import ConvModule
 from asr.model.masks import ENDLESS
 from asr.runtime.info import Field
-from export.features import write_features
+from export.encoder import write_encoder
 from export.graph import END, Graph
 
 
@@ -81,36 +81,17 @@ class Sight:
 
 
 def conformer_graph(model: HybridModel) -> onnx.ModelProto:
-    """(window of samples, its frames, context, state) -> (y, CTC log-probabilities, their frames, state)."""
-    encoder, fbank = cast(Conformer, model.encoder), model.fbank
-    graph, fields = Graph("encoder"), conformer_fields(encoder)
-    size = f"{fbank.shift_samples}*T + {fbank.frame_samples - fbank.shift_samples}"
-    window = graph.input("window", ("N", size))
-    num_frames = graph.input("num_frames", ("N",), "int64")
-    names = Context._fields if encoder.config.chunk.max_right else Context._fields[:2]
-    context = [graph.input(name, (), "int64") for name in names]
-    past = {field.name: graph.input(field.name, ("N", *field.shape), field.dtype) for field in fields}
-    writer = ConformerWriter(graph, encoder, past, context)
-    y, y_lens = writer.encode(write_features(graph, model, window), num_frames)
-    graph.output("y", y, ("N", "T'", encoder.dim))
-    if model.ctc is not None:
-        graph.output("log_probs", write_ctc(graph, model.ctc, y), ("N", "T'", model.num_tokens))
-    graph.output("y_lens", y_lens, ("N",), "int64")
-    for field in fields:
-        graph.output(f"next_{field.name}", writer.following[field.name], ("N", *field.shape), field.dtype)
-    return graph.model()
-
-
-def write_ctc(graph: Graph, ctc: nn.Linear, y: str) -> str:
-    """y (..., C) -> log-probabilities (..., V)."""
-    return graph.add("LogSoftmax", graph.linear("ctc", ctc, y), axis=-1)
+    """As write_encoder."""
+    encoder = cast(Conformer, model.encoder)
+    num_context = 3 if encoder.config.chunk.max_right else 2
+    return write_encoder(model, conformer_fields(encoder), num_context, partial(ConformerWriter, encoder))
 
 
 class ConformerWriter:
     """`asr.model.conformer.Conformer.forward`, once."""
 
     def __init__(
-        self, graph: Graph, encoder: Conformer, past: Mapping[str, str], context: Sequence[str]
+        self, encoder: Conformer, graph: Graph, past: Mapping[str, str], context: Sequence[str]
     ) -> None:
         """past: the state, by the names of its fields.  context: values of chunk and left, and of right where
         there is look-ahead; int64, each one number."""

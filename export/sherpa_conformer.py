@@ -15,7 +15,8 @@ import onnx
 from asr.features import FLOOR
 from asr.model.conformer import Conformer
 from asr.model.hybrid import HybridModel
-from export.conformer import ConformerWriter, conformer_fields, write_ctc
+from export.conformer import ConformerWriter, conformer_fields
+from export.encoder import write_ctc
 from export.features import write_cmvn
 from export.graph import END, Graph
 from export.sherpa_graphs import LOUD, OfflineCtc, OnlineCtc, scale_change
@@ -26,10 +27,9 @@ def offline_graph(module: OfflineCtc) -> onnx.ModelProto:
     graph, model = Graph("model"), module.model
     x = graph.input("x", ("N", "T", model.fbank.config.num_bins))
     x_lens = graph.input("x_lens", ("N",), "int64")
-    past = _nothing(graph, cast(Conformer, model.encoder), graph.size(x, 0))
-    writer = ConformerWriter(
-        graph, cast(Conformer, model.encoder), past, [graph.constant(0), graph.constant(-1)]
-    )
+    encoder = cast(Conformer, model.encoder)
+    past = _nothing(graph, encoder, graph.size(x, 0))
+    writer = ConformerWriter(encoder, graph, past, [graph.constant(0), graph.constant(-1)])
     y, y_lens = writer.encode(_features(graph, model, x, theirs=1.0), x_lens)
     log_probs, y_lens = _log_probs(graph, model, y, module.repeats), _times(graph, y_lens, module.repeats)
     graph.output("log_probs", log_probs, ("N", "T'", model.num_tokens))
@@ -57,7 +57,7 @@ def online_graph(module: OnlineCtc) -> onnx.ModelProto:
     past = _past(graph, module, cached, conv_cache)
     before = graph.add("Sub", offset, required)
     past["offset"] = graph.add("Div", before, graph.constant(repeats))
-    writer = ConformerWriter(graph, encoder, past, [chunk, left])
+    writer = ConformerWriter(encoder, graph, past, [chunk, left])
     y, _ = writer.encode(_features(graph, model, x, theirs=LOUD), num_frames)
     graph.output("log_probs", _log_probs(graph, model, y, repeats), (1, "T'", model.num_tokens))
     attn, conv = _caches(graph, module, writer.following)

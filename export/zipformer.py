@@ -2,7 +2,7 @@
 
 What made the trace slow: softplus, of which onnxruntime has no fast one; a convolution within chunks of any
 length, by taps that were gathered; a state that was taken apart and put together; many small operations.
-The modules are what it is held against (tests/export/test_zipformer.py).
+The modules are what it is held against (tests/export/test_encoder.py).
 
 N streams · T feature frames · T' frames, of the front or of a rate · F mel bins · C channels · H heads · D
 channels per head · L layers · W cached frames · K kernel
@@ -10,19 +10,18 @@ channels per head · L layers · W cached frames · K kernel
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import cast
 
 import onnx
 
-from asr.context import Context
 from asr.model.hybrid import HybridModel
 from asr.model.zipformer import Zipformer, layer_sizes
 from asr.model.zipformer_front import CHANNELS, SIDE
 from asr.model.zipformer_layer import ZipformerLayer
 from asr.model.zipformer_stack import Bypass, Downsample, Stack
 from asr.runtime.info import Field
-from export.conformer import write_ctc
-from export.features import write_features
+from export.encoder import write_encoder
 from export.graph import Graph
 from export.states import share_of
 from export.zipformer_front import write_front
@@ -51,30 +50,16 @@ def zipformer_fields(encoder: Zipformer) -> tuple[Field, ...]:
 
 
 def zipformer_graph(model: HybridModel) -> onnx.ModelProto:
-    """(window of samples, its frames, context, state) -> (y, CTC log-probabilities, their frames, state)."""
-    encoder, fbank = cast(Zipformer, model.encoder), model.fbank
-    graph, fields = Graph("encoder"), zipformer_fields(encoder)
-    size = f"{fbank.shift_samples}*T + {fbank.frame_samples - fbank.shift_samples}"
-    window = graph.input("window", ("N", size))
-    num_frames = graph.input("num_frames", ("N",), "int64")
-    context = [graph.input(name, (), "int64") for name in Context._fields[:2]]
-    past = {field.name: graph.input(field.name, ("N", *field.shape), field.dtype) for field in fields}
-    writer = ZipformerWriter(graph, encoder, past, context)
-    y, y_lens = writer.encode(write_features(graph, model, window), num_frames)
-    graph.output("y", y, ("N", "T'", encoder.dim))
-    if model.ctc is not None:
-        graph.output("log_probs", write_ctc(graph, model.ctc, y), ("N", "T'", model.num_tokens))
-    graph.output("y_lens", y_lens, ("N",), "int64")
-    for field in fields:
-        graph.output(f"next_{field.name}", writer.following[field.name], ("N", *field.shape), field.dtype)
-    return graph.model()
+    """As write_encoder."""
+    encoder = cast(Zipformer, model.encoder)
+    return write_encoder(model, zipformer_fields(encoder), 2, partial(ZipformerWriter, encoder))
 
 
 class ZipformerWriter:
     """`asr.model.zipformer.Zipformer.forward`, once."""
 
     def __init__(
-        self, graph: Graph, encoder: Zipformer, past: Mapping[str, str], context: Sequence[str]
+        self, encoder: Zipformer, graph: Graph, past: Mapping[str, str], context: Sequence[str]
     ) -> None:
         """past: the state, by the names of its fields.  context: values of chunk and left; int64, each one
         number."""
