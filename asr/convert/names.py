@@ -123,7 +123,7 @@ def load(
         if _sizes(taken) != _sizes(tensor) or (order and taken is value):
             problems.append(f"{', '.join(sources[name])} {tuple(value.shape)} does not fit {expected}")
             continue
-        if value.is_floating_point() != tensor.is_floating_point():
+        if tensor.is_floating_point() and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             problems.append(
                 f"{', '.join(sources[name])} {tuple(value.shape)} of {kind} does not fit {expected}"
