@@ -122,7 +122,10 @@ class ConformerWriter:
             x = graph.add("Pad", x, graph.constant([0, 0, 0, 0, rate - 1, 0]))
             x = graph.add("Unsqueeze", x, graph.constant([1]))
             for i, module in enumerate(front.convolutions):
-                x = self._convolution(f"convolutions.{i}", module, x)
+                if isinstance(module, nn.Conv2d):
+                    x = graph.convolution(f"convolutions.{i}", module, x)
+                else:
+                    x = graph.silu(x)
             x = graph.add("Transpose", x, perm=[0, 2, 3, 1])
             n, length = graph.size(x, 0), graph.size(x, 1)
             x = graph.add("Reshape", x, graph.constant([-1, front.out.in_features]))
@@ -130,19 +133,6 @@ class ConformerWriter:
             more = graph.add("Add", num_frames, graph.constant(rate - 1))
             lens = graph.add("Div", more, graph.constant(rate))
             return x, lens, self._sizes(n, length)
-
-    def _convolution(self, name: str, module: nn.Module, x: str) -> str:
-        graph = self.graph
-        if not isinstance(module, nn.Conv2d):
-            return graph.silu(x)
-        with graph.scope(name):
-            weights = (
-                graph.weight("weight", module.weight),
-                graph.weight("bias", cast(torch.Tensor, module.bias)),
-            )
-            (top, left), strides = cast(tuple[int, int], module.padding), list(module.stride)
-            pads = [top, left, top, left]
-            return graph.add("Conv", x, *weights, strides=strides, pads=pads, group=module.groups)
 
     def _sizes(self, n: str, length: str) -> Sizes:
         graph, config = self.graph, self.config
@@ -312,7 +302,7 @@ class ConformerWriter:
         self.following[f"conv.{i}"] = graph.slice(seen, sizes.length, END, 2)
         # between these two, onnxruntime lays channels out in blocks
         y = graph.add("Transpose", seen, perm=[0, 3, 1, 2])
-        y = self._convolution("depthwise", module.depthwise, y)
+        y = graph.convolution("depthwise", module.depthwise, y)
         y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
         y = graph.add("Reshape", y, graph.constant([-1, dim]))
         y = graph.layer_norm("depthwise_norm", cast(nn.LayerNorm, module.depthwise_norm), y)

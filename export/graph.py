@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -101,9 +101,23 @@ class Graph:
 
     def linear(self, name: str, module: nn.Linear, x: str, scale: float | Tensor = 1.0) -> str:
         """x (..., C) -> scale times its image (..., C'); one scale, or (C',)."""
+        return self.affine(name, scale * module.weight.t(), scale * module.bias, x)
+
+    def affine(self, name: str, weight: Tensor, bias: Tensor, x: str) -> str:
+        """x (..., C) -> (..., C'); weight (C, C'), bias (C')."""
         with self.scope(name):
-            y = self.add("MatMul", x, self.weight("weight", scale * module.weight.t()))
-            return self.add("Add", y, self.weight("bias", scale * module.bias))
+            return self.add(
+                "Add", self.add("MatMul", x, self.weight("weight", weight)), self.weight("bias", bias)
+            )
+
+    def convolution(self, name: str, module: nn.Conv2d, x: str, less: float = 0.0) -> str:
+        """x (N, C, T, F) -> its image less a number (N, C', T', F')."""
+        assert module.bias is not None
+        (top, left), strides = cast(tuple[int, int], module.padding), list(module.stride)
+        with self.scope(name):
+            weights = self.weight("weight", module.weight), self.weight("bias", module.bias - less)
+            pads = [top, left, top, left]
+            return self.add("Conv", x, *weights, strides=strides, pads=pads, group=module.groups)
 
     def layer_norm(self, name: str, module: nn.LayerNorm, x: str) -> str:
         with self.scope(name):

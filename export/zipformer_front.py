@@ -16,8 +16,6 @@ from export.zipformer_layer import (
     SWOOSH_L,
     SWOOSH_R,
     swoosh,
-    write_convolution,
-    write_linear,
     write_norm,
 )
 
@@ -45,7 +43,8 @@ def write_front(graph: Graph, front: ZipformerFront, x: str, num_frames: str, pa
         x = graph.add("Unsqueeze", x, graph.constant([1]))
         for i, module in enumerate(front.convolutions):
             assert isinstance(module, nn.Conv2d)
-            x = swoosh(graph, write_convolution(graph, f"convolutions.{i}", module, x, SWOOSH_R), SWOOSH_R)
+            x = graph.convolution(f"convolutions.{i}", module, x, SWOOSH_R.shift)
+            x = swoosh(graph, x, SWOOSH_R)
         x = graph.add("Transpose", x, perm=[0, 2, 3, 1])  # (N, T' + SIDE, F', C)
         known = graph.size(x, 1)
         length = graph.add("Sub", known, graph.constant([SIDE]))
@@ -58,7 +57,7 @@ def write_front(graph: Graph, front: ZipformerFront, x: str, num_frames: str, pa
         x = _mix(graph, front.mix, seen)
         x = graph.add("Reshape", x, graph.constant([-1, front.out.in_features]))
         weight = front.out.weight.unflatten(1, (-1, front.num_bins)).transpose(1, 2).flatten(1)
-        x = write_linear(graph, "out", weight, front.out.bias, x)
+        x = graph.affine("out", weight.t(), front.out.bias, x)
         x = write_norm(graph, "norm", front.norm, x)
         return Heard(x, graph.add("Min", lens, length), length, following)
 
@@ -67,7 +66,7 @@ def _mix(graph: Graph, module: ConvNeXt, seen: str) -> str:
     """seen (N, T' + 2 SIDE, F', C) -> (N, T', F', C)."""
     with graph.scope("mix"):
         y = graph.add("Transpose", seen, perm=[0, 3, 1, 2])
-        y = write_convolution(graph, "depthwise", module.depthwise, y)
+        y = graph.convolution("depthwise", module.depthwise, y)
         y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
         shape = graph.add("Shape", y)
         y = graph.add("Reshape", y, graph.constant([-1, module.expand.in_channels]))

@@ -63,26 +63,6 @@ def swoosh(graph: Graph, z: str, kind: Swoosh) -> str:
     return graph.add("Sub", graph.add("Max", y, z), straight)
 
 
-def write_linear(graph: Graph, name: str, weight: Tensor, bias: Tensor, x: str) -> str:
-    """x (..., C) -> (..., C'); weight (C', C), bias (C')."""
-    with graph.scope(name):
-        y = graph.add("MatMul", x, graph.weight("weight", weight.t()))
-        return graph.add("Add", y, graph.weight("bias", bias))
-
-
-def write_convolution(
-    graph: Graph, name: str, module: nn.Conv2d, x: str, activation: Swoosh | None = None
-) -> str:
-    """x (N, C, T, F) -> (N, C', T', F'), ready for an activation if one is said."""
-    assert module.bias is not None
-    bias = module.bias - activation.shift if activation else module.bias
-    with graph.scope(name):
-        weights = graph.weight("weight", module.weight), graph.weight("bias", bias)
-        (top, left), strides = cast(tuple[int, int], module.padding), list(module.stride)
-        pads = [top, left, top, left]
-        return graph.add("Conv", x, *weights, strides=strides, pads=pads, group=module.groups)
-
-
 def write_norm(graph: Graph, name: str, module: BiasNorm, x: str, scale: float | Tensor = 1.0) -> str:
     """x (..., C) -> scale times its image; one scale, or (C,)."""
     with graph.scope(name):
@@ -129,7 +109,7 @@ class LayerWriter:
             parts = [x.unflatten(0, (heads, -1)) for x in module.project.weight.split(module.splits)]
             biases = [x.unflatten(0, (heads, -1)) for x in module.project.bias.split(module.splits)]
             weight, bias = torch.cat(parts, 1).flatten(0, 1), torch.cat(biases, 1).flatten()
-            y = write_linear(graph, "project", weight, bias, x)
+            y = graph.affine("project", weight.t(), bias, x)
             dims = [part.shape[1] for part in parts]
             y = self._split_heads(y, heads, sum(dims))
             q, k, p = graph.split("Split", y, graph.constant(dims), count=3, axis=3)
@@ -156,7 +136,8 @@ class LayerWriter:
     def _feed_forward(self, name: str, module: ZipformerFeedForward, x: str) -> str:
         graph = self.graph
         with graph.scope(name):
-            y = write_linear(graph, "hidden", module.hidden.weight, module.hidden.bias - SWOOSH_L.shift, x)
+            bias = module.hidden.bias - SWOOSH_L.shift
+            y = graph.affine("hidden", module.hidden.weight.t(), bias, x)
             return graph.linear("out", module.out, swoosh(graph, y, SWOOSH_L))
 
     def _nonlinear(self, module: NonlinearAttention, x: str, weights: str) -> str:
@@ -192,18 +173,16 @@ class LayerWriter:
             y = graph.add("Mul", graph.add("Mul", y, graph.add("Sigmoid", gate)), sight.valid)
             seen = self._extend(f"convolution_{number}", graph.add("Reshape", y, sight.image[dim]))
             depthwise = cast(ChunkConvolution, module.depthwise)
-            past = self._depthwise("depthwise.past", depthwise.past, seen, dim, SWOOSH_R)
+            past = self._depthwise("depthwise.past", depthwise.past, seen, dim, SWOOSH_R.shift)
             rows = graph.add("Reshape", y, sight.rows[dim])
             within = self._depthwise("depthwise.within", depthwise.within, rows, dim)
             y = graph.add("Add", past, graph.add("Mul", within, sight.scales[self.name][number - 1]))
             return graph.linear("out", module.out, swoosh(graph, y, SWOOSH_R))
 
-    def _depthwise(
-        self, name: str, module: nn.Conv2d, x: str, dim: int, activation: Swoosh | None = None
-    ) -> str:
-        """x (..., 1, T, C) -> (N T, C)."""
+    def _depthwise(self, name: str, module: nn.Conv2d, x: str, dim: int, less: float = 0.0) -> str:
+        """x (..., 1, T, C) -> its image less a number (N T, C)."""
         graph = self.graph
         y = graph.add("Transpose", x, perm=[0, 3, 1, 2])
-        y = write_convolution(graph, name, module, y, activation)
+        y = graph.convolution(name, module, y, less)
         y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
         return graph.add("Reshape", y, graph.constant([-1, dim]))
