@@ -80,9 +80,9 @@ class Source:
             raise CheckpointError(f"{path}: {type(found).__name__}, expected options by name")
         return found
 
-    def tensors(self, path: Path, *keys: str) -> Tensors:
+    def tensors(self, path: Path, *keys: str, halves: bool = False) -> Tensors:
         """The state dict of a file, as asr/convert/tensors.py reads it."""
-        return state_dict(read_checkpoint(path), path, *keys)
+        return state_dict(read_checkpoint(path), path, *keys, halves=halves)
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every file that was used, or of the archive."""

@@ -98,16 +98,20 @@ class Tensors(NamedTuple):
     """What stood beside it in the file."""
 
 
-def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
+def state_dict(found: Any, where: Path, *keys: str, halves: bool = False) -> Tensors:
     """The state dict in what `read_checkpoint` found: below the first key that is there, or all of it.
 
-    Raises CheckpointError where something in it is no tensor, or a tensor that a model cannot have.
+    halves: whether the family publishes its weights in 16 bits.
+
+    Raises CheckpointError where something in it is no tensor, or a tensor that a model cannot have, where
+    weights were rounded to 16 bits, and where the state of an optimizer stands beside them.
     """
     notes: list[str] = []
     others: dict[str, Any] = {}
     key = next((k for k in keys if isinstance(found, Mapping) and isinstance(found.get(k), Mapping)), None)
     if key is not None:
         others = {str(name): value for name, value in found.items() if name != key}
+        _refuse_training(others, where, key)
         notes += [f"not carried over: {', '.join(sorted(others))}"] * bool(others)
         found = found[key]
     if not isinstance(found, Mapping) or not found:
@@ -115,10 +119,14 @@ def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
         raise CheckpointError(f"{where}: {kind} in it, expected tensors by name")
     for problem in _problems(found):
         raise CheckpointError(f"{where}: {problem}")
-    halves = {name: x for name, x in found.items() if x.dtype in HALVES}
-    if halves:
-        kinds = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in halves.values()}))
-        notes.append(f"{len(halves)} tensors were {kinds}, now float32")
+    if rounded := {name: x for name, x in found.items() if x.dtype in HALVES}:
+        kinds = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in rounded.values()}))
+        if not halves:
+            raise CheckpointError(
+                f"{where}: {len(rounded)} tensors are {kinds}, {next(iter(rounded))} the first; this family "
+                "publishes float32, so the weights were rounded: convert the original"
+            )
+        notes.append(f"{len(rounded)} tensors were {kinds}, now float32")
     # strip what compiling and training on several ranks put before every name
     prefix = next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in found)), "")
     weights = {
@@ -126,6 +134,16 @@ def state_dict(found: Any, where: Path, *keys: str) -> Tensors:
         for name, x in found.items()
     }
     return Tensors(weights, tuple(notes), others)
+
+
+def _refuse_training(others: Mapping[str, Any], where: Path, key: str) -> None:
+    """A checkpoint to go on from holds the last weights, not those to use: often their mean is."""
+    full = [name for name, value in others.items() if isinstance(value, Mapping | list) and value]
+    if states := sorted(name for name in full if "optim" in name):
+        raise CheckpointError(
+            f"{where}: a checkpoint of training, with {', '.join(states)} beside its weights; convert what "
+            f"was published or averaged for use, or write a file of its {key!r} alone"
+        )
 
 
 def _problems(found: Mapping[Any, Any]) -> Iterator[str]:

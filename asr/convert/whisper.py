@@ -77,7 +77,7 @@ ENGLISH_ONLY = 51864
 def read(source: Source) -> Converted:
     """A Whisper checkpoint as ours. Raises CheckpointError or TokensError for what ours cannot be."""
     file = source.weights_file("model.pt", "*.pt", "model.safetensors", "*.safetensors")
-    found = source.tensors(file, "model_state_dict")
+    found = source.tensors(file, "model_state_dict", halves=True)
     heads: list[list[int]] = []
     if is_of_hub(found.weights):
         heads = hub_alignment_heads(source)

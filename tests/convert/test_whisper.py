@@ -57,6 +57,19 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
     assert found[0]
 
 
+def test_weights_in_16_bits_are_widened_as_this_family_publishes_them(asr, reference, source, tmp_path):
+    halves = {name: x.half() for name, x in reference.weights.items()}
+    torch.save({"dims": reference.config["dims"], "model_state_dict": halves}, source / "tiny.pt")
+    status, out, _ = asr("convert", "whisper", source, "-o", tmp_path / "halves")
+    assert status == 0
+    assert f"{len(halves)} tensors were float16, now float32" in out
+    rounded = {name: x.float() for name, x in halves.items()}
+    torch.save({"dims": reference.config["dims"], "model_state_dict": rounded}, source / "tiny.pt")
+    assert asr("convert", "whisper", source, "-o", tmp_path / "rounded")[0] == 0
+    one, other = (load_model(tmp_path / name)[0].state_dict() for name in ("halves", "rounded"))
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+
+
 @pytest.mark.parametrize(
     ("num_units", "num_pieces", "languages"),
     [(51865, 50257, 99), (51866, 50257, 100), (51864, 50256, 99), (51865, 50256, 0), (51864, 50257, 0)],
