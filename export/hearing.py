@@ -51,6 +51,15 @@ class Said:
     best: Ints
     """The likeliest unit of each frame (T,)."""
     tokens: tuple[int, ...]
+    frames: tuple[int, ...]
+    """Where each of them is."""
+
+    def segments(self, first: int) -> tuple[Ints, Ints, Ints]:
+        """Frames, tokens before them, and how long those are over; (T,) each. first: before all others."""
+        frames = np.arange(len(self.best))
+        before = np.searchsorted(self.frames, frames)
+        starts = np.array([0, *(frame + 1 for frame in self.frames)])
+        return frames, np.array([first, *self.tokens])[before], frames + 1 - starts[before]
 
 
 class BundleHearing:
@@ -81,7 +90,7 @@ class BundleHearing:
         return {mode: scorer.bundle.tokenizer.decode(x.tokens) for mode, x in found.items()}
 
     def kinds(self, mode: str) -> tuple[str, ...]:
-        return ("ctc",) if mode in FIRST_PASS else ("ctc", "decoder", "reverse")
+        return ("ctc",) if mode in FIRST_PASS else ("ctc", "decoder", "reverse", "length")
 
     def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
         scorer = self._scorer(graphs)
@@ -102,6 +111,8 @@ class BundleHearing:
         found["decoder"] = scorer.score(memory, owner, [said.tokens], prompt=prompt)[0]
         if scorer.has_reverse:
             found["reverse"] = scorer.score(memory, owner, [said.tokens], reverse=True)[0]
+        if scorer.bundle.info.decoder_type == "segmental":
+            found["length"] = scorer.emit(memory, *said.segments(scorer.sos_eos))
         return found
 
     def _listen(self) -> list[Said]:
@@ -114,11 +125,12 @@ class BundleHearing:
 
     def _say(self, scorer: OnnxScorer, samples: Floats) -> Said:
         if not scorer.has_ctc:
-            return Said(samples, follows(scorer, samples).argmax(1), ())
+            return Said(samples, follows(scorer, samples).argmax(1), (), ())
         _, log_probs = self._encode(scorer, samples)
         search = CtcGreedy()
         search.advance(log_probs)
-        return Said(samples, log_probs.argmax(1), search.best().tokens)
+        best = search.best()
+        return Said(samples, log_probs.argmax(1), best.tokens, best.frames)
 
     def _encode(self, scorer: OnnxScorer, samples: Floats) -> tuple[Floats, Floats]:
         if self._context != WHOLE:

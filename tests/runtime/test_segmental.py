@@ -21,8 +21,11 @@ from asr.runtime.onnx_scorer import OnnxScorer
 from asr.runtime.stream import Stream
 from asr.runtime.utterance import StreamConfig
 from export.bundle import Origin, describe, write_bundle
+from export.gate import rank
+from export.hearing import BundleHearing
 from export.onnx import decoder_trace, export, length_trace, memory_trace, with_best
-from export.quantize import quantize
+from export.quantize import modules, quantize
+from export.verify import Utterance
 
 MODES = [mode for mode, decoder in NEEDS.items() if decoder == "segmental"]
 NO_ENDPOINTS = EndpointConfig(trailing_s=1e6, silence_s=1e6, max_s=1e6)
@@ -150,3 +153,20 @@ def test_a_stream_writes_while_it_hears(bundles: Path, sound: Floats, mode: str,
     expected = decode(OnnxScorer(bundle), mode, [sound], config.search, Context(8, 4, right))[0][0]
     assert final.text == bundle.tokenizer.decode(expected.tokens)
     assert len({event.text for event in events if not event.final}) > 3
+
+
+def test_the_harm_of_the_length_model_is_known(bundles: Path, sound: Floats):
+    """It says where segments end, so a mode that searches them can be spoiled by it alone."""
+    folder = bundles / "cpu-fp32"
+    graphs = {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
+    hearing = BundleHearing(Bundle.load(folder), [Utterance("made", sound, "")], ["segmental-simple"])
+    (said,) = hearing._listen()
+    frames, labels, durations = said.segments(1)
+    assert len(frames) == len(said.best)
+    assert said.tokens
+    for token, start in zip(said.tokens, said.frames, strict=True):
+        if start + 1 < len(frames) and start + 1 not in said.frames:
+            assert (labels[start + 1], durations[start + 1]) == (token, 1)
+    assert (labels[0], durations[0]) == (1, 1)
+    order = rank(graphs, quantize, hearing, ["segmental-simple"], lambda *_: lambda n: None)
+    assert set(order) >= set(modules(graphs["length"])) > set()
