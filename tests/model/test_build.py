@@ -1,10 +1,17 @@
-import pytest
+import re
+from pathlib import Path
 
+import pytest
+import torch
+
+from asr.config import load_config
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.build import DECODERS, ENCODERS, build_model
 from asr.model.conformer import ConformerConfig
 from asr.model.decoder import DecoderConfig
+
+CONF = Path(__file__).parents[2] / "recipes" / "conf"
 
 
 @pytest.mark.parametrize("registry", [ENCODERS, DECODERS])
@@ -20,3 +27,14 @@ def test_encoder_and_decoder_may_have_different_sizes():
     assert model.ctc.out_features == model.decoder.out.out_features == 7
     assert model.encoder.dim == 16
     assert model.cmvn.mean.shape == (20,)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_head_of_a_configuration_says_how_large_the_model_is(path):
+    config = load_config([path])
+    with torch.device("meta"):
+        model = build_model(config.features, config.encoder, config.decoder, config.loss, 500)
+    stated = re.search(r"([\d.]+) M parameters with 500 units", path.read_text())
+    assert stated
+    digits = len(stated[1].partition(".")[2])
+    assert f"{sum(x.numel() for x in model.parameters()) / 1e6:.{digits}f}" == stated[1]
