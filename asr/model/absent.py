@@ -1,6 +1,6 @@
-"""No decoder, for models of a CTC head alone: the smallest that there can be, of zeros, which no mode asks.
+"""The placeholder decoder of CTC-only models: as small as possible, zero once converted, and used by no mode.
 
-Everything that has a place for a decoder, checkpoints and bundles among it, stays as it is.
+It lets everything that expects a decoder, such as checkpoints and bundles, stay unchanged.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from asr.model.decoder import DecoderConfig
 
 @dataclass(kw_only=True, slots=True)
 class AbsentConfig(DecoderConfig):
-    """What stands for no decoder; nothing but `type` need be given."""
+    """Configuration of the placeholder; only `type` has to be given."""
 
     type: Literal["none"] = "none"
 

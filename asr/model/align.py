@@ -1,8 +1,8 @@
-"""When each token of a known text is emitted: the likeliest CTC path (Graves et al., ICML 2006).
+"""Forced alignment: when the best CTC path emits each token of a known text (Graves et al., ICML 2006).
 
-It is where the decoders that hear a segment or a chunk at a time get their fixed alignments
-(arXiv:2210.14742, arXiv:2309.08436). asr/decode/align.py is the same for one utterance, without torch. A
-segmental decoder may then move the ends to where it finds them likeliest (boundaries.py).
+Segmental and chunked decoders get their fixed alignments from here (arXiv:2210.14742, arXiv:2309.08436).
+asr/decode/align.py does the same for one utterance, without torch. A segmental decoder can then refine the
+ends by its own probabilities (boundaries.py).
 
 N utterances · S samples · T encoder frames · U tokens · V units, blank is 0
 """
@@ -27,20 +27,20 @@ from asr.model.segmental import SegmentalDecoder
 
 
 class Frames(NamedTuple):
-    """Where the tokens of N utterances are, (N, U) each, padded with 0."""
+    """The frames of the tokens of N utterances; (N, U) each, padded with 0."""
 
     start: Tensor
     """First frame."""
 
     end: Tensor
-    """The frame behind the last; between two tokens may be blank."""
+    """One past the last frame; blank frames may lie between two tokens."""
 
     score: Tensor
-    """Mean log-probability of the token in its frames."""
+    """Mean log-probability of the token over its frames."""
 
 
 class Span(NamedTuple):
-    """Where a token is, in seconds from the start of its utterance."""
+    """The time span of a token, in seconds from the start of its utterance."""
 
     start_s: float
     end_s: float
@@ -48,10 +48,10 @@ class Span(NamedTuple):
 
 
 def forced_alignment(log_probs: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Frames:
-    """The frames of each token on the likeliest path.
+    """The frames of each token on the best path.
 
     log_probs (N, T, V), y_lens (N,), tokens (N, U) without blank, token_lens (N,). Utterances with too few
-    frames for their tokens (`ctc_feasible`) have no path, and 0 everywhere.
+    frames for their tokens (`ctc_feasible`) have no path and get 0 everywhere.
     """
     start, end = torch.zeros_like(tokens), torch.zeros_like(tokens)
     score = log_probs.new_zeros(tokens.shape)
@@ -66,7 +66,7 @@ def forced_alignment(log_probs: Tensor, y_lens: Tensor, tokens: Tensor, token_le
 
 def _align_one(log_probs: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log_probs (T, V), tokens (U,), both at least 1 -> start, end, score (U,)."""
-    from torchaudio.functional import forced_align  # several at once is not implemented there
+    from torchaudio.functional import forced_align  # it supports a batch of one only
 
     paths, path_scores = forced_align(log_probs[None].contiguous(), tokens[None], blank=BLANK)
     path, scores = paths[0], path_scores[0]
@@ -85,10 +85,10 @@ def segments_near(
     token_lens: Tensor,
     frames: Frames,
 ) -> Frames:
-    """The likeliest segments whose ends are near those of CTC; each begins where the one before it ends.
+    """The likeliest segments with ends near those of CTC; each begins where the previous one ends.
 
-    y (N, T, C), the rest as in `forced_alignment`, of which frames are the result. A score is that of the
-    token and of the length of its segment. Utterances without a path keep their 0.
+    y (N, T, C); frames: the result of `forced_alignment`; the rest as there. A score covers the token and
+    the length of its segment. Utterances without a path keep their 0.
     """
     rows = (frames.end[:, :1] > 0).any(1).nonzero()[:, 0]
     if not len(rows):
@@ -102,7 +102,7 @@ def segments_near(
 
 
 class Aligner:
-    """A trained model that aligns by its CTC head, and perhaps by its segmental decoder from there."""
+    """Aligns with the CTC head of a trained model, and optionally refines with its segmental decoder."""
 
     def __init__(
         self,
@@ -111,8 +111,8 @@ class Aligner:
         context: Context = WHOLE,
         segments: bool = False,
     ) -> None:
-        """context: what attention sees, as in a stream.  segments: by the decoder, too. ConfigError for a
-        model without the CTC head or the decoder."""
+        """context: what attention sees, as in a stream.  segments: refine with the decoder. Raises
+        ConfigError if the model lacks the CTC head or the segmental decoder that is needed."""
         model.require_ctc("alignment")
         decoder = model.decoder
         if segments and not isinstance(decoder, SegmentalDecoder):
@@ -132,10 +132,10 @@ class Aligner:
     ) -> list[list[Span] | None]:
         """Waveforms (S,) of any lengths and their tokens -> a span for each token.
 
-        None where there are too few frames for the tokens. No utterance changes another.
+        None for an utterance with too few frames for its tokens. Utterances do not affect one another.
         """
         lens = torch.tensor([len(x) for x in samples], device=self.device)
-        # zeros behind the end change nothing, and spare the encoder a batch without a frame
+        # padding changes nothing, and ensures that the batch has at least one frame
         shortest = torch.zeros(self.model.fbank.frame_samples)
         batch = pad_sequence([*map(torch.as_tensor, samples), shortest], batch_first=True)[:-1]
         rows = [torch.tensor(row, dtype=torch.long) for row in tokens]

@@ -1,12 +1,12 @@
-"""Where the segments of a known text end: the likeliest boundaries by a segmental decoder (arXiv:2210.14742).
+"""Segment boundaries of a known text that a segmental decoder finds likeliest (arXiv:2210.14742).
 
-A segmental decoder learns from an alignment that another model has made; so it can be made anew, by the
-decoder itself. It is Viterbi over the ends of each token, near to those that are known:
+A segmental decoder learns from the alignment of another model, and can then realign the data itself. This is
+a Viterbi search over the end of each token, near the known end:
 
     score(u, t) = max over t' < t of score(u - 1, t') + log p(t | t', a_{u-1}) + log p(a_u | segment (t', t])
 
-The tokens are given, so all there is to remember of the past is where the last segment ended, and what a
-decoder of several layers has heard until then: that of the best way to get there.
+The tokens are given, so the search state is only where the last segment ended. A decoder of several layers
+also has a state, which is taken from the best path to that end.
 
 N utterances · U tokens · T encoder frames, counted from 1 where they end a segment · K ends of each token
 that are tried · W tokens before this one
@@ -27,17 +27,17 @@ REACH = 6
 
 
 class Ends(NamedTuple):
-    """Of the tokens of N utterances, (N, U) each; behind the last token they mean nothing."""
+    """The segment ends of N utterances, (N, U) each; undefined after the last token."""
 
     end: Tensor
-    """The frame behind its segment."""
+    """One past the last frame of the segment."""
 
     score: Tensor
     """Log-probability of the token and of the length of its segment."""
 
 
 class Lattice(NamedTuple):
-    """The segments that one token of each utterance may have: from any start to any end behind it."""
+    """The candidate segments of one token of each utterance: any start with any later end."""
 
     start: Tensor
     """(N, K)."""
@@ -50,7 +50,7 @@ class Lattice(NamedTuple):
 
     @property
     def durations(self) -> Tensor:
-        """(N, K starts, K ends), 0 or less where the end is not behind the start."""
+        """(N, K starts, K ends); 0 or less where the end is not after the start."""
         return self.end[:, None] - self.start[:, :, None]
 
 
@@ -64,12 +64,13 @@ def likeliest_ends(
     near: Tensor,
     reach: int = REACH,
 ) -> Ends:
-    """The ends of the largest p(tokens, ends | y) among those within `reach` frames of near (N, U).
+    """The ends that maximise p(tokens, ends | y) among those within `reach` frames of near (N, U).
 
-    y (N, T, C), y_lens (N,), tokens (N, U), token_lens (N,); in each utterance a frame, and as many as
-    tokens. Exact for a decoder of one layer; with several, what gets somewhere worse is not followed.
+    y (N, T, C), y_lens (N,), tokens (N, U), token_lens (N,). Every utterance needs at least one frame, and
+    at least as many frames as tokens. Exact for a decoder of one layer; with more, paths that reach an end
+    with a lower score are dropped although their state differs.
     """
-    order = token_lens.argsort(descending=True)  # who goes on is in front
+    order = token_lens.argsort(descending=True)  # utterances that still go on stay in front
     y, y_lens, tokens, token_lens, near = (x[order] for x in (y, y_lens, tokens, token_lens, near))
     ends = _candidates(near, token_lens, y_lens, reach)
     inputs = F.pad(tokens, (1, 0), value=SOS_EOS)
@@ -97,7 +98,7 @@ def likeliest_ends(
 
 
 def _candidates(near: Tensor, token_lens: Tensor, y_lens: Tensor, reach: int) -> Tensor:
-    """Ends (N, U + 1, K) of the tokens, and of sos/eos at the last frame; some may be there twice."""
+    """Candidate ends (N, U + 1, K) of the tokens, and of sos/eos at the last frame; duplicates may occur."""
     middle = fit_ends(near, token_lens, y_lens)
     u = torch.arange(middle.shape[1], device=near.device)
     is_token = u < token_lens[:, None]
@@ -115,7 +116,7 @@ def _labels(
     memory: tuple[Tensor, Tensor],
     state: DecoderState,
 ) -> tuple[Tensor, DecoderState]:
-    """Log-probability of targets (N,) in every segment (N, K, K), -inf where there is none, and the state
+    """Log-probability of targets (N,) for every segment (N, K, K), -inf for an impossible one, and the state
     with a token for each end. State and memory have N * K rows, one for each start."""
     n, num_ends = lattice.end.shape
     ends = lattice.end.repeat_interleave(num_ends, 0)
@@ -132,13 +133,13 @@ def _labels(
     log_probs = label_log_probs(logits.float(), is_last=ends == y_lens[:, None]).unflatten(0, (n, num_ends))
     said = log_probs.gather(3, targets[:, None, None, None].expand(n, num_ends, num_ends, 1))[..., 0]
     said = said.masked_fill(lattice.durations <= 0, -torch.inf)
-    over = (targets == SOS_EOS)[:, None, None] & (lattice.durations == 0)  # nothing is left to end
+    over = (targets == SOS_EOS)[:, None, None] & (lattice.durations == 0)  # the last token ended there
     return said.masked_fill(over, 0.0), state
 
 
 def _lengths(decoder: SegmentalDecoder, lattice: Lattice, inputs: Tensor, y: Tensor) -> Tensor:
-    """Log-probability of the length of every segment (N, K, K) behind tokens inputs (N,); 0 where there is
-    none."""
+    """Log-probability of the length of every segment (N, K, K) that follows inputs (N,); 0 for an impossible
+    one."""
     durations = lattice.durations.clamp(min=0)
     lasting = torch.arange(1, int(durations.max()) + 1, device=y.device)
     frames = (lattice.start[:, :, None] + lasting - 1).clamp(max=y.shape[1] - 1)
@@ -151,7 +152,7 @@ def _lengths(decoder: SegmentalDecoder, lattice: Lattice, inputs: Tensor, y: Ten
 
 
 def _arrived(state: DecoderState, way: Tensor) -> DecoderState:
-    """Of N * K rows with W + K tokens, the ones that came to each end by way (N, K), with W + 1 tokens."""
+    """From N * K rows with W + K tokens, the best row for each end, way (N, K), with W + 1 tokens."""
     n, num_ends = way.shape
     row = (torch.arange(n, device=way.device)[:, None] * num_ends + way).flatten()
     end = torch.arange(num_ends, device=way.device).repeat(n)
@@ -163,7 +164,7 @@ def _arrived(state: DecoderState, way: Tensor) -> DecoderState:
 
 
 def _walk_back(ends: Tensor, scores: list[Tensor], ways: list[Tensor], token_lens: Tensor) -> Ends:
-    """From the end of each utterance: which of `ends` (N, U + 1, K) lie on the best way."""
+    """Backtrack from the end of each utterance: which of `ends` (N, U + 1, K) lie on the best path."""
     place = torch.zeros_like(token_lens)
     end, total = torch.zeros_like(ends[:, :, 0]), torch.zeros_like(ends[:, :, 0], dtype=torch.float32)
     for u in reversed(range(len(ways))):

@@ -1,4 +1,4 @@
-"""Which encoders and decoders there are: add yours here."""
+"""The registry of encoders and decoders: add yours here."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +52,7 @@ def build_model(
 ) -> HybridModel:
     """A model with fresh parameters for num_tokens units, blank and sos/eos included.
 
-    Raises ConfigError where the sizes do not fit each other.
+    Raises ConfigError if the sizes do not fit each other.
     """
     if loss.ctc is None and decoder.type == "none":
         raise ConfigError("loss.ctc: null, and decoder.type is none: there is nothing to learn; choose one")

@@ -1,14 +1,14 @@
-"""Chunked attention decoder: it hears one window of frames after another (arXiv:2309.08436).
+"""Chunked attention decoder: it attends to one window of frames after another (arXiv:2309.08436).
 
-The decoder writes labels and EOC, the end of a chunk, for which it has the id of sos/eos:
+The decoder emits labels and EOC, the end of a chunk, which shares the id of sos/eos:
 
     p(y_s | y_<s, window of chunk k_s),    k_0 = 0,    k_s+1 = k_s + [y_s = EOC]
 
-and ends with the EOC of the last chunk. That is a transducer whose frames are chunks and whose blank is EOC;
-what a label costs does not depend on how long the utterance is. The parameters are those of
-TransformerDecoder, by the same names, so that a decoder which hears everything can be the beginning.
+and ends with the EOC of the last chunk. This is a transducer whose frames are chunks and whose blank is EOC;
+the cost of a label does not depend on the length of the utterance. The parameters have the names of those of
+TransformerDecoder, so that training can start from a decoder with global attention.
 
-It learns from an alignment: a label belongs to the chunk in whose step its last frame lies.
+It learns from an alignment: a label belongs to the chunk whose step contains its last frame.
 
 N utterances · T encoder frames · U labels · K chunks · S = K + U symbols
 """
@@ -28,22 +28,22 @@ from asr.model.masks import valid_mask
 
 @dataclass(kw_only=True, slots=True)
 class ChunkedConfig(DecoderConfig):
-    """Size of the decoder, and of the chunks that it hears, in encoder frames."""
+    """Size of the decoder, and of the chunks that it attends to, in encoder frames."""
 
     type: Literal["chunked"] = "chunked"
 
     step_frames: int = 25
-    """By which the window moves."""
+    """Frames by which the window advances."""
 
     window_frames: int = 30
-    """What is heard from the beginning of the step on; what lies behind the step is look-ahead."""
+    """Frames of the window, counted from the start of the step; those beyond the step are look-ahead."""
 
     left_frames: int = 0
-    """What is heard before the step."""
+    """Frames before the step that the decoder also attends to."""
 
     hears_eoc: bool = True
-    """Whether it sees the ends of chunks among what it has written. If not, it says the same of a text
-    wherever the borders were, but for what it heard."""
+    """Whether past EOCs are part of the decoder's input. If not, chunk borders affect a prediction only by
+    the frames that it attends to."""
 
     def __post_init__(self) -> None:
         if self.step_frames < 1:
@@ -65,7 +65,7 @@ class ChunkedConfig(DecoderConfig):
 
 
 class Targets(NamedTuple):
-    """Labels and ends of chunks in the order in which they are written, (N, S)."""
+    """Labels and ends of chunks in the order in which they are emitted, (N, S)."""
 
     symbols: Tensor
     """Labels and SOS_EOS for EOC, padded with 0."""
@@ -74,10 +74,10 @@ class Targets(NamedTuple):
     """K + U of each utterance (N,)."""
 
     chunks: Tensor
-    """The chunk that is heard when each is written: the number of EOCs before it."""
+    """The chunk that each symbol is emitted in: the number of EOCs before it."""
 
     num_labels: Tensor
-    """Labels before each."""
+    """The number of labels before each symbol."""
 
 
 def insert_borders(
@@ -85,16 +85,16 @@ def insert_borders(
 ) -> Targets:
     """Labels tokens (N, U), the first token_lens (N,) of each row, with the ends of chunks between them.
 
-    token_ends (N, U): the frame behind the last one of each label, so that label u is in chunk
-    (token_ends[u] - 1) // step; brought into the utterance and into order where they are not. num_frames
-    (N,), none of which has more than max_chunks chunks: an utterance has K = ceil(num_frames / step).
+    token_ends (N, U): one past the last frame of each label, so that label u is in chunk
+    (token_ends[u] - 1) // step; clamped to the utterance and made non-decreasing. num_frames (N,): an
+    utterance has K = ceil(num_frames / step) chunks, at most max_chunks.
     """
     num_chunks = -(-num_frames // step)
     size = tokens.shape[1] + max_chunks
     ends = torch.minimum(token_ends.clamp(min=1), num_frames[:, None].clamp(min=1)).cummax(1).values
     label = torch.arange(tokens.shape[1], device=tokens.device)
     place = label + (ends - 1) // step
-    place = place.where(label < token_lens[:, None], size)  # what is padding goes behind the end
+    place = place.where(label < token_lens[:, None], size)  # padding goes past the end
     symbols = tokens.new_full((len(tokens), size + 1), SOS_EOS).scatter(1, place, tokens)
     is_label = torch.zeros_like(symbols, dtype=torch.bool).scatter(1, place, True)[:, :size]
     lens = token_lens + num_chunks
@@ -123,7 +123,7 @@ class ChunkedDecoder(TransformerDecoder):
     ) -> Tensor:
         """-log p(labels and EOCs | y) of each utterance (N,), label-smoothed, in nats.
 
-        As TransformerDecoder.loss. ConfigError where the batch has no alignment.
+        As TransformerDecoder.loss. Raises ConfigError if the batch has no alignment.
         """
         if tokens.shape[1] and not token_ends.shape[1]:
             raise ConfigError(
@@ -145,7 +145,7 @@ class ChunkedDecoder(TransformerDecoder):
         )
 
     def windows(self, targets: Targets, y_lens: Tensor) -> Window:
-        """The frames that are heard when each symbol is written."""
+        """The frames that the decoder attends to for each symbol."""
         assert self.chunking
         first = targets.chunks * self.chunking.step
         end = torch.minimum(first + self.chunking.window, y_lens[:, None])
@@ -153,10 +153,10 @@ class ChunkedDecoder(TransformerDecoder):
 
 
 def _last_asked(targets: Targets) -> Order:
-    """Who does not hear EOC asks with the last label until there is another.
+    """The order for a decoder that does not see EOC: its input repeats the last label until the next one.
 
-    It stands where that label stands, and of each label before, it sees the last time that it was asked,
-    which was when the next label was written.
+    A repeated label keeps its position. Of each earlier label, only the last repetition is visible: the one
+    that emitted the next label.
     """
     num_labels = targets.num_labels
     writes = targets.symbols != SOS_EOS

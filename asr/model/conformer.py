@@ -1,9 +1,9 @@
-"""Conformer encoder (Gulati et al., arXiv:2005.08100) that trains at once and streams with any chunk.
+"""Conformer encoder (Gulati et al., arXiv:2005.08100), trained on whole utterances, streaming with any chunk.
 
-Causal convolutions, LayerNorm and rotary positions make a chunk depend on nothing but the past, itself, and
-what attention looks ahead to. With look-ahead a stream is a shift register: every layer holds back R frames,
-until the keys that they see are known, so that layer l is l * R frames behind. Streaming therefore equals the
-masked whole utterance to rounding errors (tests/model/test_streaming.py, test_look_ahead.py).
+With causal convolutions, LayerNorm and rotary positions, a chunk depends only on the past, itself, and the
+look-ahead of attention. With look-ahead, a stream is a shift register: every layer holds back R frames until
+the keys that they see are known, so layer l lags by l * R frames. Streaming therefore equals the masked whole
+utterance up to rounding errors (tests/model/test_streaming.py, test_look_ahead.py).
 
 N streams · T feature frames · T' encoder frames · F mel bins · C channels · L layers · H heads · D channels
 per head · W cached frames · R frames held back · P feature frames kept for the subsampling · K kernel
@@ -40,13 +40,13 @@ class ConformerConfig:
     """L."""
 
     num_heads: int = 4
-    """H, which divides dim into even parts."""
+    """H; dim / H must be even."""
 
     ff_dim: int = 1024
     """Hidden channels of both feed-forward modules of a layer."""
 
     kernel_size: int = 15
-    """K, encoder frames that the convolution sees: the present one and those before."""
+    """K, the encoder frames that the causal convolution sees: the current one and K - 1 before it."""
 
     subsampling: Literal[4, 8] = 4
     """Feature frames per encoder frame."""
@@ -55,18 +55,19 @@ class ConformerConfig:
     """Channels of the subsampling convolutions."""
 
     dropout: float = 0.1
-    """Behind every module of a layer, and within the feed-forward modules."""
+    """Dropout after every module of a layer and within the feed-forward modules."""
 
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     """The attention contexts of training."""
 
     checkpoint_activations: bool = False
-    """Keep the inputs of layers only and compute the rest again backwards: less memory, a third more time."""
+    """Store only the inputs of layers and recompute the rest in the backward pass: less memory, a third more
+    time."""
 
 
 @dataclass(frozen=True)
 class ConformerState(State):
-    """What a stream remembers: nothing else of the past matters."""
+    """All that a stream remembers of the past."""
 
     frames: Tensor
     """(N, P, F) feature frames."""
@@ -78,41 +79,41 @@ class ConformerState(State):
     """(N, L, H, W, D)."""
 
     pending: Tensor
-    """(N, L, R, C): frames that are held back, behind the first feed-forward module, ..."""
+    """(N, L, R, C): the frames held back, after the first feed-forward module, ..."""
 
     queries: Tensor
-    """... and their queries (N, L, H, R, D), rotated. R is 0, or all the look-ahead of a layer."""
+    """... and their queries (N, L, H, R, D), rotated. R is 0, or the full look-ahead of a layer."""
 
     conv: Tensor
-    """(N, L, C, K - 1), behind the gate."""
+    """(N, L, C, K - 1), after the gate."""
 
     offset: Tensor
-    """(N,) int64: encoder frames so far, as the first layer counts them."""
+    """(N,) int64: encoder frames so far, at the first layer."""
 
     def widen(self, num_frames: int) -> Self:
-        """Make room for num_frames more cached frames: before each call, left context without limit."""
+        """Make room for num_frames more cached frames, before each call if left context is unlimited."""
         pad = (0, 0, num_frames, 0)
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
 
 class Sight(NamedTuple):
-    """Which frames a layer has in one call, and which of them see which."""
+    """Which frames a layer has in one call, and which of them see each other."""
 
     lens: Tensor
-    """(N,) new frames of the call that count."""
+    """(N,) valid new frames of the call."""
 
     mask: Tensor
-    """(N, 1, T', W + T'): frames of its output, frames of its input."""
+    """(N, 1, T', W + T'): output frames by input frames."""
 
     exists: Tensor
-    """(N, T', 1): False for frames of its output before the utterance."""
+    """(N, T', 1): False for output frames before the utterance."""
 
     rotation: Rotation
-    """Of its input; shared, as a shift of all frames of a layer leaves their distances as they are."""
+    """Of the input; shared by all layers, as shifting all frames of a layer keeps their distances."""
 
 
 class Past(NamedTuple):
-    """What a layer remembers: fields of ConformerState without L."""
+    """What a layer remembers: the fields of ConformerState without L."""
 
     keys: Tensor
     values: Tensor
@@ -138,7 +139,7 @@ class ConformerLayer(nn.Module):
         start_small(self.convolution.out, self.feed_forward_2[-2])
 
     def forward(self, x: Tensor, past: Past, sight: Sight) -> tuple[Tensor, Past]:
-        """x (N, T', C) -> y (N, T', C), R frames later than x, and what the next call needs."""
+        """x (N, T', C) -> y (N, T', C), delayed by R frames, and what the next call needs."""
         sizes = x.shape[1], past.pending.shape[1]
         x = x + 0.5 * self.feed_forward_1(x)
         normed = self.attention_norm(x)
@@ -182,7 +183,7 @@ class Conformer(nn.Module):
     def init_state(self, n: int, width: int, delay: int = 0) -> ConformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk + delay, or more.
 
-        delay: R, right * chunk; or 0 where one call has the whole utterance.
+        delay: R, right * chunk; or 0 if one call gets the whole utterance.
         """
         config = self.config
         zeros = self.front.out.weight.new_zeros
@@ -198,7 +199,7 @@ class Conformer(nn.Module):
         )
 
     def flush_frames(self, delay: int) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        """Padding frames that the last call of a stream needs after its own, to flush all output."""
         return self.config.num_layers * delay * self.subsampling
 
     def forward(
@@ -212,16 +213,16 @@ class Conformer(nn.Module):
     ) -> tuple[Tensor, Tensor, ConformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
-        x (N, T, F): at least one frame, padded at the end.  x_lens (N,): frames that count; in a stream that
-        goes on, a multiple of chunk * subsampling, 0 included.  state: what the previous call returned; None
-        at the start of an utterance.  chunk: encoder frames per attention chunk, 0 for the whole utterance.
-        left: chunks of left context, -1 for all; the state must be wide enough for them.  right: chunks that
-        every layer looks ahead.  The three may be int64 scalar tensors.
+        x (N, T, F): at least one frame, padded at the end.  x_lens (N,): valid frames; in any but the last
+        call of a stream, a multiple of chunk * subsampling, 0 included.  state: what the previous call
+        returned; None at the start of an utterance.  chunk: encoder frames per attention chunk, 0 for the
+        whole utterance.  left: chunks of left context, -1 for all; the state must be wide enough for them.
+        right: chunks that every layer looks ahead.  The three may be int64 scalar tensors.
 
-        A stream with look-ahead holds back R = right * chunk frames a layer. While it goes on, x_lens must be
-        T; with the last call come `flush_frames` more frames that do not count, and T may be longer still.
+        A stream with look-ahead holds back R = right * chunk frames per layer. Until its last call, x_lens
+        must be T; the last call appends at least `flush_frames` padding frames.
 
-        Returns y (N, ceil(T / subsampling), C), zero behind y_lens (N,), and the state for the next call.
+        Returns y (N, ceil(T / subsampling), C), zero from y_lens (N,) on, and the state for the next call.
         """
         if state is None:
             state = self.init_state(x.shape[0], 0)
@@ -248,14 +249,14 @@ class Conformer(nn.Module):
         left: int | Tensor,
         right: int | Tensor,
     ) -> list[Sight]:
-        """What each layer sees; lens (N,) of `length` frames count in the first one.
+        """What each layer sees; lens (N,) of `length` frames are valid in the first one.
 
-        The frames of the next layer are R earlier; so there are R more of them where a stream ends.
+        Each further layer lags by R frames, so it has R more valid ones when a stream ends.
         """
         width, delay, num_layers = state.keys.shape[3], state.pending.shape[2], self.config.num_layers
         step = torch.arange(length, device=lens.device)
         rotation = Rotation.at(state.offset[:, None] + step, self.head_dim)
-        # without a delay all layers see the same, and share it
+        # without a delay, all layers share one mask
         late = torch.arange(num_layers if delay else 1, device=lens.device) * delay
         offsets = state.offset[:, None] - late
         ends = (lens[:, None] + late).clamp(max=length)
@@ -265,7 +266,7 @@ class Conformer(nn.Module):
         return [Sight(lens, *pair, rotation) for pair in zip(masks, exists, strict=True)]
 
     def _shift(self, y: Tensor, lens: Tensor, state: ConformerState) -> tuple[Tensor, Tensor]:
-        """Drop frames before the utterance from y (N, T', C) of the last layer, and those behind its end."""
+        """Drop frames before the utterance from y (N, T', C) of the last layer; zero those after its end."""
         length = y.shape[1]
         late = self.config.num_layers * state.pending.shape[2]
         first = (late - state.offset).clamp(0, length)
@@ -280,13 +281,13 @@ class Conformer(nn.Module):
 
 
 def _unstack(state: ConformerState) -> list[Past]:
-    """The past of each layer. In a graph, one split is faster than as many squeezes as layers, ..."""
+    """The past of each layer. In an exported graph, one split is faster than a squeeze per layer, ..."""
     fields = (state.keys, state.values, state.pending, state.queries, state.conv)
     parts = (x.flatten(1, 2).split([x.shape[2]] * x.shape[1], dim=1) for x in fields)
     return [Past(*tensors) for tensors in zip(*parts, strict=True)]
 
 
 def _stack(pasts: Sequence[Past]) -> Past:
-    """... and one reshape than as many unsqueezes."""
+    """... and one reshape is faster than an unsqueeze per layer."""
     fields = zip(*pasts, strict=True)
     return Past(*(torch.cat(x, dim=1).unflatten(1, (len(x), x[0].shape[1])) for x in fields))

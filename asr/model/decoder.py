@@ -1,7 +1,7 @@
 """Label-synchronous decoder: a pre-norm Transformer that attends to the encoder's output (arXiv:1706.03762).
 
-With the options of its configuration it is the decoder of WeNet (arXiv:2012.05481), icefall, NeMo's Canary
-(arXiv:2406.19674), Whisper (arXiv:2212.04356) and FireRedASR-AED (arXiv:2501.14350).
+Its options cover the decoders of WeNet (arXiv:2012.05481), icefall, NeMo's Canary (arXiv:2406.19674), Whisper
+(arXiv:2212.04356) and FireRedASR-AED (arXiv:2501.14350).
 
 N utterances or hypotheses · B hypotheses of N utterances · U tokens · T encoder frames · V units · C
 channels · L layers · H heads · D channels per head
@@ -24,10 +24,10 @@ from asr.model.masks import context_mask, window_mask
 from asr.model.state import State
 
 SOS_EOS = 1
-"""The unit that starts and ends a token sequence; asr/tokens.py puts it there."""
+"""The unit that starts and ends a token sequence; asr/tokens.py gives it this id."""
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
-"""Keys and values of every layer."""
+"""The keys and values of every layer."""
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -37,105 +37,105 @@ class DecoderConfig:
     """Size of the attention decoder."""
 
     type: Literal["transformer", "segmental", "chunked", "whisper", "none"] = "transformer"
-    """The key in DECODERS: what the decoder hears is everything, or segments, or chunks; or there is none."""
+    """The key in DECODERS: attention to all frames, to segments or to chunks; "none" is no decoder."""
 
     dim: int = 256
-    """C; the encoder may have another."""
+    """C; may differ from that of the encoder."""
 
     num_layers: int = 6
     """L."""
 
     num_heads: int = 4
-    """H, which divides dim, for rotary positions into even parts."""
+    """H, which must divide dim; with rotary positions dim / H must be even."""
 
     attention_dim: int = 0
-    """Channels of all heads together; 0: as dim."""
+    """Channels of all heads together; 0: the same as dim."""
 
     ff_dim: int = 1024
     """Hidden channels of the feed-forward module of a layer."""
 
     activation: Literal["silu", "relu", "gelu"] = "silu"
-    """Of the feed-forward module."""
+    """Activation of the feed-forward module."""
 
     positions: Literal["rotary", "sinusoid", "learnt"] = "rotary"
-    """Rotated queries and keys, or, added to the embedding, sinusoids as in arXiv:1706.03762 or a table."""
+    """Rotate queries and keys, or add sinusoids (arXiv:1706.03762) or a learnt table to the embedding."""
 
     num_positions: int = 448
-    """In the table, where positions are learnt: no text has more tokens, sos/eos included."""
+    """Size of the table of learnt positions: the most tokens of a text, sos/eos included."""
 
     embedding_norm: bool = False
-    """Whether a norm stands behind the embedding."""
+    """Normalise the embedding."""
 
     final_norm: bool = True
-    """Whether a norm stands behind the last layer."""
+    """Normalise the output of the last layer."""
 
     dropout: float = 0.1
-    """Behind the embedding and every module of a layer, and within the feed-forward modules."""
+    """Dropout after the embedding and every module of a layer, and within the feed-forward modules."""
 
     left_tokens: int = -1
-    """Tokens before it that a token sees in each layer; -1: all. Positions are relative, so a limit may also
-    be set after training, and keeps a decoder that writes for minutes to texts as long as it has learnt."""
+    """Past tokens that a token attends to in each layer; -1: all. As rotary positions are relative, a limit
+    can also be set after training; it keeps long output within the text lengths seen in training."""
 
     prompt: list[str] = field(default_factory=list)
-    """Units that every text begins with behind sos/eos, and that are no part of it: what a model that knows
-    several languages or tasks is asked for. Searches and bundles go by it; training does not add it."""
+    """Units that follow sos/eos before every text and are no part of it: they select the language or task of
+    a multilingual or multitask model. Searches and bundles use it; training does not add it."""
 
     reverse_layers: int = 0
-    """L of a second decoder, from right to left, that takes part in rescoring (U2++); 0 is none."""
+    """L of a second, right-to-left decoder for rescoring (U2++); 0: none."""
 
     def guide(self) -> "Guide":
-        """The heads that are asked where they listen, as long as nobody knows better: of the last layer."""
+        """The default guide: all heads of the last layer."""
         return Guide(self.num_layers - 1, tuple(range(self.num_heads)))
 
 
 class Guide(NamedTuple):
-    """The heads whose attention says where a decoder is listening: for the policies of streaming, and for the
-    times of words."""
+    """The heads whose attention tells where in the audio the decoder is, for streaming policies and word
+    times."""
 
     layer: int
     heads: tuple[int, ...]
     others: tuple["Guide", ...] = ()
-    """Of other layers, if they do too."""
+    """The heads of other layers, if any."""
 
     def of(self, layer: int) -> list[int]:
         return [head for part in (self, *self.others) if part.layer == layer for head in part.heads]
 
 
 class Window(NamedTuple):
-    """Which encoder frames each token may hear: from start up to, not including, end; (N, U) int64 each."""
+    """The encoder frames each token may attend to, from start up to, not including, end; (N, U) int64."""
 
     start: Tensor
     end: Tensor
 
 
 class Order(NamedTuple):
-    """Where each of U tokens stands and which tokens it sees, where that is not all up to itself."""
+    """The position of each of U tokens and the tokens that it sees, if these are not all up to itself."""
 
     positions: Tensor
     """(N, U) int64."""
 
     visible: Tensor
-    """(N, U, W + U), behind the W tokens of the state; each sees itself."""
+    """(N, U, W + U), the W tokens of the state first; each token sees itself."""
 
 
 class Decoded(NamedTuple):
-    """What the decoder says behind each of U tokens."""
+    """The decoder's output after each of U tokens."""
 
     logits: Tensor
     """(N, U, V), of the next token."""
 
     attention: Tensor
-    """(N, U, T), where the heads of the guide listened; (N, U, 0) without a guide."""
+    """(N, U, T), the mean attention of the guide's heads; (N, U, 0) without a guide."""
 
     state: "DecoderState"
 
 
 @dataclass(frozen=True)
 class DecoderState(State):
-    """Keys and values of the tokens so far, U of them in every hypothesis of a batch."""
+    """Keys and values of the tokens so far, U in every hypothesis of a batch."""
 
     keys: Tensor
-    """(N, L, H, U, D), rotated where positions are rotary."""
+    """(N, L, H, U, D), rotated if positions are rotary."""
 
     values: Tensor
     """(N, L, H, U, D)."""
@@ -166,7 +166,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """x (B, U, C); past, memory: keys, values; visible, heard: masks.
 
-        Returns x, keys and values anew, and of heads, if there are any, where they listened (B, heads, U, T).
+        Returns the new x, keys and values, and the attention (B, heads, U, T) of `heads`, if there are any.
         """
         y, keys, values = self.attention(self.attention_norm(x), *past, rotation, visible)
         x = x + self.dropout(y)
@@ -182,10 +182,10 @@ class DecoderLayer(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """p(next token | tokens so far, encoder output): the same call teaches, rescores and steps."""
+    """p(next token | tokens so far, encoder output): one forward for training, rescoring and decoding."""
 
     chunking: Chunking | None = None
-    """The chunks it hears one by one, where it does."""
+    """The chunks of a chunked decoder."""
 
     def __init__(self, config: DecoderConfig, num_tokens: int, memory_dim: int) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class TransformerDecoder(nn.Module):
         if has_table and config.num_positions < 1:
             raise ConfigError(f"decoder.num_positions: {config.num_positions}, expected at least 1")
         self.positions = nn.Embedding(config.num_positions, config.dim) if has_table else None
-        # that of a norm of what is not yet scaled, as other families have it
+        # equals an eps of 1e-5 before the embedding is scaled by sqrt(dim), as in other model families
         eps = 1e-5 * config.dim
         self.embedding_norm = nn.LayerNorm(config.dim, eps) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
@@ -212,7 +212,7 @@ class TransformerDecoder(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that it can be given, sos/eos among them; 0: any number."""
+        """The most tokens that a text may have, sos/eos included; 0: no limit."""
         return self.config.num_positions if self.config.positions == "learnt" else 0
 
     def memory(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ class TransformerDecoder(nn.Module):
         return keys, values
 
     def init_state(self, n: int) -> DecoderState:
-        """The state of n hypotheses without a token."""
+        """The state of n empty hypotheses."""
         config = self.config
         empty = self.embedding.weight.new_zeros(n, config.num_layers, config.num_heads, 0, self.head_dim)
         return DecoderState(empty, empty)
@@ -238,14 +238,13 @@ class TransformerDecoder(nn.Module):
         guide: Guide | None = None,
         order: Order | None = None,
     ) -> Decoded:
-        """Continue N hypotheses by U tokens each.
+        """Extend N hypotheses by U tokens each.
 
         tokens (N, U), sos/eos first; cross_keys, cross_values from `memory`, one row per hypothesis; y_lens
-        (N,): encoder frames that count, and where there are none the decoder is a language model.  state:
-        what the previous call returned, None before the first token.  window: the frames each token hears,
-        None for all.  guide: the heads whose attention is asked for.  order: None where each token stands
-        behind the one before it and sees all of them.  Raises ConfigError where a text is longer than the
-        table of positions.
+        (N,): valid encoder frames; with 0 the decoder is a language model.  state: what the previous call
+        returned, None before the first token.  window: the frames that each token attends to, None for all.
+        guide: the heads whose attention is returned.  order: None if each token follows the one before it and
+        sees all of them.  Raises ConfigError if a text is longer than the table of positions.
         """
         if state is None:
             state = self.init_state(tokens.shape[0])
@@ -264,9 +263,9 @@ class TransformerDecoder(nn.Module):
         guide: Guide | None = None,
         order: Order | None = None,
     ) -> tuple[Tensor, Tensor, Pairs]:
-        """As `forward`, of keys and values layer by layer, which are not copied.
+        """As `forward`, with keys and values per layer, which avoids copies.
 
-        tokens (B, U): B / N hypotheses of each utterance, side by side; memory (N, H, T, D) and y_lens (N,);
+        tokens (B, U): B / N adjacent hypotheses of each utterance; memory (N, H, T, D) and y_lens (N,);
         past (B, H, W, D).
 
         Returns logits (B, U, V), attention (B, U, T), and the past of the next call.
@@ -276,8 +275,8 @@ class TransformerDecoder(nn.Module):
         return self.out(self.norm(x)), attention, present
 
     def listen(self, tokens: Tensor, cross_keys: Tensor, cross_values: Tensor, y_lens: Tensor) -> Tensor:
-        """As `forward` -> where each head of the guide listened before it wrote what follows each token,
-        (N, H, U, T)."""
+        """As `forward` -> the attention (N, H, U, T) of each head of the guide when it predicts what follows
+        each token."""
         state = self.init_state(tokens.shape[0])
         past, memory = _layers(state.keys, state.values), _layers(cross_keys, cross_values)
         return torch.cat(self._through(tokens, memory, y_lens, past, None, self.guide, None)[1], 1)
@@ -292,7 +291,7 @@ class TransformerDecoder(nn.Module):
         guide: Guide | None,
         order: Order | None,
     ) -> tuple[Tensor, list[Tensor], Pairs]:
-        """x (B, U, C) behind all layers, where the heads of the guide listened, and the next past."""
+        """x (B, U, C) after all layers, the attention of the guide's heads, and the next past."""
         width = past[0][0].shape[2]
         if self.positions is not None and not torch.compiler.is_exporting():
             end = width + tokens.shape[1] if order is None else int(order.positions.max()) + 1
@@ -319,7 +318,7 @@ class TransformerDecoder(nn.Module):
         return self.dropout(self.embedding_norm(x))
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> log-probabilities of what is next."""
+        """logits (..., V) -> log-probabilities of the next token."""
         return logits.log_softmax(-1)
 
     def loss(
@@ -333,10 +332,10 @@ class TransformerDecoder(nn.Module):
     ) -> Tensor:
         """-log p(tokens, eos | y) of each utterance (N,), label-smoothed, in nats.
 
-        y (N, T, C), y_lens (N,), tokens (N, U) padded with 0, token_lens (N,). token_ends (N, U): the encoder
-        frame behind each token, for decoders that learn from an alignment; this one does not.
+        y (N, T, C), y_lens (N,), tokens (N, U) padded with 0, token_lens (N,). token_ends (N, U): the first
+        encoder frame after each token, for decoders that learn from an alignment; this one does not.
         """
-        sos = tokens.new_full((len(tokens), 1), SOS_EOS)  # also where there is not one token
+        sos = tokens.new_full((len(tokens), 1), SOS_EOS)  # also if there is no token
         targets = torch.cat([tokens, torch.zeros_like(sos)], dim=1).scatter(1, token_lens[:, None], SOS_EOS)
         logits = self(torch.cat([sos, tokens], dim=1), *self.memory(y), y_lens).logits
         return label_smoothed_cross_entropy(
@@ -345,7 +344,7 @@ class TransformerDecoder(nn.Module):
 
 
 def _head_dim(config: DecoderConfig) -> int:
-    """D. Raises ConfigError where channels do not divide into heads."""
+    """D. Raises ConfigError if the channels do not divide into heads."""
     rotary = config.positions == "rotary"
     name = "attention_dim" if config.attention_dim and config.dim % 2 == 0 else "dim"
     channels = getattr(config, name)
@@ -366,13 +365,13 @@ def _require_positions(end: int, num_positions: int) -> None:
 
 
 def _layers(keys: Tensor, values: Tensor) -> Pairs:
-    """(N, L, ...) each -> of each layer."""
+    """(N, L, ...) each -> a pair for each layer."""
     return list(zip(keys.unbind(1), values.unbind(1), strict=True))
 
 
 def in_order(tokens: Tensor, width: int, left: int = -1) -> Order:
-    """Of tokens (N, U) behind `width` others, each of which sees itself and `left` before it, -1 for all; one
-    row for all."""
+    """The order of tokens (N, U) after `width` others: each sees itself and `left` tokens before it, -1 for
+    all. One row for all hypotheses."""
     offset = tokens.new_full((1,), width)
     length = tokens.shape[1]
     visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=left)
@@ -380,7 +379,7 @@ def in_order(tokens: Tensor, width: int, left: int = -1) -> Order:
 
 
 def reverse(tokens: Tensor, token_lens: Tensor) -> Tensor:
-    """tokens (N, U) -> each row's first token_lens[n] tokens from right to left, padding where it was."""
+    """tokens (N, U) -> the first token_lens[n] tokens of each row reversed; padding stays in place."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     mirrored = token_lens[:, None] - 1 - index
     return tokens.gather(1, torch.where(mirrored < 0, index, mirrored))

@@ -1,12 +1,12 @@
-"""What the rest of the toolkit asks of an encoder, whatever it is: training, search, export and streams.
+"""The encoder interface that training, search, export and streaming rely on.
 
-A stream gives an encoder its feature frames in calls. While it goes on, each call has
+A stream passes its feature frames to the encoder call by call. Each call but the last has
 
     k * chunk * subsampling + overlap_frames
 
-frames that all count, of which the last `overlap_frames` are given again at the start of the next call. The
-last call has what is left, at most as much, and behind that `flush_frames` more, which do not count: whoever
-must know that an utterance ends sees it by them. A call for a whole utterance is a last call.
+frames, all valid; the last `overlap_frames` of them come again at the start of the next call. The last call
+has what is left, at most as many, followed by `flush_frames` padding frames: an encoder that must know where
+an utterance ends recognises it by them. A call for a whole utterance is a last call.
 
 N streams · T feature frames · T' encoder frames · C channels
 """
@@ -24,28 +24,28 @@ class Encoder(Protocol):
     config: Any
 
     dim: int
-    """C, of its output."""
+    """C, the channels of the output."""
 
     subsampling: int
     """Feature frames per encoder frame."""
 
     overlap_frames: int
-    """Feature frames that a call of a stream needs behind its own; the next call is given them again."""
+    """Feature frames that a call of a stream needs after its own; the next call gets them again."""
 
     can_stream: bool
-    """Whether there is a state. If not, `forward` encodes whole utterances only."""
+    """Whether the encoder can stream. If not, `forward` encodes whole utterances only."""
 
     chunk_unit: int
-    """A chunk is a multiple of so many encoder frames."""
+    """The length of a chunk must be a multiple of this many encoder frames."""
 
     def init_state(self, n: int, width: int, delay: int = 0) -> State:
-        """The state of n new streams that keep `width` encoder frames of left context and wait for `delay` of
-        look-ahead in each layer. Sizes are in proportion to one of the two, or constant."""
+        """The state of n new streams that keep `width` encoder frames of left context and wait for `delay`
+        frames of look-ahead in each layer. Every size is constant or proportional to one of the two."""
         ...
 
     def flush_frames(self, delay: int) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out: in
-        proportion to `delay`, and perhaps some more."""
+        """Padding frames that the last call of a stream needs after its own, to flush all output: an amount
+        proportional to `delay`, plus a constant."""
         ...
 
     def __call__(
@@ -62,7 +62,7 @@ class Encoder(Protocol):
 
 
 def look_ahead_layers(encoder: Encoder) -> int:
-    """Layers that wait for their look-ahead, one after another; 0 where none was trained to look ahead."""
+    """The number of layers that each wait for their look-ahead; 0 if none was trained with look-ahead."""
     if not encoder.config.chunk.max_right:
         return 0
     return (encoder.flush_frames(1) - encoder.flush_frames(0)) // encoder.subsampling

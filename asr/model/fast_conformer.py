@@ -1,13 +1,14 @@
 """Fast Conformer, the encoder of public NeMo checkpoints (Rekesh et al., arXiv:2305.05084).
 
-A Conformer with an encoder frame every 80 ms, narrow kernels, and relative positions of Transformer-XL. Where
-it differs from asr/model/conformer.py:
+A Conformer with an encoder frame every 80 ms, narrow kernels, and the relative positions of Transformer-XL.
+Differences from asr/model/conformer.py:
 
 - the subsampling (masked_subsampling.py) and the positions (relative_attention.py);
-- `context` limits attention, for long recordings, in memory linear in time (limited_attention.py);
+- `context` limits attention for long recordings, with memory linear in time (limited_attention.py);
 - `causal` makes subsampling and convolutions causal, so that it can stream ("cache-aware", Noroozi et al.,
-  arXiv:2312.17279). As an encoder frame sees feature frames up to its first one, and a stream is fed whole
-  encoder frames, the subsampling keeps the rest for the next call; the last call needs `flush_frames` more.
+  arXiv:2312.17279). An encoder frame sees feature frames only up to its own first one, while a stream is fed
+  whole encoder frames: the subsampling keeps the rest for the next call, and the last call needs
+  `flush_frames` more.
 
 N streams · T feature frames · T' encoder frames · F mel bins · C channels · L layers · H heads · D channels
 per head · W cached frames · P feature frames kept for the subsampling · K kernel
@@ -33,25 +34,25 @@ from asr.model.state import State
 
 @dataclass(kw_only=True, slots=True)
 class FastConformerConfig:
-    """Size and training context; the defaults are a model that streams, with the sizes of the published L."""
+    """Size and training context; the defaults are a streaming model with the sizes of the published L."""
 
     type: Literal["fast-conformer"] = "fast-conformer"
     """The key in ENCODERS."""
 
     dim: int = 512
-    """C, channels of every layer, an even number."""
+    """C, channels of every layer; must be even."""
 
     num_layers: int = 17
     """L."""
 
     num_heads: int = 8
-    """H, which divides dim."""
+    """H, which must divide dim."""
 
     ff_dim: int = 2048
     """Hidden channels of both feed-forward modules of a layer."""
 
     kernel_size: int = 9
-    """K of the convolution module, odd if it is not causal."""
+    """K of the convolution module; must be odd if `causal` is false."""
 
     subsampling: Literal[4, 8] = 8
     """Feature frames per encoder frame."""
@@ -60,26 +61,26 @@ class FastConformerConfig:
     """Channels of the subsampling convolutions."""
 
     causal: bool = True
-    """Whether subsampling and convolution see the past only; else they are symmetric and cannot stream."""
+    """Subsampling and convolution see only the past; if false, they are symmetric and cannot stream."""
 
     norm: Norm = "layer_norm"
-    """Within the convolution module."""
+    """Norm within the convolution module."""
 
     bias: bool = True
-    """Whether linear maps and convolutions of the layers have one."""
+    """Whether the linear maps and convolutions of the layers have a bias."""
 
     scale_input: bool = True
-    """Multiply what enters the first layer by the square root of dim."""
+    """Multiply the input of the first layer by the square root of dim."""
 
     context: list[int] = field(default_factory=lambda: [-1, -1])
-    """Encoder frames that a frame sees before and behind itself when all is encoded at once, for instance
-    [128, 128]; [-1, -1] is all."""
+    """Encoder frames that a frame sees before and after itself when whole utterances are encoded, for
+    example [128, 128]; [-1, -1] is all."""
 
     global_tokens: int = 0
-    """First frames that see all and are seen by all, where `context` is limited; not in a stream."""
+    """With a limited `context`, how many first frames see all and are seen by all; not for streams."""
 
     dropout: float = 0.1
-    """Behind the front, every module of a layer, and within the feed-forward modules."""
+    """Dropout after the front and every module of a layer, and within the feed-forward modules."""
 
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     """The attention contexts of training."""
@@ -102,19 +103,19 @@ class FastConformerState(State):
     """(N, P, F) feature frames."""
 
     keys: Tensor
-    """(N, L, H, W, D), without position."""
+    """(N, L, H, W, D), without positions."""
 
     values: Tensor
     """(N, L, H, W, D)."""
 
     conv: Tensor
-    """(N, L, C, K - 1), behind the gate; nothing where the convolution is symmetric."""
+    """(N, L, C, K - 1), after the gate; empty if the convolution is symmetric."""
 
     offset: Tensor
     """(N,) int64: encoder frames so far."""
 
     def widen(self, num_frames: int) -> Self:
-        """Make room for num_frames more cached frames: before each call, left context without limit."""
+        """Make room for num_frames more cached frames, before each call if left context is unlimited."""
         pad = (0, 0, num_frames, 0)
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
@@ -160,7 +161,7 @@ class FastConformer(nn.Module):
     def init_state(self, n: int, width: int, delay: int = 0) -> FastConformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk, or more.
 
-        Raises ConfigError where the encoder cannot stream, and for look-ahead beyond the chunk.
+        Raises ConfigError if the encoder cannot stream, and for look-ahead beyond the chunk.
         """
         if not self.can_stream:
             why = "global_tokens" if self.config.causal else "causal: false"
@@ -173,7 +174,7 @@ class FastConformer(nn.Module):
         return self._empty_state(n, width)
 
     def flush_frames(self, delay: int) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        """Padding frames that the last call of a stream needs after its own, to flush all output."""
         return self.subsampling
 
     def forward(
@@ -187,15 +188,15 @@ class FastConformer(nn.Module):
     ) -> tuple[Tensor, Tensor, FastConformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
-        x (N, T, F): at least one frame, padded at the end.  x_lens (N,): frames that count; in a stream that
-        goes on, all T, a multiple of chunk * subsampling; in its last call fewer, by `flush_frames` at least,
-        or none, which is nothing.  state: what the previous call returned; None at the start of an utterance.
-        chunk: encoder frames per attention chunk, 0 for what the configuration says of whole utterances.
-        left: chunks of left context, -1 for all; the state must be wide enough for them.  right: chunks of
-        look-ahead, 0 in a stream. The three may be int64 scalar tensors.
+        x (N, T, F): at least one frame, padded at the end.  x_lens (N,): valid frames; in a stream all T, a
+        multiple of chunk * subsampling; in its last call fewer by at least `flush_frames`; 0 for a stream
+        without input.  state: what the previous call returned; None at the start of an utterance.
+        chunk: encoder frames per attention chunk, 0 for the context that the configuration sets for whole
+        utterances.  left: chunks of left context, -1 for all; the state must be wide enough for them.  right:
+        chunks of look-ahead, 0 in a stream. The three may be int64 scalar tensors.
 
-        Returns y (N, T', C), zero behind y_lens (N,), and the state for the next call. Raises ConfigError for
-        a chunk where there are global tokens.
+        Returns y (N, T', C), zero from y_lens (N,) on, and the state for the next call. Raises ConfigError
+        for chunks if there are global tokens.
         """
         if state is None:
             state = self._empty_state(x.shape[0], 0)
@@ -220,7 +221,7 @@ class FastConformer(nn.Module):
         return y, lens, FastConformerState(frames, keys, values, conv, state.offset + lens)
 
     def _advance(self, x: Tensor, x_lens: Tensor, state: FastConformerState) -> tuple[Tensor, Tensor]:
-        """The next encoder frames of a stream before the first layer, (N, T', C), and how many count."""
+        """The next encoder frames of a stream before the first layer, (N, T', C), and how many are valid."""
         length = (x.shape[1] + self.subsampling - 1) // self.subsampling
         window = torch.cat([state.frames, x], dim=1)
         window = F.pad(window, (0, 0, 0, length * self.subsampling - x.shape[1]))
@@ -238,9 +239,9 @@ class FastConformer(nn.Module):
         left: int | Tensor,
         right: int | Tensor,
     ) -> Sight:
-        """Of whole utterances: a window, if that is the context of the configuration, else a mask.
+        """The sight for whole utterances: a window if the configuration limits the context, else a mask.
 
-        A graph for any length has a mask, since how many blocks there are is not known when it is traced.
+        An exported graph always has a mask, as the number of blocks is unknown when it is traced.
         """
         config, is_exporting = self.config, torch.compiler.is_exporting()
         if is_exporting and config.global_tokens:
@@ -261,7 +262,7 @@ class FastConformer(nn.Module):
         left: int | Tensor,
         right: int | Tensor,
     ) -> Tensor:
-        """(N, T', W + T'). A limited context at once is chunks of one frame."""
+        """(N, T', W + T'). A limited context of whole utterances equals chunks of one frame."""
         if self.config.context[0] >= 0:
             at_once = torch.as_tensor(chunk) == 0
             limits = (1, *self.config.context)

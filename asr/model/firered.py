@@ -1,13 +1,13 @@
 """The Conformer encoder of FireRedASR-AED (arXiv:2501.14350), for whole utterances.
 
-It differs from asr/model/conformer.py:
+Differences from asr/model/conformer.py:
 
-- attention knows the distance of query and key by sinusoids (arXiv:1901.02860): to the product of query and
-  key is added that of the query and a map of the sinusoid of their distance, each with a bias of its own for
-  the query. Queries, keys and values have norms of their own, and no biases;
-- the convolution module is wide: its depthwise convolution has 2 C channels, without biases, and is
-  symmetric, so an encoder frame hears what comes later;
-- the subsampling convolutions are not padded: 7 feature frames are the first encoder frame.
+- attention is relative (arXiv:1901.02860): a score adds the product of the query with the projected sinusoid
+  of their distance to that of query and key, with a separate query bias for each. Queries, keys and values
+  have separate norms and no biases;
+- the convolution module is wide: its depthwise convolution has 2 C channels and no bias, and is symmetric, so
+  an encoder frame sees the future;
+- the subsampling convolutions are not padded: the first encoder frame covers 7 feature frames.
 
 N utterances · T feature frames · T' encoder frames · F mel bins · C channels · H heads · D channels per head
 """
@@ -36,39 +36,39 @@ class FireRedConfig:
     """The key in ENCODERS."""
 
     dim: int = 1280
-    """C, channels of every layer, an even number."""
+    """C, channels of every layer; must be even."""
 
     num_layers: int = 16
 
     num_heads: int = 20
-    """H, which divides dim."""
+    """H, which must divide dim."""
 
     ff_dim: int = 5120
     """Hidden channels of both feed-forward modules of a layer."""
 
     kernel_size: int = 33
-    """Of the depthwise convolution, an odd number."""
+    """Kernel of the depthwise convolution; must be odd."""
 
     subsampling_channels: int = 32
-    """Of the convolutions at the front."""
+    """Channels of the subsampling convolutions."""
 
     dropout: float = 0.1
-    """Behind the front, every module of a layer, and within the feed-forward modules."""
+    """Dropout after the front and every module of a layer, and within the feed-forward modules."""
 
     chunk: ChunkConfig = field(default_factory=lambda: ChunkConfig(dynamic=False))
-    """The contexts of training: whole utterances."""
+    """The contexts of training: `dynamic` must be false, as the encoder takes whole utterances."""
 
 
 @dataclass(frozen=True)
 class FireRedState(State):
-    """What is known of an utterance behind its end; it does not go on."""
+    """The state after a whole utterance, which cannot be continued."""
 
     offset: Tensor
-    """(N,) int64: its encoder frames."""
+    """(N,) int64: encoder frames of the utterance."""
 
 
 class DistanceAttention(nn.Module):
-    """Self-attention by contents and distances, with norms before each of its three maps."""
+    """Self-attention by content and distance, with norms before the query, key and value maps."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class DistanceAttention(nn.Module):
 
 
 class WideConvModule(nn.Module):
-    """The Conformer's convolution module with 2 C channels, symmetric, with LayerNorm and without biases."""
+    """The Conformer's convolution module with 2 C channels: symmetric, with LayerNorm, without biases."""
 
     def __init__(self, dim: int, kernel_size: int, dropout: float) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class FireRedEncoder(nn.Module):
         raise _only_whole("a stream")
 
     def flush_frames(self, delay: int) -> int:
-        """None: whole utterances need nothing behind them."""
+        """0: whole utterances need no padding."""
         return 0
 
     def forward(
@@ -193,11 +193,11 @@ class FireRedEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, FireRedState]:
         """Encode whole utterances.
 
-        x (N, T, F): padded at the end.  x_lens (N,): frames that count.  state: None.  chunk: 0.  left,
-        right: ignored, as there are no chunks.
+        x (N, T, F): padded at the end.  x_lens (N,): valid frames.  state: None.  chunk: 0.  left, right:
+        ignored, as there are no chunks.
 
-        Returns y (N, T', C), zero behind y_lens (N,), where T' = (T - overlap_frames) // subsampling and at
-        least 1, and a state that does not go on.  Raises ConfigError for a state, and for chunks.
+        Returns y (N, T', C), zero from y_lens (N,) on, where T' = (T - overlap_frames) // subsampling and at
+        least 1, and a state that cannot be continued.  Raises ConfigError for a state and for chunks.
         """
         if state is not None:
             raise _only_whole("a state")

@@ -24,25 +24,25 @@ FEATURES: dict[str, type[Fbank | WhisperFbank | NemoFbank]] = {
     "whisper": WhisperFbank,
     "nemo": NemoFbank,
 }
-"""The key is features.type."""
+"""By features.type."""
 
 
 class Loss(NamedTuple):
-    """Sums over a batch, in nats: divide by num_tokens for a number that does not depend on the batch."""
+    """Sums over a batch, in nats; divide by num_tokens for values that do not depend on the batch size."""
 
     total: Tensor
     ctc: Tensor
     attention: Tensor
     quantity: Tensor
-    """Of the head that counts words, in words; 0 without one."""
+    """The loss of the word-counting head, in words; 0 without one."""
 
     num_tokens: Tensor
-    """Tokens and one sos/eos per utterance."""
+    """All tokens, plus one sos/eos per utterance."""
 
 
 class HybridModel(nn.Module):
-    """An encoder with heads: perhaps CTC, a decoder, perhaps one from right to left (U2++), and one that
-    counts words."""
+    """An encoder and a decoder; optionally a CTC head, a right-to-left decoder (U2++) and a head that counts
+    words."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class HybridModel(nn.Module):
             return self.cmvn(x), x_lens
 
     def require_ctc(self, what: str) -> None:
-        """ConfigError without a CTC head."""
+        """Raise ConfigError if there is no CTC head."""
         if self.ctc is None:
             raise ConfigError(
                 f"{what}: this model has no CTC head, which says when a token is said; use one with loss.ctc"
@@ -84,7 +84,7 @@ class HybridModel(nn.Module):
         return self.encoder.subsampling * self.fbank.config.shift_ms / 1000
 
     def frames_behind(self, times_s: Tensor) -> Tensor:
-        """Times in seconds -> the first encoder frame that begins at or behind each, int64."""
+        """Times in seconds -> the first encoder frame that starts at or after each, int64."""
         return (times_s / self.frame_s - 1e-3).ceil().long()
 
     def encode(self, x: Tensor, x_lens: Tensor, context: Context = WHOLE) -> tuple[Tensor, Tensor]:
@@ -108,12 +108,12 @@ class HybridModel(nn.Module):
         token_ends: Tensor | None = None,
         views: int = 1,
     ) -> Loss:
-        """The loss of a batch: `features` of it, then its tokens (N, U) padded with 0, token_lens (N,).
+        """The loss of a batch: x, x_lens from `features`, tokens (N, U) padded with 0, token_lens (N,).
 
-        token_ends (N, U): the encoder frame behind each token, where there is an alignment.  views: 2 where
-        the second half of the batch is another view of the first, of which the losses are the mean.
+        token_ends (N, U): the first encoder frame after each token, if there is an alignment.  views: 2 if
+        the second half of the batch is another view of the first; losses are then means of both views.
         total = w_ctc * ctc + w_attention * attention + w_quantity * quantity + w_consistency * consistency,
-        all summed over the utterances; the last is the mean of both directions.
+        all summed over the utterances; consistency is the mean of both directions.
         """
         y, y_lens = self.encode(x, x_lens, context)
         ctc, consistency = self._ctc_losses(y, y_lens, tokens, token_lens, views)
@@ -130,7 +130,7 @@ class HybridModel(nn.Module):
     def _ctc_losses(
         self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, views: int
     ) -> tuple[Tensor, Tensor]:
-        """CTC, and how far two views are from each other; 0 without a head, or with one view."""
+        """The CTC loss and the consistency of two views; 0 without a CTC head or with one view."""
         none = y.new_zeros((), dtype=torch.float32)
         if self.ctc is None:
             return none, none
@@ -141,7 +141,7 @@ class HybridModel(nn.Module):
     def _attention_loss(
         self, y: Tensor, y_lens: Tensor, tokens: Tensor, token_lens: Tensor, token_ends: Tensor
     ) -> Tensor:
-        """(1 - r) left to right + r right to left (N,)."""
+        """(1 - r) * left to right + r * right to left, (N,)."""
         smoothing, share = self.loss.label_smoothing, self.loss.reverse
         loss = self.decoder.loss(y, y_lens, tokens, token_lens, token_ends, smoothing)
         if self.reverse_decoder is None:

@@ -1,4 +1,4 @@
-"""Feed-forward and convolution modules, norms and activations, what streams keep, how parameters start.
+"""Feed-forward and convolution modules, norms, activations, stream caches, and initialisation.
 
 N streams · T frames · C channels · K kernel
 """
@@ -15,7 +15,7 @@ Norm = Literal["layer_norm", "batch_norm"]
 
 
 class FeedForward(nn.Sequential):
-    """Norm, expand, activate, contract; (N, T, C) -> (N, T, C)."""
+    """Norm, expansion, activation, projection; (N, T, C) -> (N, T, C)."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class FeedForward(nn.Sequential):
 class ConvModule(nn.Module):
     """The Conformer's convolution module (arXiv:2005.08100, section 2.2), causal or symmetric.
 
-    The state is kept behind the gate, where silence before an utterance is exactly zero.
+    A stream caches the output of the gate, where frames before the utterance are exactly zero.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class ConvModule(nn.Module):
         self.gated = nn.Linear(dim, 2 * dim, bias)
         sides = (0, 0 if causal else kernel_size // 2)
         self.depthwise = nn.Conv2d(dim, dim, (1, kernel_size), padding=sides, groups=dim, bias=bias)
-        # as its gradient is laid out on a CPU, which DistributedDataParallel would copy otherwise
+        # matches the layout of its gradient on a CPU, which DistributedDataParallel would copy otherwise
         self.depthwise.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.depthwise_norm = nn.BatchNorm1d(dim) if norm == "batch_norm" else nn.LayerNorm(dim)
         self.out = nn.Linear(dim, dim, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, past: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C), past (N, C, K - 1), or (N, C, 0) where it is symmetric; exists (N, T, 1): False for
-        frames before the utterance, and, where it is symmetric or has batch norm, for those behind.
+        """x (N, T, C); past (N, C, K - 1), or (N, C, 0) if symmetric; exists (N, T, 1): False for frames
+        before the utterance and, if the module is symmetric or has batch norm, for those after it.
 
-        Returns (N, T, C), and what the convolution saw, (N, C, K - 1 + T), of which a stream keeps the end.
+        Returns (N, T, C), and the convolution's input (N, C, K - 1 + T), whose end a stream keeps.
         """
         x = torch.where(exists, F.glu(self.gated(self.norm(x)), dim=-1), 0.0)
         seen = torch.cat([past.transpose(1, 2), x], dim=1).transpose(1, 2)
@@ -75,7 +75,7 @@ class ConvModule(nn.Module):
         return self.dropout(x), seen
 
     def _normalise(self, x: Tensor, exists: Tensor) -> Tensor:
-        """x (N, T, C). The statistics of batch norm are those of frames that count, whatever the padding."""
+        """x (N, T, C). The statistics of batch norm cover valid frames only, not padding."""
         norm = self.depthwise_norm
         if isinstance(norm, nn.LayerNorm):
             return norm(x)
@@ -88,9 +88,9 @@ class ConvModule(nn.Module):
 
 
 class BiasNorm(nn.Module):
-    """LayerNorm that keeps a part of the length of its input (arXiv:2310.11230, section 3.3).
+    """LayerNorm that retains some information on the length of its input (arXiv:2310.11230, section 3.3).
 
-    y = x * exp(g) / rms(x - b), without an epsilon: b, which is learnt, is what the length is compared with.
+    y = x * exp(g) / rms(x - b), without an epsilon; the learnt b is the reference for the length.
     """
 
     def __init__(self, dim: int) -> None:
@@ -108,7 +108,7 @@ class BiasNorm(nn.Module):
 
 
 def swoosh_l(x: Tensor) -> Tensor:
-    """log(1 + exp(x - 4)) - 0.08 x - 0.035, for layers whose input would rather be off (arXiv:2310.11230)."""
+    """log(1 + exp(x - 4)) - 0.08 x - 0.035, for modules that are normally off (arXiv:2310.11230)."""
     return _swoosh(x, 4.0, 0.035)
 
 
@@ -118,18 +118,18 @@ def swoosh_r(x: Tensor) -> Tensor:
 
 
 def _swoosh(x: Tensor, shift: float, offset: float) -> Tensor:
-    wide = x.float()  # the gradient of a half-precision product overflows
+    wide = x.float()  # in half precision the gradient overflows
     return F.softplus(wide - shift).sub_(wide, alpha=0.08).sub_(offset).to(x.dtype)
 
 
 def may_be_cut() -> bool:
-    """Whether what is long may be computed a piece at a time, which keeps it in the cache of a processor:
-    nobody asks for gradients, nor for a graph."""
+    """Whether long inputs may be computed in pieces, which fit the CPU cache: only without gradients and
+    outside of export."""
     return not (torch.is_grad_enabled() or torch.compiler.is_exporting())
 
 
 def append(past: Tensor, x: Tensor, dim: int) -> Tensor:
-    """past and x along `dim`, in the type of x: a state is float32, and autocast would make all of it so."""
+    """Concatenate past and x along `dim` in the dtype of x; autocast would take float32, that of past."""
     return torch.cat([past.to(x.dtype), x], dim)
 
 
@@ -139,7 +139,7 @@ def keep(x: Tensor, lens: Tensor, width: int, dim: int) -> Tensor:
     x (N, ..., width + T, ...), where the last T - lens entries of a stream are padding.
     """
     index = lens[:, None] + torch.arange(width, device=lens.device)
-    # whole rows behind `dim` are copied, which is several times faster than a gather of single numbers
+    # copies whole rows of the dimensions after `dim`, several times faster than a gather of single elements
     length, shape = x.shape[dim], [*x.shape[:dim], width, *x.shape[dim + 1 :]]
     groups = x.shape[1:dim].numel()
     first = torch.arange(x.shape[0] * groups, device=x.device).view(-1, groups, 1) * length
@@ -148,10 +148,10 @@ def keep(x: Tensor, lens: Tensor, width: int, dim: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Keep the variance of the input and start without a bias.
+    """Initialise to keep the variance of the input, with zero biases.
 
-    As torch starts convolutions, those of the subsampling shrink the signal to a hundredth, far below their
-    biases, and training spends its first thousand steps undoing that.
+    By torch's default, the subsampling convolutions shrink the signal to a hundredth, far below their biases,
+    and training spends its first thousand steps undoing that.
     """
     if isinstance(module, nn.Linear):
         nn.init.kaiming_uniform_(module.weight, nonlinearity="linear")
@@ -162,7 +162,7 @@ def initialise(module: nn.Module) -> None:
 
 
 def scaled(module: nn.Module, scale: float) -> nn.Module:
-    """Let a map start as torch does, times `scale`, and its bias uniform within a tenth of that."""
+    """Scale torch's initial weights by `scale`; draw the bias uniformly from +-0.1 * scale."""
     with torch.no_grad():
         module.get_parameter("weight").mul_(scale)
         if getattr(module, "bias", None) is not None:
@@ -171,9 +171,9 @@ def scaled(module: nn.Module, scale: float) -> nn.Module:
 
 
 def start_small(*ends: nn.Module) -> None:
-    """Let linear maps that end a residual branch start at a tenth, so that signal and gradients pass it by.
+    """Start the last linear map of a residual branch at a tenth, so signal and gradients bypass the branch.
 
-    With full size a small Conformer learns nothing of its alignment for several times as long.
+    At full scale, a small Conformer takes several times as long before it learns any alignment.
     """
     for end in ends:
         weight = end.get_parameter("weight")

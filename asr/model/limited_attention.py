@@ -1,10 +1,10 @@
-"""Attention to a window around each frame, and to the first frames, in memory linear in time.
+"""Attention to a window around each frame and to the first frames, with memory linear in time.
 
-Beltagy et al., "Longformer", arXiv:2004.05150, in blocks: B queries see the B + left + right keys that are
-near one of them, those too far from a query are masked: T (B + left + right) scores instead of T^2.
+Beltagy et al., "Longformer", arXiv:2004.05150, in blocks: B queries share the B + left + right keys near any
+of them, and a mask hides those too far from a query: T (B + left + right) scores instead of T^2.
 
-The first `num_global` frames see all frames, and are seen by all: each query has further scores for them,
-beside those of the window, which may hold them once more. Such scores have no term of position and no bias.
+The first `num_global` frames see all frames and are seen by all: each query has extra scores for them besides
+those of its window, which may contain them again. These scores have no positional term and no bias.
 
 N utterances · T frames · H heads · D channels per head · R = left + 1 + right distances · B queries a block
 """
@@ -21,16 +21,16 @@ LEAST_BLOCK = 16
 
 
 class Window(NamedTuple):
-    """Frames that a frame sees."""
+    """The frames that a frame sees."""
 
     left: int
     right: int
     num_global: int = 0
-    """First frames of the utterance that see all, and that all see."""
+    """How many first frames of the utterance see all frames and are seen by all."""
 
     @property
     def block(self) -> int:
-        """B: with as many queries as keys on one side, a third of the scores is not masked in vain."""
+        """B, the larger side: of a symmetric window, only a third of the scores is computed to be masked."""
         return max(self.left, self.right, LEAST_BLOCK)
 
 
@@ -43,10 +43,10 @@ def attend_near(
     lens: Tensor,
     window: Window,
 ) -> Tensor:
-    """What queries q (N, H, T, D) hear: (N, H, T, D).
+    """The attention output (N, H, T, D) for queries q (N, H, T, D).
 
-    content_bias (H, D) of queries; places (N, H, T, R): what distances from `left` to -`right` add to scores;
-    keys, values (N, H, T, D); lens (N,) keys that count.
+    content_bias (H, D) of queries; places (N, H, T, R): score terms of the distances `left` to -`right`;
+    keys, values (N, H, T, D); lens (N,): valid keys.
     """
     size, length = window.block, q.shape[2]
     blocks = (length + size - 1) // size
@@ -76,9 +76,9 @@ def attend_near(
 
 
 def skew(x: Tensor) -> Tensor:
-    """x (..., B, R), by distance -> (..., B, B - 1 + R), by key: row i moved by i, minus infinity around.
+    """x (..., B, R) by distance -> (..., B, B - 1 + R) by key: row i shifted by i, padded with -inf.
 
-    Rows with B columns more, read as rows with one column less, begin one number later each.
+    Rows padded by B columns, when read as rows one column shorter, each start one element later.
     """
     rows, num_distances = x.shape[-2:]
     x = F.pad(x, (0, rows), value=-torch.inf).flatten(-2)[..., :-rows]
@@ -92,7 +92,7 @@ def _near(x: Tensor, window: Window, behind: int) -> Tensor:
 
 
 def _exists(lens: Tensor, blocks: int, window: Window) -> Tensor:
-    """(N, T / B, B, left + B + right): keys before the end, and each frame itself: no row is empty."""
+    """(N, T / B, B, left + B + right): valid keys, and each frame itself, so that no row is empty."""
     size, span = window.block, window.left + window.block + window.right
     column = torch.arange(span, device=lens.device)
     keys = torch.arange(blocks, device=lens.device)[:, None] * size - window.left + column
@@ -102,7 +102,7 @@ def _exists(lens: Tensor, blocks: int, window: Window) -> Tensor:
 
 
 def _without_bias(first_keys: Tensor, content_bias: Tensor, lens: Tensor, bias: Tensor) -> Tensor:
-    """What takes the bias out of the scores of global keys (N, 1, H, G, D): (N, T / B, H, B, G)."""
+    """The term (N, T / B, H, B, G) that cancels the bias in scores of global keys (N, 1, H, G, D)."""
     of_bias = (first_keys @ content_bias[..., None]).squeeze(-1) * content_bias.shape[-1] ** -0.5
     counts = valid_mask(lens, first_keys.shape[3])[:, None, None]
     terms = torch.where(counts, -of_bias, -torch.inf)
@@ -110,7 +110,7 @@ def _without_bias(first_keys: Tensor, content_bias: Tensor, lens: Tensor, bias: 
 
 
 def _attend_all(q: Tensor, keys: Tensor, values: Tensor, lens: Tensor) -> Tensor:
-    """q (N, H, G, D): each global frame sees all that count, and itself."""
+    """q (N, H, G, D): each global frame sees all valid frames and itself."""
     itself = torch.eye(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device)
     mask = valid_mask(lens, keys.shape[2])[:, None, None] | itself
     return F.scaled_dot_product_attention(q, keys, values, mask)

@@ -1,4 +1,4 @@
-"""The layer of the Conformers of public families, whose parts differ: attention and convolution.
+"""The Conformer layer of public model families, which differ in attention and convolution.
 
 N streams · T' encoder frames · C channels · H heads · D channels per head · W cached frames · K kernel
 """
@@ -11,15 +11,15 @@ from asr.model.layers import FeedForward, initialise, keep, start_small
 
 
 class Shared(Protocol):
-    """What all layers of one call share, as far as this layer asks."""
+    """What this layer needs of the data that all layers of one call share."""
 
     @property
     def lens(self) -> Tensor:
-        """(N,) frames that count."""
+        """(N,) valid frames."""
 
     @property
     def valid(self) -> Tensor:
-        """(N, T', 1), True before the end."""
+        """(N, T', 1), True for valid frames."""
 
 
 class MacaronLayer(nn.Module):
@@ -34,7 +34,7 @@ class MacaronLayer(nn.Module):
         convolution: nn.Module,
         bias: bool = True,
     ) -> None:
-        """attention and convolution: with a map `out` at their end."""
+        """attention, convolution: modules that end with a linear map `out`."""
         super().__init__()
         self.feed_forward_1 = FeedForward(dim, ff_dim, dropout, bias=bias)
         self.attention_norm = nn.LayerNorm(dim)
@@ -50,7 +50,7 @@ class MacaronLayer(nn.Module):
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, conv: Tensor, sight: Shared
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all anew."""
+        """x (N, T', C); keys, values (N, H, W, D), conv (N, C, K - 1) of this layer. Returns all updated."""
         width, conv_width = keys.shape[2], conv.shape[2]
         x = x + 0.5 * self.feed_forward_1(x)
         y, keys, values = self.attention(self.attention_norm(x), keys, values, sight)

@@ -1,13 +1,13 @@
-"""The subsampling of Fast Conformer (arXiv:2305.05084): padded in time, with padding that stays silent.
+"""The subsampling of Fast Conformer (arXiv:2305.05084): padded in time, with padding that stays zero.
 
-Three (two) 3 x 3 convolutions with stride 2, all but the first depthwise-separable, each followed by ReLU
-and padded by zeros at both ends of the utterance: one frame at either, or, causal, two before and one behind,
-and the bins likewise. Behind a convolution with a bias, what is outside of the utterance is no longer zero;
-so it is set to zero before each of them, by its position in the utterance. Therefore a batch equals its
-utterances alone, and a window of frames, of a stream or of a very long utterance, gives what the whole gives.
+Three (two) 3 x 3 convolutions with stride 2, all but the first depthwise-separable, each followed by ReLU and
+zero-padded at both ends of the utterance: by one frame at either end or, if causal, two before and one after,
+and the bins likewise. A convolution with a bias makes frames outside the utterance non-zero, so these are
+zeroed before each convolution, by their position in the utterance. Batching therefore changes nothing, and a
+window of a stream or of a very long utterance gives the same as the whole.
 
-Encoder frame t sees feature frames 8 t - 7 .. 8 t + 7, or, causal, 8 t - 14 .. 8 t. At the end of an
-utterance the causal one has one or two frames more than there are whole ones: they see what is left.
+Encoder frame t sees feature frames 8 t - 7 .. 8 t + 7 or, if causal, 8 t - 14 .. 8 t. The causal form ends
+with one or two frames more than there are whole ones: they see what is left of the utterance.
 
 N streams · T' encoder frames · F mel bins · P frames before a window that it needs · C channels
 """
@@ -22,9 +22,9 @@ from asr.errors import ConfigError
 from asr.model.subsampling import strided_convolutions
 
 PIECE_FRAMES = 512
-"""Feature frames of an utterance that go through the convolutions at once. What the first one makes is the
-largest tensor of a model: of an hour, it has more numbers than 31 bits can index on a GPU; of pieces, it is
-still in the cache of a CPU when the next one reads it, which makes the subsampling twice as fast."""
+"""Feature frames of an utterance that pass through the convolutions at once. The output of the first one is
+the largest tensor of a model: for an hour of audio it exceeds 31-bit indexing on a GPU; in pieces it stays in
+the CPU cache until the next convolution reads it, which makes the subsampling twice as fast."""
 
 
 Lens = TypeVar("Lens", int, Tensor)
@@ -50,9 +50,10 @@ class MaskedSubsampling(nn.Module):
         return torch.where(x_lens > 0, self._shrunk(x_lens), 0)
 
     def forward(self, x: Tensor, start: Tensor, x_lens: Tensor) -> Tensor:
-        """A window x (N, P + rate * T', F), whose first frame is frame start (N,) of the utterance; it is
-        negative where the utterance begins in the window. x_lens (N,): frames of the utterance so far, of
-        which those that are in the window count.
+        """x (N, P + rate * T', F) -> (N, T', C), for a window of an utterance.
+
+        start (N,): the first frame of the window, negative if the utterance begins within it.  x_lens (N,):
+        frames of the utterance so far, including those before the window.
         """
         y = x[:, None]
         for layer in self.convolutions:
@@ -64,11 +65,11 @@ class MaskedSubsampling(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def whole(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        """Utterances x (N, T, F), x_lens (N,), in pieces where they are long: (N, T', C)."""
+        """Utterances x (N, T, F), x_lens (N,) -> (N, T', C), long ones in pieces."""
         length = torch.sym_max(self._shrunk(x.shape[1]), 1)
         x = F.pad(x, (0, 0, self.past_frames, length * self.rate - x.shape[1]))
         begin = torch.full_like(x_lens, -self.past_frames)
-        if torch.compiler.is_exporting():  # how many pieces there are is not known then
+        if torch.compiler.is_exporting():  # the number of pieces is unknown then
             return self(x, begin, x_lens)
         size, pieces = max(PIECE_FRAMES // self.rate, 1) * self.rate, []
         for start in range(0, length * self.rate, size):
@@ -83,6 +84,6 @@ class MaskedSubsampling(nn.Module):
 
 
 def _inside(start: Tensor, lens: Tensor, length: int) -> Tensor:
-    """(N, length): which of the positions from start (N,) on are those of frames 0 .. lens - 1."""
+    """(N, length): which of the positions from start (N,) on lie within frames 0 .. lens - 1."""
     position = start[:, None] + torch.arange(length, device=start.device)
     return (position >= 0) & (position < lens[:, None])

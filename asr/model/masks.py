@@ -1,7 +1,7 @@
 """Which frames may attend to which.
 
 One rule serves full context, chunked streaming and the decoder: time is cut into chunks of `chunk` encoder
-frames, and a frame sees its own chunk to the end, `left` whole chunks before it and `right` behind it.
+frames, and a frame sees all of its own chunk, `left` whole chunks before it and `right` after it.
 
     chunk = 2, left = 1        keys 0 1 2 3 4 5      with right = 1     0 1 2 3 4 5
                     query 0 1       x x . . . .                         x x x x . .
@@ -9,7 +9,7 @@ frames, and a frame sees its own chunk to the end, `left` whole chunks before it
                     query 4 5       . . x x x x                         . . x x x x
 
 Without `right`, look-ahead is between 0 and `chunk - 1` frames whatever the number of layers. With it, L
-layers add up to L * right * chunk frames more.
+layers add L * right * chunk frames.
 
 Masks are boolean and True means "may attend", as in torch's scaled_dot_product_attention.
 
@@ -37,10 +37,10 @@ ENDLESS = 1 << 40
 
 @dataclass(kw_only=True, slots=True)
 class ChunkConfig:
-    """The attention contexts that a model is trained on, so that it can stream with any chunk afterwards."""
+    """The attention contexts of training, which let a model stream with any chunk afterwards."""
 
     dynamic: bool = True
-    """Draw a context for every batch; False: always the whole utterance."""
+    """Draw a context for every batch; if false, always use the whole utterance."""
 
     max_chunk: int = 25
     """The longest chunk, in encoder frames."""
@@ -49,19 +49,18 @@ class ChunkConfig:
     """Limit the left context of half of the chunked batches to a random number of chunks."""
 
     max_right: int = 0
-    """Let every layer look ahead by a random number of chunks, up to this one, in chunked batches."""
+    """In chunked batches, let every layer look ahead by a random number of chunks, at most this many."""
 
     contexts: list[list[int]] = field(default_factory=list)
     """Draw one of these for every batch instead, as cache-aware models do (arXiv:2312.17279): [left, right]
     is a chunk of right + 1 frames and `left` frames before it, a whole number of chunks or -1 for all."""
 
     chunks: list[int] = field(default_factory=list)
-    """Draw one of these chunks instead, in encoder frames, with the same probability; 0 is the whole
-    utterance."""
+    """Draw the chunk uniformly from these lengths instead, in encoder frames; 0 is the whole utterance."""
 
     left_frames: list[int] = field(default_factory=lambda: [-1])
-    """With `chunks`, draw the left context from these, in encoder frames, rounded down to whole chunks, at
-    least one; -1 is all."""
+    """With `chunks`, draw the left context from these lengths in encoder frames, rounded down to whole chunks
+    but at least one; -1 is all."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_chunk", 1), ("max_right", 0)):
@@ -80,14 +79,14 @@ class ChunkConfig:
 
     @property
     def named(self) -> list[Context]:
-        """What `contexts` or `chunks` say that chunks are; with `chunks`, of any left context."""
+        """The chunked contexts that `contexts` or `chunks` list, the latter with unlimited left context."""
         if not self.dynamic:
             return []
         return [cache_aware(*x) for x in self.contexts] or [Context(chunk) for chunk in self.chunks if chunk]
 
 
 def valid_mask(lens: Tensor, length: int) -> Tensor:
-    """lens (N,) -> (N, length): True before the end of each."""
+    """lens (N,) -> (N, length): True for the first lens[n] entries."""
     return torch.arange(length, device=lens.device) < lens[:, None]
 
 
@@ -107,15 +106,15 @@ def context_mask(
     right: int | Tensor = 0,
     delay: int = 0,
 ) -> Tensor:
-    """`length` queries from offset - delay on, keys from offset - width to offset + length - 1.
+    """The mask of `length` queries from offset - delay on, and keys offset - width .. offset + length - 1.
 
-    offset (N,): frames of each stream before this call, so that a cache which is not yet full is masked by
-    the rule that limits the context in training.  lens (N,): keys from `offset` on that count.  chunk: frames
-    per chunk, 0 for one chunk of everything.  left: chunks before one's own, -1 for all.  right: chunks
-    behind it. The three may be int64 scalar tensors.  delay: frames that queries wait for keys, `width` at
-    most.
+    offset (N,): frames of each stream before this call, so that a cache that is not full yet is masked by
+    the rule that limits the context in training.  lens (N,): valid keys from `offset` on.  chunk: frames per
+    chunk, 0 for one chunk of everything.  left: chunks before the query's own, -1 for all.  right: chunks
+    after it. The three may be int64 scalar tensors.  delay: frames that queries wait for keys, at most
+    `width`.
 
-    Returns (N, length, width + length). Every query sees itself at least, so no softmax is empty.
+    Returns (N, length, width + length). Every query sees at least itself, so no softmax is empty.
     """
     chunk, left, right = (torch.as_tensor(value, device=offset.device) for value in (chunk, left, right))
     step = torch.arange(-width, length, device=offset.device)
@@ -132,9 +131,9 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
     """The context of one training batch, whose longest utterance has num_frames encoder frames.
 
     One of config.contexts or of config.chunks, if there are any. Else, with u uniform in 1 .. num_frames - 1:
-    the whole utterance if u > num_frames / 2, else chunks of (u mod max_chunk) + 1 frames, with unlimited
-    left context or, half of the time, a uniform number of chunks, and a uniform number of chunks of
-    look-ahead up to max_right.
+    the whole utterance if u > num_frames / 2, else chunks of (u mod max_chunk) + 1 frames. Left context is
+    unlimited or, if limit_left, half of the time a uniform number of chunks; look-ahead is a uniform number
+    of chunks up to max_right.
     """
     if not config.dynamic or num_frames < 2:
         return WHOLE
@@ -154,7 +153,7 @@ def draw_context(num_frames: int, generator: torch.Generator, config: ChunkConfi
 
 
 def cache_aware(left: int, right: int) -> Context:
-    """Chunks of right + 1 frames that see `left` frames before them, -1 for all."""
+    """Chunks of right + 1 frames with `left` frames of left context, -1 for all."""
     return Context(right + 1, left // (right + 1) if left >= 0 else -1)
 
 

@@ -1,8 +1,8 @@
 """Self-attention with the relative positions of Transformer-XL (Dai et al., arXiv:1901.02860, section 3.3).
 
-The score of query i and key j is ((q_i + u) k_j + (q_i + v) W s_{i - j}) / sqrt(D): a product of contents,
-and one with the sinusoid of their distance, each with a bias of its own for the query. Nothing depends on
-where time begins, and cached keys stay as they are.
+The score of query i and key j is ((q_i + u) k_j + (q_i + v) W s_{i - j}) / sqrt(D): a content term and one
+for the sinusoid of their distance, each with its own query bias. Nothing depends on absolute time, so cached
+keys never change.
 
 N streams · T query frames · W cached frames · R distances · C channels · H heads · D channels per head
 """
@@ -19,19 +19,19 @@ from asr.model.masks import valid_mask
 
 
 class Sight(NamedTuple):
-    """What all layers of one call share: its frames, and which of them see which."""
+    """What all layers of one call share: its frames, and which of them see each other."""
 
     lens: Tensor
-    """(N,) frames that count."""
+    """(N,) valid frames."""
 
     valid: Tensor
-    """(N, T, 1), True before the end."""
+    """(N, T, 1), True for valid frames."""
 
     distances: Tensor
     """(1, R, C), the sinusoids of the distances i - j that occur, from the past to the future."""
 
     seen: Tensor | Window
-    """By each frame: a mask (N, 1, T, W + T), or a window."""
+    """What each frame sees: a mask (N, 1, T, W + T) or a window."""
 
     @classmethod
     def of_mask(cls, lens: Tensor, mask: Tensor, dim: int) -> "Sight":
@@ -49,7 +49,7 @@ class Sight(NamedTuple):
 
 
 class RelativeAttention(nn.Module):
-    """Attention of a sequence to itself and to what is cached of its past, by contents and distances."""
+    """Attention of a sequence to itself and to its cached past, by content and distance."""
 
     def __init__(self, dim: int, num_heads: int, bias: bool = True) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class RelativeAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, C); keys, values (N, H, W, D) of the past, W = 0 for a window.
 
-        Returns y (N, T, C), and keys and values with those of x behind them, (N, H, W + T, D).
+        Returns y (N, T, C), and keys and values with those of x appended, (N, H, W + T, D).
         """
         q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
         keys = torch.cat([keys, k], dim=2)
         values = torch.cat([values, v], dim=2)
-        # their products with the queries are small beside the scores, so they are scaled and not those
+        # scaling the distances is cheaper than scaling the scores
         distances = split_heads(self.position(sight.distances), self.num_heads) * q.shape[-1] ** -0.5
         places = (q + self.position_bias[:, None]) @ distances.transpose(2, 3)
         if isinstance(sight.seen, Window):
@@ -80,10 +80,10 @@ class RelativeAttention(nn.Module):
 
 
 def align_distances(x: Tensor) -> Tensor:
-    """x (N, H, T, R), by distance from W + T - 1 down to 1 - T -> (N, H, T, W + T), by key.
+    """x (N, H, T, R) by distance, from W + T - 1 down to 1 - T -> (N, H, T, W + T) by key.
 
-    Row i begins T - 1 - i columns into x. With one column in front, rows of R + 1 numbers read as rows of R
-    begin one number earlier each.
+    Row i begins T - 1 - i columns into x. With a column prepended, rows of R + 1 elements, when read as rows
+    of R, each start one element earlier.
     """
     n, heads, length, num_distances = x.shape
     rows = F.pad(x, (1, 0)).view(n, heads, num_distances + 1, length)[:, :, 1:]

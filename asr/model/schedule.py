@@ -1,4 +1,4 @@
-"""Values that change as training goes on: piecewise linear functions of how many batches have been seen."""
+"""Values that change during training: piecewise linear functions of the number of batches seen."""
 
 from bisect import bisect_right
 from itertools import pairwise
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Schedule:
-    """Straight lines through (batch count, value) points, constant in front of them and behind them.
+    """Linear interpolation of (batch count, value) points, constant before the first and after the last.
 
     `Schedule((0, 0.3), (20_000, 0.1))` falls from 0.3 to 0.1 over the first 20,000 batches.
     """
@@ -25,7 +25,7 @@ class Schedule:
 
 
 def at(value: float | Schedule, batch_count: float) -> float:
-    """What a value is by then."""
+    """The value at batch_count."""
     return value(batch_count) if isinstance(value, Schedule) else value
 
 
@@ -33,8 +33,8 @@ def at(value: float | Schedule, batch_count: float) -> float:
 class Scheduled(Protocol):
     """A module that follows schedules.
 
-    It keeps the count as a plain number, 0 until it is told: no part of a checkpoint, nor of a graph, and
-    read without waiting for the device.
+    It keeps the count as a plain number, 0 until set: not part of a checkpoint or of an exported graph, and
+    read without a device synchronisation.
     """
 
     batch_count: float
@@ -46,5 +46,5 @@ def set_batch_count(modules: list[Scheduled], batch_count: float) -> None:
 
 
 def scheduled(model: nn.Module) -> list[Scheduled]:
-    """The modules that follow schedules: found once, as a model has thousands of others."""
+    """The modules that follow schedules; find them once, as a model has thousands of others."""
     return [module for module in model.modules() if isinstance(module, Scheduled)]

@@ -1,18 +1,16 @@
-"""Segmental attention decoder: every token hears only the frames between two boundaries (arXiv:2210.14742).
+"""Segmental attention decoder: each token attends only to frames between two boundaries (arXiv:2210.14742).
 
-    0 = t_0 < t_1 < ... < t_S = T        token s hears the frames behind t_{s-1} up to, and with, t_s
+    0 = t_0 < t_1 < ... < t_S = T        token s attends to frames t_{s-1} + 1 .. t_s
 
     p(a, t | x) = prod_s p(t_s | t_{s-1}, a_{s-1}, x) p(a_s | a_1 .. a_{s-1}, segments 1 .. s, x)
 
-A length model says at each frame whether the segment ends there. At the last frame it ends for certain, and
-with it the sequence: by a token, or by sos/eos, which may come nowhere else. So the probabilities of all
-texts and all boundaries sum to one. Attention costs as many products as there are frames, however many
-tokens.
+A length model predicts at each frame whether the segment ends there. At the last frame it certainly ends, and
+with it the sequence: by a token, or by sos/eos, which cannot occur elsewhere. The probabilities of all texts
+and boundaries thus sum to one. Attention costs one product per frame, however many tokens there are.
 
-The model learns from an alignment, which gives t. In the published one the length model and the decoder are
-recurrent; here the decoder is the Transformer of decoder.py, with the same parameters, and all that the
-length model knows of the past is the last token and the time since it, so that all frames of all hypotheses
-are one batch.
+The model learns from an alignment, which gives t. In the paper, the length model and the decoder are
+recurrent. Here the decoder is the Transformer of decoder.py, with the same parameters, and the length model
+knows only the last token and the time since it, so all frames of all hypotheses form one batch.
 
 N utterances or hypotheses · U tokens · T encoder frames, counted from 1 where they end a segment · V units ·
 C channels of the encoder · M longest segment that is heard as a whole
@@ -32,26 +30,26 @@ from asr.model.layers import initialise
 from asr.model.masks import valid_mask
 
 FIRST_UNIT = SOS_EOS + 1
-"""What is neither blank nor sos/eos."""
+"""The first unit that is neither blank nor sos/eos."""
 
 PRIOR = 10.0
-"""So many segments of average length are added to those that were counted of each token."""
+"""Pseudo-count: segments of the average length distribution that are added to the counts of each token."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SegmentalConfig(DecoderConfig):
-    """Size of the segmental decoder; the fields that it shares with the ordinary one mean the same."""
+    """Size of the segmental decoder; fields shared with DecoderConfig have the same meaning."""
 
     type: Literal["transformer", "segmental", "chunked"] = "segmental"
 
     max_segment_frames: int = 32
-    """Of a longer segment the token hears only this many frames, the last ones: silence is in front."""
+    """In a longer segment, the token attends only to the last frames, this many: silence comes first."""
 
     length_dim: int = 128
     """Hidden channels of the length model."""
 
     length_weight: float = 1.0
-    """Of the length model in the loss of the decoder."""
+    """Weight of the length model in the loss of the decoder."""
 
     def __post_init__(self) -> None:
         for name in ("max_segment_frames", "length_dim"):
@@ -66,7 +64,7 @@ class SegmentalConfig(DecoderConfig):
 
 
 class LengthModel(nn.Module):
-    """How long segments are: a network of what is heard, and counts of what was seen in training."""
+    """Models segment lengths: by a network over encoder frames, and by counts from training."""
 
     counts: Tensor
 
@@ -83,26 +81,26 @@ class LengthModel(nn.Module):
         """The log-odds (...) that a segment ends at its frame.
 
         y (..., C): that frame; labels (...): the token before the segment, sos/eos for the first one;
-        durations (...): frames of the segment so far, that one included.
+        durations (...): frames of the segment so far, including this one.
         """
         duration = self.duration(durations.clamp(1, self.duration.num_embeddings) - 1)
         return self.out(torch.tanh(self.frame(y) + self.embedding(labels) + duration))[..., 0].float()
 
     @torch.no_grad()
     def count(self, labels: Tensor, durations: Tensor) -> None:
-        """See segments (R,) of these tokens and lengths; the last length is also that of all longer ones."""
+        """Count segments (R,) of these labels and lengths; lengths above the maximum count as it."""
         index = labels * self.counts.shape[1] + durations.clamp(1, self.counts.shape[1]) - 1
         self.counts.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.counts.dtype))
 
     def log_lengths(self) -> Tensor:
-        """log p(length | token) (V, M) of 1 to M frames, by the counts."""
+        """log p(length | token) (V, M) for 1 to M frames, from the counts."""
         average = self.counts.sum(0) + 1
         smooth = self.counts + PRIOR * average / average.sum()
         return smooth.log() - smooth.sum(1, keepdim=True).log()
 
 
 class SegmentalDecoder(TransformerDecoder):
-    """p(next token | tokens so far, its segment), and of the lengths of segments."""
+    """p(next token | tokens so far, its segment), and a model of segment lengths."""
 
     config: SegmentalConfig
 
@@ -111,8 +109,8 @@ class SegmentalDecoder(TransformerDecoder):
         self.length = LengthModel(num_tokens, memory_dim, config.length_dim, config.max_segment_frames)
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """logits (..., V) -> of each token, its log-probability given that the sequence does not end here; of
-        sos/eos, that it does, if this is the last frame; of blank, -inf."""
+        """logits (..., V) -> for tokens, log-probabilities given that the sequence does not end here; for
+        sos/eos, that of ending here if this is the last frame; for blank, -inf."""
         eos = logits[..., SOS_EOS:].log_softmax(-1)[..., :1]
         never = torch.full_like(eos, -torch.inf)
         return torch.cat([never, eos, logits[..., FIRST_UNIT:].log_softmax(-1)], -1)
@@ -128,9 +126,9 @@ class SegmentalDecoder(TransformerDecoder):
     ) -> Tensor:
         """-log p(tokens, boundaries | y) of each utterance (N,), label-smoothed, in nats.
 
-        As TransformerDecoder.loss, the part of the length model times `length_weight`. token_ends (N, U): the
-        encoder frame behind each token, mended by `fit_ends`. An utterance with more tokens than frames gives
-        0. ConfigError where there is no alignment. In training, lengths are counted.
+        As TransformerDecoder.loss, plus `length_weight` times the loss of the length model.
+        token_ends (N, U): the first encoder frame after each token, repaired by `fit_ends`. An utterance with
+        more tokens than frames gives 0. Raises ConfigError without an alignment. In training, counts lengths.
         """
         if tokens.shape[1] and not token_ends.shape[1]:
             raise ConfigError(
@@ -140,7 +138,7 @@ class SegmentalDecoder(TransformerDecoder):
         ends = fit_ends(token_ends, token_lens, y_lens)
         starts = F.pad(ends, (1, 0))[:, :-1]
         fits = (token_lens <= y_lens) & (y_lens > 0)
-        # where the last token reaches the last frame, nothing is left that sos/eos could end
+        # if the last token ends at the last frame, no frame is left for sos/eos
         num_segments = (token_lens + (starts.gather(1, token_lens[:, None])[:, 0] < y_lens)) * fits
         inputs = F.pad(tokens, (1, 0), value=SOS_EOS)
         targets = F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], SOS_EOS)
@@ -167,13 +165,13 @@ class SegmentalDecoder(TransformerDecoder):
 
 
 def end_odds(logits: Tensor) -> Tensor:
-    """logits (..., V) -> log-odds (...) that the sequence ends, at the last frame."""
+    """logits (..., V) -> log-odds (...) that sos/eos ends the sequence, at the last frame."""
     return logits[..., SOS_EOS] - logits[..., FIRST_UNIT:].logsumexp(-1)
 
 
 def label_log_probs(logits: Tensor, is_last: Tensor) -> Tensor:
-    """Log-probabilities (N, U, V) of what ends a segment, 0 for what cannot: blank, and sos/eos unless
-    is_last (N, U), that is at the last frame."""
+    """Log-probabilities (N, U, V) of the unit that ends a segment. Units that cannot get 0: blank, and
+    sos/eos unless is_last (N, U), that is, at the last frame."""
     ends = end_odds(logits)
     units = logits[..., FIRST_UNIT:].log_softmax(-1)
     units = units + torch.where(is_last, F.logsigmoid(-ends), 0.0)[..., None]
@@ -182,10 +180,10 @@ def label_log_probs(logits: Tensor, is_last: Tensor) -> Tensor:
 
 
 def fit_ends(token_ends: Tensor, token_lens: Tensor, y_lens: Tensor) -> Tensor:
-    """Boundaries that grow by a frame at least, as near to token_ends (N, U) as the frames y_lens (N,) allow.
+    """Boundaries at least a frame apart, as near to token_ends (N, U) as y_lens (N,) frames allow.
 
-    Returns (N, U + 1): those of the first token_lens (N,) tokens, then y_lens. Where there are more tokens
-    than frames they mean nothing.
+    Returns (N, U + 1): those of the first token_lens (N,) tokens, then y_lens. Undefined for utterances with
+    more tokens than frames.
     """
     index = torch.arange(token_ends.shape[1], device=token_ends.device)
     earliest = torch.cummax((token_ends - index).clamp(min=1), dim=1).values + index

@@ -1,9 +1,8 @@
-"""Gradients that keep activations in shape: identities whose backward pass adds the gradient of a penalty.
+"""Regularisers of activations: identities whose backward pass adds the gradient of a penalty.
 
-Zipformer trains with them (arXiv:2310.11230, section 3.4). The penalties are weighed by the gradient that
-arrives, so that they act alike whatever the scale of the loss. They act in some steps only, drawn with a
-probability that may follow a schedule; in evaluation, without gradients, and so in an exported graph, nothing
-is left of them.
+Zipformer trains with them (arXiv:2310.11230, section 3.4). Penalties scale with the incoming gradient, so
+their effect does not depend on the scale of the loss. They act in random steps only, with a probability that
+may follow a schedule. In evaluation, without gradients, and thus in an exported graph, they vanish.
 
 N utterances · T frames · C channels
 """
@@ -21,16 +20,16 @@ TINY = 1e-20
 
 
 def happens(probability: float) -> bool:
-    """Drawn from torch's generator of the CPU: without waiting for a device, and again the same where
-    activations are computed a second time."""
+    """True with this probability. Draws from torch's CPU generator, so nothing waits for a device, and
+    activation checkpointing repeats the draw when it recomputes."""
     return torch.rand(()).item() < probability
 
 
 class Balancer(nn.Module):
-    """Limits, for each channel, the share of positive values and the mean absolute value.
+    """Limits the share of positive values and the mean absolute value of each channel.
 
-    What is limited has a useful gradient: mean / standard deviation in place of the share, the root mean
-    square in place of the mean absolute value, which fit each other as in normally distributed values.
+    The limits apply to proxies with useful gradients: mean / standard deviation for the share, and root mean
+    square for the mean absolute value, converted as for normally distributed values.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Balancer(nn.Module):
 def mean_over_std(positive: float) -> float:
     """The mean / standard deviation that stands for a share of positive values: -inf for 0, inf for 1.
 
-    It rises with the share as it would in normally distributed values, which need 1.2 to 1.5 times as much.
+    An approximation of the normal quantile, which is 1.2 to 1.5 times as large.
     """
     if not 0 < positive < 1:
         return math.copysign(math.inf, positive - 0.5)
@@ -77,8 +76,8 @@ def rms_of_abs(mean_abs: float) -> float:
 
 
 def imbalance(x: Tensor, limits: tuple[float, float, float, float], channel_dim: int) -> Tensor:
-    """How far each channel (C,) is outside of the limits: m = mean / standard deviation by the difference,
-    the root mean square by the logarithm of the ratio. limits: least and most m, least and most rms."""
+    """How far each channel (C,) is outside the limits: m = mean / standard deviation as a difference, plus
+    the root mean square as the logarithm of a ratio. limits: least and most m, least and most rms."""
     low, high, least, most = limits
     others = [dim for dim in range(x.dim()) if dim != channel_dim % x.dim()]
     mean, square = x.mean(others), x.square().mean(others)
@@ -107,10 +106,10 @@ class _Balance(torch.autograd.Function):
 
 
 class Whitener(nn.Module):
-    """Limits how much the variance of activations is concentrated in few directions.
+    """Limits how far the variance of activations concentrates in a few directions.
 
-    limit: of `whiteness`, which is 1 where the covariance is a multiple of the identity.  probs: how often it
-    looks while all is well, and how often from where the limit is passed until it is kept again.
+    limit: of `whiteness`, which is 1 if the covariance is a multiple of the identity.  probs: how often it
+    checks while the limit holds, and how often once the limit is exceeded, until it holds again.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Whitener(nn.Module):
         self.probs = probs
         self.grad_scale = grad_scale
         self.alarm = True
-        """Whether the limit was passed when it looked last; training saves it, see `alarms`."""
+        """Whether the last check exceeded the limit; training saves it, see `alarms`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> x."""
@@ -137,9 +136,9 @@ class Whitener(nn.Module):
 
 
 def whiteness(x: Tensor, num_groups: int) -> Tensor:
-    """mean of the squared eigenvalues / squared mean of the eigenvalues, of the covariance of x (..., C).
+    """Mean of the squared eigenvalues / squared mean of the eigenvalues of the covariance of x (..., C).
 
-    Each group of channels has a covariance of its own; the means are over all groups. 1 at least.
+    Each group of channels has its own covariance; the means are over all groups. At least 1.
     """
     frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
     centred = frames - frames.mean(1, keepdim=True)
@@ -167,7 +166,7 @@ class _Whiten(torch.autograd.Function):
 
 
 def _gradient(penalty: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
-    """A penalty of x and its gradient, in float32 even where x is not."""
+    """A penalty on x and its gradient, in float32 whatever the dtype of x."""
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         x = x.detach().float().requires_grad_()
         value = penalty(x)
@@ -176,7 +175,7 @@ def _gradient(penalty: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Te
 
 
 def alarms(model: nn.Module) -> list[bool]:
-    """What the whiteners of a model know, for a checkpoint."""
+    """The states of all whiteners of a model, for a checkpoint."""
     return [module.alarm for module in model.modules() if isinstance(module, Whitener)]
 
 
@@ -187,9 +186,9 @@ def restore_alarms(model: nn.Module, states: list[bool]) -> None:
 
 
 def penalize_abs_values_gt(x: Tensor, limit: float, penalty: float) -> Tensor:
-    """x, for which every |value| above `limit` adds `penalty` times its excess to what is minimised.
+    """x itself; in the backward pass, each |value| above `limit` adds `penalty` times its excess to the loss.
 
-    The penalty is added as it is: where the loss is divided by a number of tokens, it should be, too.
+    The penalty is not normalised: if the loss is divided by a number of tokens, divide the penalty, too.
     """
     return _Penalise.apply(x, limit, penalty)
 
@@ -207,8 +206,8 @@ class _Penalise(torch.autograd.Function):
 
 
 def limit_param_value(x: Tensor, low: float, high: float) -> Tensor:
-    """x, a parameter that comes back into [low, high]: a gradient that would move a value further out is
-    turned round. Where to be inside is not urgent, call it in some steps only."""
+    """x itself, a parameter to pull back into [low, high]: a gradient that would move a value further out is
+    negated. If that is not urgent, call it in some steps only."""
     return _Limit.apply(x, low, high)
 
 

@@ -1,7 +1,7 @@
-"""What every streaming state has in common.
+"""The base of all streaming states.
 
-Every tensor's first dimension is N, the number of streams, so streams join and leave a batch with the
-functions below, whatever the module. A field is a tensor, or a group of them: a state, or a tuple of either.
+The first dimension of every tensor is N, the number of streams, so the functions below let streams join and
+leave a batch, whatever the module. A field is a tensor or a group of them: a state, or a tuple of either.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class State:
-    """What a module must remember between two calls. Returned by `forward`, never stored on a module."""
+    """What a module must remember between calls. Returned by `forward`, never stored on a module."""
 
     def named(self) -> dict[str, Tensor]:
-        """All tensors in order, those of groups as "group_0_field": inputs and outputs of the ONNX graph."""
+        """All tensors in order, those of groups as "group_0_field": the names in the ONNX graph."""
         return dict(_named(self))
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -25,7 +25,7 @@ class State:
         return tuple(self.named().values())
 
     def of(self, tensors: Sequence[Tensor]) -> Self:
-        """The inverse of `tensors`: a state like this one, of other tensors."""
+        """The inverse of `tensors`: a state like this one with other tensors."""
         rest = iter(tensors)
         return _map(lambda _: next(rest), self)
 
@@ -39,12 +39,12 @@ def join(states: Sequence[S]) -> S:
 
 
 def split(state: S) -> list[S]:
-    """The inverse of `join`: one state of N = 1 for each stream."""
+    """The inverse of `join`: a state with N = 1 for each stream."""
     return [state.of(x) for x in zip(*(x.split(1) for x in state.tensors()), strict=True)]
 
 
 def select(state: S, index: Tensor) -> S:
-    """The streams (or hypotheses) index (N',), which may repeat, drop and reorder."""
+    """The streams (or hypotheses) at index (N',), which may repeat, drop and reorder them."""
     return _map(lambda x: x.index_select(0, index), state)
 
 
@@ -58,7 +58,7 @@ def _named(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same structure, of changed tensors."""
+    """The same structure with changed tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple):

@@ -22,14 +22,14 @@ class Subsampling(nn.Module):
         self.out = nn.Linear(channels * -(-num_bins // rate), dim)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        """x (N, T, F), past (N, rate - 1, F). Frames missing to a whole encoder frame are taken as zero."""
+        """x (N, T, F), past (N, rate - 1, F). Zeros complete the last encoder frame."""
         x = torch.cat([past, F.pad(x, (0, 0, 0, self.rate - 1))], dim=1)
         y = self.convolutions(x[:, None]).permute(0, 2, 3, 1)
         return self.out(y.flatten(2))
 
 
 def strided_convolutions(channels: int, rate: int, activation: type[nn.Module]) -> nn.Sequential:
-    """(N, 1, T, F) -> (N, channels, T / rate, F / rate); not padded in time, by one bin at either edge."""
+    """(N, 1, T, F) -> (N, channels, T / rate, F / rate); padded by one bin at either edge, not in time."""
     layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, stride=2, padding=(0, 1)), activation()]
     for _ in range(rate.bit_length() - 2):
         layers += [

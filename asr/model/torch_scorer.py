@@ -1,5 +1,5 @@
-"""A HybridModel as the searches see a model (asr/decode/scorer.py): arrays in, arrays out, the rest on its
-device.
+"""A HybridModel as a Scorer for the searches (asr/decode/scorer.py): NumPy arrays in and out, everything else
+stays on the device.
 
 N utterances · T encoder frames · B hypotheses · U tokens · V units · k best continuations
 """
@@ -24,7 +24,7 @@ from asr.model.state import join, select
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# hypotheses scored in one call of the decoder: bounds the memory of their logits and of what they attend to
+# hypotheses scored in one call of the decoder: bounds the memory of logits and cross-attention
 ROWS = 64
 
 
@@ -41,13 +41,13 @@ class Memory:
     """(N,)"""
 
     def rows(self, owner: Ints) -> "Memory":
-        """One row for each hypothesis, which is of utterance owner[b] (B,)."""
+        """One row for each hypothesis; hypothesis b belongs to utterance owner[b], owner (B,)."""
         index = torch.from_numpy(owner).to(self.y_lens.device)
         parts = (self.cross_keys, self.cross_values, self.y, self.y_lens)
         return Memory(*(x.index_select(0, index) for x in parts))
 
     def windows(self, owner: Ints, window: Window) -> "Memory":
-        """As `rows`, of the frames of each hypothesis' window alone."""
+        """As `rows`, with only the frames in the window of each hypothesis."""
         device = self.y_lens.device
         lens = torch.from_numpy(window.end - window.start).to(device)
         frames = torch.from_numpy(window.start).to(device)[:, None] + torch.arange(
@@ -70,12 +70,12 @@ class Hypotheses:
     owner: Ints
     """(B,)"""
     heard: Memory | None
-    """memory.rows(owner), once it was asked for"""
+    """memory.rows(owner), once computed"""
     past: DecoderState
 
 
 class TorchScorer:
-    """A model on `device`, in evaluation mode whenever it is asked, and in its own mode again afterwards."""
+    """A model on `device`; every call runs in evaluation mode and then restores the previous mode."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class TorchScorer:
         word_starts: NDArray[np.bool_] | None = None,
         symbols: Sequence[str] = (),
     ) -> None:
-        """word_starts, symbols: as in Scorer; without them, units do not say."""
+        """word_starts, symbols: as in Scorer; by default no unit starts a word, and symbols are unknown."""
         self.model = model.to(device)
         self.device = torch.device(device)
         self.num_tokens = model.num_tokens
@@ -102,9 +102,9 @@ class TorchScorer:
         self.frame_s = model.frame_s
 
     def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Memory]:
-        """As Scorer.encode; the waveforms may have different lengths, and none of them changes another."""
+        """As Scorer.encode; waveforms may differ in length and do not affect one another."""
         lens = torch.tensor([len(x) for x in samples], device=self.device)
-        # zeros behind the end change nothing, and spare the encoder a batch without a frame
+        # padding changes nothing, and ensures that the batch has at least one frame
         shortest = torch.zeros(self.model.fbank.frame_samples)
         batch = pad_sequence([*map(torch.as_tensor, samples), shortest], batch_first=True)[:-1]
         with self._evaluating():
@@ -138,7 +138,7 @@ class TorchScorer:
         return Hypotheses(memory, owner, None, self.model.decoder.init_state(len(owner)))
 
     def step(self, state: Hypotheses, tokens: Ints, k: int, window: Window | None = None) -> Step:
-        """As Scorer.step; only the k best of the V leave the device."""
+        """As Scorer.step; only the k best of V units leave the device."""
         last = torch.from_numpy(tokens.reshape(len(tokens), -1)).to(self.device)
         if window is None:
             state = replace(state, heard=state.heard or state.memory.rows(state.owner))
@@ -154,7 +154,7 @@ class TorchScorer:
         return Step(ids.cpu().numpy(), values.cpu().numpy(), attention[:, -1].cpu().numpy(), state)
 
     def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
-        """As Scorer.listen; each head by itself."""
+        """As Scorer.listen, for each head separately."""
         heard = memory.rows(np.array([utterance]))
         shown = torch.tensor([tokens], device=self.device)
         with self._evaluating():
@@ -162,7 +162,7 @@ class TorchScorer:
         return found[0].cpu().numpy()
 
     def steps(self, state: Hypotheses, tokens: Ints, k: int) -> Step:
-        """As Scorer.steps; only the k best of the V leave the device."""
+        """As Scorer.steps; only the k best of V units leave the device."""
         heard = state.heard or state.memory.rows(state.owner)
         given = torch.from_numpy(tokens).to(self.device)
         decoder = self.model.decoder
@@ -182,7 +182,7 @@ class TorchScorer:
     def select(self, state: Hypotheses, index: Ints) -> Hypotheses:
         """As Scorer.select."""
         owner = state.owner[index]
-        # most steps reorder hypotheses within their utterance, and what they hear stays where it is
+        # most steps reorder hypotheses within their utterance, so the memory rows stay in place
         same = np.array_equal(owner, state.owner)
         heard = state.heard if same else None
         past = select(state.past, torch.from_numpy(index).to(self.device))
@@ -252,7 +252,7 @@ class TorchScorer:
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         training = self.model.training
-        if training:  # it visits every module, which costs as much as a small step
+        if training:  # eval() visits every module, which costs as much as a small step
             self.model.eval()
         try:
             with torch.inference_mode():

@@ -1,15 +1,14 @@
 """The Conformer encoder of public WeNet checkpoints (Zhang et al., arXiv:2012.05481, arXiv:2106.05642).
 
-It differs from asr/model/conformer.py in the scheme of its positions, in what the convolution module keeps,
-and at its front:
+It differs from asr/model/conformer.py in its positions, the cache of the convolution module, and its front:
 
-- attention adds to the product of query and key that of the query and the sinusoid of the key's *absolute*
-  position, each with a bias of its own for the query; nothing is shifted (compare arXiv:1901.02860). A stream
-  therefore must know its offset;
-- the state of the convolution is its input before the gate, so that silence before an utterance passes it;
-- the subsampling convolutions are not padded. An encoder frame needs the feature frames behind it, and calls
-  overlap: (c - 1) * subsampling + window feature frames give c encoder frames, the stream goes on by
-  c * subsampling, and the last `overlap_frames` are given again.
+- a score adds the product of the query with the sinusoid of the key's *absolute* position to that of query
+  and key, with a separate query bias for each; nothing is shifted (compare arXiv:1901.02860). A stream must
+  therefore know its offset;
+- the convolution caches its input before the gate, so zeros before an utterance pass through the gate;
+- the subsampling convolutions are not padded. An encoder frame needs later feature frames, so calls overlap:
+  (c - 1) * subsampling + window feature frames give c encoder frames, the stream advances by
+  c * subsampling, and the last `overlap_frames` come again in the next call.
 
 Batch norm and symmetric convolutions are for old checkpoints, the latter for whole utterances only.
 
@@ -37,7 +36,7 @@ CONVOLUTIONS = {
     "conv2d6": ((3, 2), (5, 3)),
     "conv2d8": ((3, 2), (3, 2), (3, 2)),
 }
-"""Kernel and stride of the subsampling, the same in time and frequency."""
+"""Kernel and stride of the subsampling convolutions, the same in time and frequency."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,31 +47,31 @@ class WenetConformerConfig:
     """The key in ENCODERS."""
 
     dim: int = 256
-    """C, channels of every layer, an even number."""
+    """C, channels of every layer; must be even."""
 
     num_layers: int = 12
     """L."""
 
     num_heads: int = 4
-    """H, which divides dim."""
+    """H, which must divide dim."""
 
     ff_dim: int = 2048
     """Hidden channels of both feed-forward modules of a layer."""
 
     kernel_size: int = 8
-    """K of the convolution module, odd if it is not causal."""
+    """K of the convolution module; must be odd if `causal` is false."""
 
     causal: bool = True
-    """Whether the convolution sees the present and the past only; else it is symmetric and cannot stream."""
+    """The convolution sees only the current frame and the past; if false, symmetric and cannot stream."""
 
     norm: Literal["layer_norm", "batch_norm"] = "layer_norm"
-    """Within the convolution module."""
+    """Norm within the convolution module."""
 
     input_layer: Literal["conv2d", "conv2d6", "conv2d8"] = "conv2d"
-    """Feature frames per encoder frame: 4, 6 or 8."""
+    """The subsampling: 4, 6 or 8 feature frames per encoder frame."""
 
     dropout: float = 0.1
-    """Behind the front, every module of a layer, and within the feed-forward modules."""
+    """Dropout after the front and every module of a layer, and within the feed-forward modules."""
 
     chunk: ChunkConfig = field(default_factory=ChunkConfig)
     """The attention contexts of training."""
@@ -80,22 +79,22 @@ class WenetConformerConfig:
 
 @dataclass(frozen=True)
 class WenetConformerState(State):
-    """What a stream remembers, besides the frames that it gives again."""
+    """What a stream remembers, besides the frames that it passes again."""
 
     keys: Tensor
-    """(N, L, H, W, D), without position."""
+    """(N, L, H, W, D), without positions."""
 
     values: Tensor
     """(N, L, H, W, D)."""
 
     conv: Tensor
-    """(N, L, C, K - 1), before the gate; nothing where the convolution is symmetric."""
+    """(N, L, C, K - 1), before the gate; empty if the convolution is symmetric."""
 
     offset: Tensor
     """(N,) int64: encoder frames so far."""
 
     def widen(self, num_frames: int) -> Self:
-        """Make room for num_frames more cached frames: before each call, left context without limit."""
+        """Make room for num_frames more cached frames, before each call if left context is unlimited."""
         pad = (0, 0, num_frames, 0)
         return replace(self, keys=F.pad(self.keys, pad), values=F.pad(self.values, pad))
 
@@ -104,10 +103,10 @@ class Sight(NamedTuple):
     """What all layers of one call share."""
 
     lens: Tensor
-    """(N,) encoder frames that count."""
+    """(N,) valid encoder frames."""
 
     valid: Tensor
-    """(N, T', 1), True before the end."""
+    """(N, T', 1), True for valid frames."""
 
     mask: Tensor
     """(N, 1, T', W + T')."""
@@ -144,7 +143,7 @@ class ValidSubsampling(nn.Module):
         return ((x_lens - self.window) // self.rate + 1).clamp(min=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, T, F); one encoder frame where T is shorter than a window."""
+        """x (N, T, F); gives one encoder frame if T is shorter than a window."""
         x = F.pad(x, (0, 0, 0, max(self.window - x.shape[1], 0)))
         return self.out(self.convolutions(x[:, None]).transpose(1, 2).flatten(2))
 
@@ -164,13 +163,13 @@ class KeyPositionAttention(nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T', C); keys, values (N, H, W, D) of the past.
 
-        Returns y (N, T', C), and keys and values with those of x behind them, (N, H, W + T', D).
+        Returns y (N, T', C), and keys and values with those of x appended, (N, H, W + T', D).
         """
         q, k, v = (split_heads(part, self.num_heads) for part in self.project(x).chunk(3, dim=-1))
         keys = torch.cat([keys, k], dim=2)
         values = torch.cat([values, v], dim=2)
         p = split_heads(self.position(sight.positions), self.num_heads)
-        # (q + u) k + (q + v) p is one product of twice as many channels
+        # (q + u) k + (q + v) p is one product over twice as many channels
         queries = torch.cat([q + self.content_bias[:, None], q + self.position_bias[:, None]], dim=-1)
         y = F.scaled_dot_product_attention(
             queries, torch.cat([keys, p], dim=-1), values, sight.mask, scale=q.shape[-1] ** -0.5
@@ -179,7 +178,7 @@ class KeyPositionAttention(nn.Module):
 
 
 class InputConvModule(nn.Module):
-    """The convolution module that keeps its input, causal or symmetric."""
+    """The convolution module that caches its input, causal or symmetric."""
 
     def __init__(self, config: WenetConformerConfig) -> None:
         super().__init__()
@@ -195,11 +194,11 @@ class InputConvModule(nn.Module):
     def forward(self, x: Tensor, past: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, T', C), past (N, C, K - 1 or 0), valid (N, T', 1).
 
-        Returns (N, T', C), and what the convolution saw, (N, C, K - 1 + T'), of which a stream keeps the end.
+        Returns (N, T', C), and the module's normed input (N, C, K - 1 + T'), whose end a stream keeps.
         """
         seen = torch.cat([past.transpose(1, 2), self.norm(x)], dim=1)
         x = F.glu(self.gated(seen), dim=-1)
-        if self.sides:  # else padding, which is not silent behind a gate with a bias, would be heard
+        if self.sides:  # padding is not zero after a gate with a bias, and must not be seen
             x = torch.where(valid, x, 0.0)
         x = self.depthwise(x.transpose(1, 2)[:, :, None])[:, :, 0]
         if isinstance(self.depthwise_norm, nn.BatchNorm1d):
@@ -246,14 +245,14 @@ class WenetConformer(nn.Module):
     def init_state(self, n: int, width: int, delay: int = 0) -> WenetConformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk, or more.
 
-        Raises ConfigError where the convolution is symmetric, and for look-ahead.
+        Raises ConfigError if the convolution is symmetric, and for look-ahead.
         """
         _refuse_look_ahead("delay", delay)
         self._require_causal()
         return self._empty_state(n, width)
 
     def flush_frames(self, delay: int) -> int:
-        """None: a frame is there as soon as all that it hears is."""
+        """0: a frame is output as soon as all that it sees has arrived."""
         return 0
 
     def forward(
@@ -267,16 +266,16 @@ class WenetConformer(nn.Module):
     ) -> tuple[Tensor, Tensor, WenetConformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
-        x (N, T, F): padded at the end.  x_lens (N,): frames that count; in a stream that goes on, a multiple
-        of chunk * subsampling plus `overlap_frames`, of which the latter come again at the start of the next
-        call, or less than a window, which is nothing.  state: what the previous call returned; None at the
-        start of an utterance.  chunk: encoder frames per attention chunk, 0 for the whole utterance.  left:
-        chunks of left context, -1 for all; the state must be wide enough for them. Both may be int64 scalar
-        tensors.  right: 0.
+        x (N, T, F): padded at the end.  x_lens (N,): valid frames; in any but the last call of a stream, a
+        multiple of chunk * subsampling plus `overlap_frames`, which come again at the start of the next call;
+        less than a window yields nothing.  state: what the previous call returned; None at the start of an
+        utterance.  chunk: encoder frames per attention chunk, 0 for the whole utterance.  left: chunks of
+        left context, -1 for all; the state must be wide enough for them. Both may be int64 scalar tensors.
+        right: 0.
 
-        Returns y (N, T', C), zero behind y_lens (N,), and the state for the next call, where T' =
-        (T - overlap_frames) // subsampling and at least 1.  Raises ConfigError where a stream goes on with a
-        symmetric convolution, and for look-ahead.
+        Returns y (N, T', C), zero from y_lens (N,) on, and the state for the next call, where T' =
+        (T - overlap_frames) // subsampling and at least 1.  Raises ConfigError for a state if the convolution
+        is symmetric, and for look-ahead.
         """
         _refuse_look_ahead("right", int(right))
         if state is None:

@@ -1,11 +1,11 @@
 """Whisper's encoder (Radford et al., arXiv:2212.04356): a Transformer over a window of fixed length.
 
-Two convolutions, of which the second halves the frame rate, fixed sinusoids, pre-norm layers, and a norm.
-There is no mask: silence that fills the window is heard like the rest, by the encoder and by whoever listens
-to it, so all frames of y count.
+Two convolutions, the second of which halves the frame rate, fixed sinusoids, pre-norm layers, and a final
+norm. There is no mask: encoder and decoder attend to the silence that fills the window, too, so all frames of
+y are valid.
 
-The projections of keys have no bias in published models. Ours have one, which changes nothing: it adds the
-same to all scores of a query.
+In published models, key projections have no bias. Here they have one, which changes nothing: it adds the same
+value to all scores of a query.
 
 N utterances · T feature frames · T' encoder frames · F mel bins · C channels
 """
@@ -27,35 +27,35 @@ from asr.model.state import State
 
 @dataclass(kw_only=True, slots=True)
 class WhisperConfig:
-    """Size; the defaults are those of the published model of size base."""
+    """Size; the defaults are those of the published base model."""
 
     type: Literal["whisper"] = "whisper"
     """The key in ENCODERS."""
 
     dim: int = 512
-    """C, an even number."""
+    """C; must be even."""
 
     num_layers: int = 6
 
     num_heads: int = 8
-    """Divides dim."""
+    """Must divide dim."""
 
     ff_dim: int = 2048
     """Hidden channels of the feed-forward module of a layer."""
 
     window: int = 1500
-    """T', encoder frames that are heard at once: half of the feature frames in features.window_s."""
+    """T', the encoder frames of a window: half the number of feature frames in features.window_s."""
 
     dropout: float = 0.0
-    """Behind the front, every module of a layer, and within the feed-forward modules."""
+    """Dropout after the front and every module of a layer, and within the feed-forward modules."""
 
     chunk: ChunkConfig = field(default_factory=lambda: ChunkConfig(dynamic=False))
-    """dynamic must be false: the encoder hears whole windows."""
+    """`dynamic` must be false, as the encoder takes whole windows."""
 
 
 @dataclass(kw_only=True, slots=True)
 class WhisperDecoderConfig(DecoderConfig):
-    """A decoder that is asked as asr/decode/whisper.py says; the defaults are those of size base."""
+    """A decoder that asr/decode/whisper.py prompts; the defaults are those of the base model."""
 
     type: Literal["whisper"] = "whisper"
 
@@ -72,8 +72,8 @@ class WhisperDecoderConfig(DecoderConfig):
     dropout: float = 0.0
 
     alignment_heads: list[list[int]] = field(default_factory=list)
-    """[layer, head] of those that follow the speech, from 0 on, which give words their times; none: all of
-    the last half of the layers."""
+    """[layer, head], counted from 0, of the heads that follow the speech and give word times; by default, all
+    heads of the second half of the layers."""
 
     def __post_init__(self) -> None:
         for pair in self.alignment_heads:
@@ -96,7 +96,7 @@ class WhisperDecoderConfig(DecoderConfig):
 
 @dataclass(frozen=True)
 class WhisperState(State):
-    """Nothing: no window knows of the one before it."""
+    """Empty: windows are independent."""
 
 
 class WhisperLayer(nn.Module):
@@ -120,7 +120,7 @@ class WhisperLayer(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """The encoder, for windows alone: it cannot stream."""
+    """The encoder, for whole windows; it cannot stream."""
 
     subsampling = 2
     overlap_frames = 0
@@ -162,7 +162,7 @@ class WhisperEncoder(nn.Module):
         )
 
     def flush_frames(self, delay: int) -> int:
-        """None: a window is whole."""
+        """0: a window is complete."""
         return 0
 
     def forward(
@@ -176,11 +176,11 @@ class WhisperEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, WhisperState]:
         """Encode a window of each utterance.
 
-        x (N, T, F), T = 2 * window: the features of type whisper, which fill it.  x_lens (N,): ignored, as
-        the silence behind an utterance is heard too.  chunk: 0.  left, right: ignored without chunks.
+        x (N, T, F), T = 2 * window: features of type whisper, which fill the window.  x_lens (N,): ignored,
+        as the encoder also sees the silence after an utterance.  chunk: 0.  left, right: ignored.
 
-        Returns y (N, T', C), y_lens (N,), all of them T', and a state without content.  Raises ConfigError
-        for chunks, and where T is another.
+        Returns y (N, T', C), y_lens (N,), all T', and an empty state.  Raises ConfigError for chunks and for
+        any other T.
         """
         if int(chunk):
             raise ConfigError(

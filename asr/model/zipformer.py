@@ -1,13 +1,14 @@
 """Zipformer encoder (Yao et al., arXiv:2310.11230): stacks of layers at several frame rates.
 
-The front gives 50 frames a second. A stack takes every `rate` of them together, goes through its layers,
-and repeats what comes out; a learnt share of it replaces what went in. Stacks have as many channels as suits
-their rate: channels are cut, or zeros are added. At the end two frames become one, 25 a second.
+The front gives 50 frames a second. A stack merges each `rate` of them into one, applies its layers, and
+repeats the output at the original rate; a learnt share of it replaces the input. Stacks differ in their
+number of channels: between them, channels are cut or zeros added. At the end two frames become one, 25 a
+second.
 
 Public icefall checkpoints are of this form (asr/convert/icefall.py). The non-causal form takes whole
-utterances, the causal one streams with any chunk that is a multiple of `chunk_unit`, and streaming equals
-the masked whole utterance to rounding errors: also where the reference's own streaming hears what pads the
-end of an utterance. Padding changes nothing here.
+utterances. The causal one streams with any chunk that is a multiple of `chunk_unit`, and streaming equals the
+masked whole utterance up to rounding errors. Padding changes nothing here, whereas in the reference's own
+streaming the padding at the end of an utterance has an effect.
 
 N streams · T feature frames · T' frames of the front or of a stack · F mel bins · C channels · H heads · D
 channels per head · K kernel · W cached steps: a step is `chunk_unit` encoder frames, a whole number of
@@ -34,13 +35,13 @@ from asr.model.zipformer_training import Rates, feature_masks, layer_skip
 
 @dataclass(kw_only=True, slots=True)
 class ZipformerConfig:
-    """Sizes, one for each stack where there is a list; the defaults are those of the published M."""
+    """Sizes, lists with one entry per stack; the defaults are those of the published M."""
 
     type: Literal["zipformer"] = "zipformer"
     """The key in ENCODERS."""
 
     dims: list[int] = field(default_factory=[192, 256, 384, 512, 384, 256].copy)
-    """C, channels; the encoder's output has as many as the widest stack."""
+    """C, channels; the encoder's output has those of the widest stack."""
 
     unmasked_dims: list[int] = field(default_factory=[192, 192, 256, 256, 256, 192].copy)
     """Channels that training never masks."""
@@ -49,7 +50,7 @@ class ZipformerConfig:
     """Frames of the front (50 a second) per frame of the stack."""
 
     depths: list[int] = field(default_factory=[2, 2, 3, 4, 3, 2].copy)
-    """Layers."""
+    """Number of layers."""
 
     num_heads: list[int] = field(default_factory=[4, 4, 4, 8, 4, 4].copy)
     """H."""
@@ -61,22 +62,22 @@ class ZipformerConfig:
     """D of values."""
 
     position_head_dims: list[int] = field(default_factory=[4, 4, 4, 4, 4, 4].copy)
-    """D of the queries for positions."""
+    """D of the positional queries."""
 
     position_dim: int = 48
-    """Channels of the table of positions, an even number."""
+    """Channels of the table of positions; must be even."""
 
     ff_dims: list[int] = field(default_factory=[512, 768, 1024, 1536, 1024, 768].copy)
     """Hidden channels of the second of three feed-forward modules; the first has 3/4, the third 5/4 of it."""
 
     kernel_sizes: list[int] = field(default_factory=[31, 31, 15, 15, 15, 31].copy)
-    """K, odd."""
+    """K; must be odd."""
 
     causal: bool = False
-    """Whether convolutions see nothing beyond their chunk, so that the encoder can stream."""
+    """Convolutions see nothing beyond the end of their chunk, so the encoder can stream."""
 
     dropout: float = 0.1
-    """Of feed-forward modules and the front, behind 20,000 batches; at first three times as much."""
+    """Dropout of the front and the feed-forward modules from batch 20,000 on; starts at three times this."""
 
     chunk: ChunkConfig = field(default_factory=lambda: ChunkConfig(dynamic=False))
     """The contexts of training."""
@@ -88,7 +89,7 @@ class ZipformerConfig:
 
     @property
     def num_layers(self) -> int:
-        """Of all stacks."""
+        """The layers of all stacks."""
         return sum(self.depths)
 
 
@@ -97,7 +98,7 @@ class Zipformer(nn.Module):
 
     subsampling = 2 * RATE
     overlap_frames = OVERLAP
-    """Feature frames of a call that the next call of a stream must be given again."""
+    """Feature frames of a call that come again in the next call of a stream."""
 
     def __init__(self, config: ZipformerConfig, num_bins: int) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Zipformer(nn.Module):
         self.step = math.lcm(2, *config.rates)
         """Frames of the front that make a whole number of frames in every stack and in the output."""
         self.chunk_unit = self.step // 2
-        """Encoder frames that divide every chunk."""
+        """Every chunk is a multiple of this many encoder frames."""
         self.can_stream = config.causal
         self.front = ZipformerFront(num_bins, config.dims[0])
         sizes = layer_sizes(config)
@@ -118,14 +119,14 @@ class Zipformer(nn.Module):
         )
         self.downsample = Downsample(2)
         self.batch_count = 0.0
-        """How much training has seen: what the schedules follow (asr/model/schedule.py)."""
+        """Batches seen in training, for the schedules (asr/model/schedule.py)."""
         self.layout = Layout(sizes, config.rates, config.depths, self.step)
 
     def init_state(self, n: int, width: int, delay: int = 0) -> ZipformerState:
         """The state of n new streams that cache `width` encoder frames: left * chunk, or more.
 
-        Raises ConfigError for a delay, and where the encoder is not causal: then a width of 0 is all there
-        is, for whole utterances.
+        Raises ConfigError for a delay. An encoder that is not causal takes only a width of 0, for whole
+        utterances.
         """
         _refuse_look_ahead("delay", delay)
         if width and not self.config.causal:
@@ -139,7 +140,7 @@ class Zipformer(nn.Module):
         )
 
     def flush_frames(self, delay: int) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        """Padding frames that the last call of a stream needs after its own, to flush all output."""
         return SIDE * RATE
 
     def forward(
@@ -153,18 +154,18 @@ class Zipformer(nn.Module):
     ) -> tuple[Tensor, Tensor, ZipformerState]:
         """Encode a whole utterance, or the next chunks of one.
 
-        x (N, T, F): padded at the end.  x_lens (N,): frames that count.  state: what the previous call
-        returned; None at the start of an utterance that is given whole.  chunk: encoder frames per attention
-        chunk, a multiple of `chunk_unit`; 0 for the whole utterance.  left: chunks of left context, -1
-        for all; the state must be wide enough for them.  Both may be int64 scalar tensors.  right: 0.
+        x (N, T, F): padded at the end.  x_lens (N,): valid frames.  state: what the previous call returned;
+        None for a whole utterance.  chunk: encoder frames per attention chunk, a multiple of `chunk_unit`; 0
+        for the whole utterance.  left: chunks of left context, -1 for all; the state must be wide enough for
+        them.  Both may be int64 scalar tensors.  right: 0.
 
         In a stream, T is a multiple of chunk * subsampling plus `overlap_frames`, which come again at the
         start of the next call. x_lens is T while a stream goes on, or 0 for one that waits; less is the end
-        of the utterance: calls go on until less than 9 frames are left, which are nothing, or the last one
-        takes all of them, with `flush_frames` behind them that do not count.
+        of the utterance: either calls continue until less than 9 frames are left, which yield nothing, or the
+        last call takes all of them, followed by `flush_frames` padding frames.
 
-        Returns y (N, T', C), zero behind y_lens (N,), and the state for the next call. Raises ConfigError
-        for look-ahead, other chunks, and chunks of an encoder that is not causal.
+        Returns y (N, T', C), zero from y_lens (N,) on, and the state for the next call. Raises ConfigError
+        for look-ahead, for other chunks, and for any chunks if the encoder is not causal.
         """
         self._check_context(chunk, right)
         if state is None:
@@ -194,7 +195,7 @@ class Zipformer(nn.Module):
         left: int | Tensor,
         rates: Rates | None,
     ) -> tuple[Tensor, list[list[Past]]]:
-        """Through all stacks: x (N, T', C) of the first -> (N, T', C) of all, and what their layers keep."""
+        """Apply all stacks: x (N, T', C) for the first -> (N, T', C) of all, and what their layers keep."""
         config = self.config
         sights = {
             rate: self._sight(rate, x.shape[1], lens, state, chunk, left)
@@ -221,7 +222,7 @@ class Zipformer(nn.Module):
         chunk: int | Tensor,
         left: int | Tensor,
     ) -> Sight:
-        """What the layers of a rate see; `length` and lens (N,) at the rate of the front."""
+        """What the layers of a rate see; `length` and lens (N,) are at the rate of the front."""
         width, length = state.memory.shape[1] * (self.step // rate), length // rate
         lens, offset, size = (lens + rate - 1) // rate, 2 * state.offset // rate, 2 * chunk // rate
         return Sight(
@@ -248,7 +249,7 @@ class Zipformer(nn.Module):
 
 
 def layer_sizes(config: ZipformerConfig) -> list[LayerSizes]:
-    """Those of the layers of each stack."""
+    """The sizes of the layers of each stack."""
     columns = zip(
         config.dims,
         config.num_heads,

@@ -1,7 +1,7 @@
 """The convolution module of the Zipformer, symmetric or causal in chunks.
 
-The causal one is two convolutions: one over the past, the present included, and one over the chunk, which
-sees both ways but not beyond its edges. What the latter says is weighted by the distance to both edges.
+The causal form has two convolutions: one over the past and the current frame, and one over the chunk, which
+sees both sides but not beyond its edges. The latter's output is weighted by the distance to both edges.
 
 Yao et al., arXiv:2310.11230; the chunked convolution: k2-fsa.
 
@@ -22,22 +22,22 @@ from asr.model.zipformer_training import whiteness_limit
 
 
 class Edges(NamedTuple):
-    """Where the frames of a call are in their chunks."""
+    """The positions of the frames of a call in their chunks."""
 
     chunk: int | Tensor
     """Frames per chunk, 0 for one chunk that ends with the utterance."""
 
     before: Tensor
-    """(1, T): frames of the chunk before this one, ..."""
+    """(1, T): frames of the chunk before each frame, ..."""
 
     behind: Tensor
-    """(N, T): ... and behind it, if the chunk is full."""
+    """(N, T): ... and after it, if the chunk is full."""
 
     @classmethod
     def at(cls, offset: Tensor, lens: Tensor, length: int, chunk: int | Tensor) -> "Edges":
-        """lens (N,) of `length` frames count, behind offset (N,): the first is the first of its chunk.
+        """lens (N,) of `length` frames, after offset (N,), are valid; the first one starts a chunk.
 
-        A chunk that ends early counts as full, but an utterance shorter than a chunk is all of its chunk.
+        A chunk that ends early is treated as full, but an utterance shorter than a chunk is a chunk itself.
         """
         size = torch.as_tensor(chunk, device=lens.device)
         step = torch.arange(length, device=lens.device)
@@ -48,7 +48,7 @@ class Edges(NamedTuple):
 
 
 class ChunkConvolution(nn.Module):
-    """A depthwise convolution that is causal between chunks, and sees all of its chunk."""
+    """A depthwise convolution that is causal across chunks and sees all of its own chunk."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ChunkConvolution(nn.Module):
         nn.init.uniform_(self.past.bias, -0.1, 0.1)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, edges: Edges) -> Tensor:
-        """x (N, C, K // 2 + T), the past first -> (N, C, T)."""
+        """x (N, C, K // 2 + T), past frames first -> (N, C, T)."""
         past = self.past(x[:, :, None])[:, :, 0]
         within = self._within(x[:, :, self.side :], edges.chunk)
         return past + within * self._scale(edges)
@@ -73,7 +73,7 @@ class ChunkConvolution(nn.Module):
         return self.within(rows).flatten(2)[:, :, :length]
 
     def _within_any(self, x: Tensor, chunk: Tensor) -> Tensor:
-        """The same in a graph whose shapes cannot depend on the chunk: frames of other chunks are masked."""
+        """As `_within`, for a graph whose shapes cannot depend on the chunk: masks frames of other chunks."""
         step = torch.arange(x.shape[2], device=x.device)[:, None]
         taps = step + torch.arange(2 * self.side + 1, device=x.device)
         size = torch.where(chunk > 0, chunk, ENDLESS)
@@ -92,7 +92,7 @@ class ChunkConvolution(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Gate, depthwise convolution, activation: no norm."""
+    """Gate, depthwise convolution, activation, projection; no norm."""
 
     def __init__(self, dim: int, kernel_size: int, causal: bool) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The front of a Zipformer: three convolutions from 100 to 50 frames a second, and a ConvNeXt layer.
 
-A frame of the front needs `WINDOW` feature frames from its own on, and the ConvNeXt layer three frames on
-either side besides: the calls of a stream overlap by what lies to the right.
+A frame of the front needs `WINDOW` feature frames from its own on, and the ConvNeXt layer sees three more
+frames on either side: the calls of a stream overlap by the frames to the right.
 
 Yao et al., arXiv:2310.11230, section 3.1; ConvNeXt: Liu et al., arXiv:2201.03545.
 
@@ -27,17 +27,17 @@ SIDE = 3
 """Frames that the ConvNeXt layer sees on either side."""
 
 OVERLAP = WINDOW - RATE + SIDE * RATE
-"""Feature frames to the right of those by which a stream goes on."""
+"""Feature frames to the right of those by which a stream advances."""
 
 CHANNELS = (8, 32, 128)
 
 PIECE = 32
-"""Frames that are computed at once where no gradient is asked for: what lies between the convolutions has a
-hundred times as many numbers as the features, and stays in the cache so."""
+"""Frames computed at once without gradients: activations between the convolutions are a hundred times as
+large as the features, and this way they fit the cache."""
 
 
 class ConvNeXt(nn.Module):
-    """A depthwise 7 x 7 convolution, then three times as many channels and back."""
+    """A depthwise 7 x 7 convolution, then expansion to three times as many channels and back."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor, rates: Rates | None) -> Tensor:
         """x (N, C, T' + 2 SIDE, F) -> (N, C, T', F)."""
-        if not torch.compiler.is_exporting():  # channels last, as the maps want them, and a quicker gradient
+        if not torch.compiler.is_exporting():  # channels last suits the maps and speeds up the gradient
             x = x.contiguous(memory_format=torch.channels_last)
         y = self.depthwise(x).permute(0, 2, 3, 1)
         hidden = self.hidden_balancer(F.linear(y, self.expand.weight.flatten(1), self.expand.bias))
@@ -69,7 +69,7 @@ class ZipformerFront(nn.Module):
     def __init__(self, num_bins: int, dim: int) -> None:
         super().__init__()
         self.num_bins = ((num_bins - 1) // 2 - 1) // 2
-        """Of the features that the linear map sees."""
+        """Bins that reach the linear map."""
         if self.num_bins < 1:
             raise ConfigError(f"features.num_bins: {num_bins}, expected 7 or more for a Zipformer")
         first, second, third = CHANNELS
@@ -95,7 +95,7 @@ class ZipformerFront(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, F), x_lens (N,), past (N, CHANNELS[-1], SIDE, F') -> y, y_lens, and the next past.
 
-        Frames whose right side may still arrive, since x ends there, are left to the next call.
+        Frames at the end of x whose right context may still arrive are left to the next call.
         """
         y = in_pieces(self._convolve, x[:, None], RATE, WINDOW, dim=2)
         length = y.shape[2] - SIDE
@@ -121,8 +121,8 @@ class ZipformerFront(nn.Module):
 
 
 def in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, rate: int, window: int, dim: int) -> Tensor:
-    """function(x), where frame i of what it gives, along `dim`, is of `window` frames of x (N, C, T, F) from
-    rate * i on: for some of them at a time, unless somebody wants to look at them all."""
+    """function(x), computed in pieces along time unless a gradient or a graph is needed. Frame i of the
+    output, along `dim`, depends on the `window` frames of x (N, C, T, F) from rate * i on."""
     if not may_be_cut():
         return function(x)
     length = (x.shape[2] - window) // rate + 1

@@ -1,11 +1,11 @@
-"""A layer of the Zipformer: attention weights that are computed once and used three times.
+"""A layer of the Zipformer: attention weights are computed once and used three times.
 
     weights of all heads, from the input of the layer
     feed-forward · non-linear attention with the first head · attention · convolution · feed-forward
     bypass · attention · convolution · feed-forward · norm · bypass
 
-Scores are not scaled by the root of their size: the scale is in how the parameters start. Positions are
-relative, and their table is compact: what is far apart is told apart coarsely.
+Scores are not divided by the square root of their dimension; the initialisation includes that scale.
+Positions are relative, and their table is compact: its resolution falls with distance.
 
 Yao et al., arXiv:2310.11230.
 
@@ -26,11 +26,11 @@ from asr.model.zipformer_convolution import Convolution, Edges
 from asr.model.zipformer_training import Rates, dropout, kept, whiteness_limit
 
 QUERIES = 64
-"""Rows of attention weights that are computed at once, where they need not be one graph."""
+"""Rows of attention weights that are computed at once, where they may be computed in pieces."""
 
 
 class LayerSizes(NamedTuple):
-    """Those of one layer."""
+    """The sizes of one layer."""
 
     dim: int
     num_heads: int
@@ -39,7 +39,7 @@ class LayerSizes(NamedTuple):
     value_dim: int
     """... of values, ..."""
     position_head_dim: int
-    """... and of what asks for positions."""
+    """... and of positional queries."""
     ff_dim: int
     kernel_size: int
     position_dim: int
@@ -48,13 +48,13 @@ class LayerSizes(NamedTuple):
 
     @property
     def memory_dims(self) -> list[int]:
-        """Channels that are kept of a frame: keys, of the non-linear attention, values of both attentions."""
+        """Channels cached per frame: keys, hidden of the non-linear attention, values of both attentions."""
         values = self.num_heads * self.value_dim
         return [self.num_heads * self.query_dim, 3 * self.dim // 4, values, values]
 
     @property
     def past_frames(self) -> int:
-        """What a convolution keeps."""
+        """Frames that a convolution caches."""
         return self.kernel_size // 2 if self.causal else 0
 
 
@@ -62,16 +62,16 @@ class Sight(NamedTuple):
     """What all layers of one call at one rate share."""
 
     lens: Tensor
-    """(N,) frames that count."""
+    """(N,) valid frames."""
 
     valid: Tensor
-    """(N, T, 1), True before the end."""
+    """(N, T, 1), True for valid frames."""
 
     mask: Tensor
     """(N, 1, T, W + T)."""
 
     positions: Tensor
-    """(W + 2 T, channels of the table): a row for each distance, from the earliest key on, and one more."""
+    """(W + 2 T, channels of the table): a row per distance, from the earliest key on, and an extra one."""
 
     edges: Edges
 
@@ -83,14 +83,14 @@ class Past(NamedTuple):
     """(N, W, sum of memory_dims)."""
 
     convolutions: Tensor
-    """(N, 2, C, K // 2), or (N, 2, C, 0) where the convolution is symmetric."""
+    """(N, 2, C, K // 2), or (N, 2, C, 0) if the convolution is symmetric."""
 
 
 def compact_positions(first: int, last: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Rows for the distances first to last (key less query), (last - first + 1, dim).
+    """Rows for the distances first to last (key minus query), (last - first + 1, dim).
 
-    The distance t becomes s = sqrt(d) sign(t) log(1 + |t| / sqrt(d)), then an angle atan(2 pi s / d); cosine
-    and sine of its multiples take turns, and the last channel is 1.
+    A distance t becomes s = sqrt(d) sign(t) log(1 + |t| / sqrt(d)), then an angle atan(2 pi s / d); the
+    channels alternate cosine and sine of its multiples, and the last one is 1.
     """
     distance = torch.arange(first, last + 1, device=device).float()[:, None]
     unit = math.sqrt(dim)
@@ -101,7 +101,7 @@ def compact_positions(first: int, last: int, dim: int, device: torch.device | No
 
 
 class AttentionWeights(nn.Module):
-    """Softmax of the products of queries and keys, plus what queries make of distances."""
+    """Softmax over products of queries and keys, plus scores of distances."""
 
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class AttentionWeights(nn.Module):
         self.project = nn.Linear(sizes.dim, sum(self.splits))
         self.position = nn.Linear(sizes.position_dim, self.splits[2], bias=False)
         self.dropout = nn.Dropout(0.15)
-        # a bias of all keys changes nothing, and could drift away
+        # a bias common to all keys changes nothing, and could drift
         self.key_balancer = Balancer(min_positive=0.4, max_positive=0.6, min_abs=0.0, prob=0.025)
         self.key_whitener = Whitener(heads, whiteness_limit(3.0), grad_scale=0.025)
         scaled(self.project, sizes.query_dim**-0.25)
@@ -128,7 +128,7 @@ class AttentionWeights(nn.Module):
         length, parts = q.shape[2], []
         for first in range(0, length, QUERIES):
             rows = slice(first, min(first + QUERIES, length))
-            # the distances of these rows to all keys, and one more
+            # the distances from these rows to all keys, and an extra one
             distances = table[:, :, length - rows.stop : table.shape[2] - first]
             mask = sight.mask[:, :, rows]
             parts.append(_listen(q[:, :, rows], k, p[:, :, rows], distances, mask, rates).to(x.dtype))
@@ -149,7 +149,7 @@ def _listen(q: Tensor, k: Tensor, p: Tensor, table: Tensor, mask: Tensor, rates:
 def _by_key(scores: Tensor) -> Tensor:
     """(N, H, T, W + 2 T) by distance, earliest first -> (N, H, T, W + T) by key.
 
-    Seen as rows that are one shorter, each row begins one distance earlier than the row before.
+    Read as rows one element shorter, each row starts one distance earlier than the one before.
     """
     length, num = scores.shape[2:]
     rows = scores.flatten(2)[:, :, length - 1 : length * num - 1].unflatten(2, (length, num - 1))
@@ -157,7 +157,7 @@ def _by_key(scores: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Values, weighted."""
+    """Values weighted by given attention weights."""
 
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Attention(nn.Module):
 
 
 class NonlinearAttention(nn.Module):
-    """A convolution module whose convolution is one head of the attention."""
+    """A convolution module with one attention head in place of the convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -193,14 +193,14 @@ class NonlinearAttention(nn.Module):
         scaled(self.out, 0.05)
 
     def forward(self, x: Tensor, weights: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, T, C), weights (N, T, W + T), past (N, W, 3 C / 4) -> (N, T, C), the new of past."""
+        """x (N, T, C), weights (N, T, W + T), past (N, W, 3 C / 4) -> (N, T, C), new (N, T, 3 C / 4)."""
         scale, hidden, gate = self.project(x).chunk(3, dim=-1)
         new = self.hidden_whitener(hidden) * self.balancer(scale).tanh()
         return self.whitener(self.out(weights @ append(past, new, 1) * gate)), new
 
 
 class ZipformerFeedForward(nn.Module):
-    """Expand, activate, contract: no norm."""
+    """Expansion, activation, projection; no norm."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -217,14 +217,14 @@ class ZipformerFeedForward(nn.Module):
 
 
 class Bypass(nn.Module):
-    """Between what went in and what came out, by a learnt share of each channel."""
+    """Interpolates between input and output of a module by a learnt weight per channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((dim,), 0.5))
 
     def forward(self, before: Tensor, x: Tensor, rates: Rates | None, skip: Schedule | None = None) -> Tensor:
-        """before, x (N, T, C); skip: how often to take `before` alone."""
+        """before, x (N, T, C); skip: the probability of taking `before` alone."""
         scale: Tensor = self.scale
         if rates and happens(0.6):
             scale = limit_param_value(scale, rates.bypass_least, 1.0)
@@ -257,11 +257,11 @@ class ZipformerLayer(nn.Module):
         self.norm_balancer = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.2, max_abs=4.0)
         self.balancer = Balancer(min_positive=0.45, max_positive=0.55, min_abs=0.1, max_abs=4.0)
         self.whitener = Whitener(1, whiteness_limit(4.0, ratio=3.0))
-        # public checkpoints have it, and count it; nothing reads it
+        # public checkpoints contain and count it; nothing reads it
         self.unused_scale = nn.Parameter(torch.full((dim,), 0.5), requires_grad=False)
 
     def forward(self, x: Tensor, past: Past, sight: Sight, rates: Rates | None) -> tuple[Tensor, Past]:
-        """x (N, T, C) -> y (N, T, C), and of Past the T new frames of `memory`, and `convolutions`."""
+        """x (N, T, C) -> y (N, T, C), and a Past with the T new frames of `memory`, and `convolutions`."""
         before = x
         keys, hidden, values_1, values_2 = past.memory.split(self.memory_dims, dim=-1)
         conv_1, conv_2 = past.convolutions.unbind(1)
@@ -291,7 +291,7 @@ class ZipformerLayer(nn.Module):
         return x, Past(memory, torch.stack([conv_1, conv_2], dim=1).detach())
 
     def _first_head(self, weights: Tensor, sight: Sight, rates: Rates | None) -> Tensor:
-        """(N, T, W + T); in training sometimes the mean of all that may be seen."""
+        """(N, T, W + T); in training, sometimes uniform weights over all visible frames."""
         if not (rates and happens(rates.constant)):
             return weights[:, 0]
         mean = sight.mask[:, 0].to(weights.dtype)
@@ -299,7 +299,7 @@ class ZipformerLayer(nn.Module):
 
 
 def _balancer(min_abs: Schedule, max_abs: float) -> Balancer:
-    """For what a module adds; rarely, as such problems are rare, and grow slowly."""
+    """For the output of a module; acts rarely, as such problems are rare and grow slowly."""
     return Balancer(min_positive=0.3, max_positive=0.7, min_abs=min_abs, max_abs=max_abs, prob=0.05)
 
 

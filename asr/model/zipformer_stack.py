@@ -15,7 +15,7 @@ from asr.model.zipformer_training import Rates
 
 
 class Downsample(nn.Module):
-    """Several frames become one, their weighted mean."""
+    """Merges `rate` frames into one, their weighted mean."""
 
     def __init__(self, rate: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor, lens: Tensor) -> Tensor:
         """x (N, T', C), where T' is a multiple of the rate, lens (N,) -> (N, T' / rate, C).
 
-        The last frame that counts stands for those that are missing behind it.
+        The last valid frame is repeated to complete the last group.
         """
         last = keep(x, (lens - 1).clamp(min=0), 1, dim=1)
         x = torch.where(valid_mask(lens, x.shape[1])[..., None], x, last)
@@ -51,7 +51,7 @@ class Stack(nn.Module):
         rates: Rates | None,
         mask: Tensor | None,
     ) -> tuple[Tensor, list[Past]]:
-        """x (N, T', C), lens (N,) at the rate of the front; mask (N, 1, C) of channels, in training."""
+        """x (N, T', C) and lens (N,) at the rate of the front; mask (N, 1, C) of channels, in training."""
         y = self.downsample(x, lens) if self.downsample else x
         kept = []
         for layer, past in zip(self.layers, pasts, strict=True):
@@ -65,12 +65,12 @@ class Stack(nn.Module):
 
 
 def with_channels(x: Tensor, dim: int) -> Tensor:
-    """x (..., C) -> (..., dim): cut, or with zeros behind."""
+    """x (..., C) -> (..., dim): cut or zero-padded."""
     return F.pad(x[..., :dim], (0, max(dim - x.shape[-1], 0)))
 
 
 def latest_channels(outputs: list[Tensor]) -> Tensor:
-    """Every channel from the last of the stacks that has it."""
+    """Every channel, taken from the last stack that has it."""
     pieces, dim = [], 0
     for y in reversed(outputs):
         if y.shape[2] > dim:

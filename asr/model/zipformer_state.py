@@ -1,7 +1,7 @@
 """What a streaming Zipformer remembers: the past of all layers of all stacks in two tensors.
 
-Stacks run at several rates. A row of the memory is a step: the time in which every stack has a whole number
-of frames, and so one index holds for all of them.
+Stacks run at several rates. A row of the memory is a step, the time in which every stack has a whole number
+of frames, so one index holds for all of them.
 
 N streams · W cached steps · C channels · K kernel
 """
@@ -23,16 +23,16 @@ from asr.model.zipformer_layer import LayerSizes, Past
 
 @dataclass(frozen=True)
 class ZipformerState(State):
-    """What a stream remembers, besides the frames that it gives again; all layers of all stacks in one."""
+    """What a stream remembers, besides the frames that it passes again, for all layers of all stacks."""
 
     frames: Tensor
-    """(N, channels, 3, F'): what the ConvNeXt layer of the front sees to its left."""
+    """(N, channels, 3, F'): left context of the ConvNeXt layer of the front."""
 
     memory: Tensor
     """(N, W, sum over layers): keys and values of `chunk_unit` encoder frames in each of W rows."""
 
     convolutions: Tensor
-    """(N, sum over layers): what both convolutions of each layer see to their left."""
+    """(N, sum over layers): left context of both convolutions of each layer."""
 
     offset: Tensor
     """(N,) int64: encoder frames so far."""
@@ -48,7 +48,7 @@ class Layout:
     def __init__(
         self, sizes: Sequence[LayerSizes], rates: Sequence[int], depths: Sequence[int], step: int
     ) -> None:
-        """For each stack its sizes, its rate and how many layers it has; step: frames at rate 1."""
+        """sizes, rates, depths: of each stack; step: frames at rate 1."""
         self.depths = depths
         stacks = [(size, step // rate) for size, rate in zip(sizes, rates, strict=True)]
         layers = [stack for stack, depth in zip(stacks, depths, strict=True) for _ in range(depth)]
@@ -78,7 +78,7 @@ class Layout:
         return [list(islice(pasts, depth)) for depth in self.depths]
 
     def pack(self, memory: Tensor, pasts: Sequence[Sequence[Past]], steps: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (N, W, memory_dim) so far, pasts with new frames only, of which steps (N,) count.
+        """memory (N, W, memory_dim) so far; pasts with new frames only, of which steps (N,) are valid.
 
         Returns the last W rows of the memory, and (N, convolutions_dim).
         """

@@ -1,8 +1,8 @@
-"""What makes a Zipformer learn that its forward pass does not show: rates that fall while it trains.
+"""Training-time regularisation of the Zipformer, with rates that fall during training.
 
-In training, parts of a layer are skipped for whole utterances, attention is made constant, channels are
-masked; the rates of all that are piecewise linear in the number of batches seen, as published. In evaluation
-nothing here is called.
+In training, parts of a layer are skipped for whole utterances, attention is made constant, and channels are
+masked. The rates are piecewise linear in the number of batches seen, as published. Evaluation calls none of
+this.
 
 Yao et al., "Zipformer: A faster and better encoder for automatic speech recognition", arXiv:2310.11230.
 
@@ -30,12 +30,12 @@ FEATURE_MASK = 0.125
 
 
 def dropout_schedule(last: float) -> Schedule:
-    """Three times as much at first."""
+    """Starts at three times `last`."""
     return Schedule((0, 3 * last), (20000, last))
 
 
 def layer_skip(stack: int, num_stacks: int, rate: int, layer: int, num_layers: int) -> Schedule:
-    """Layers begin one after the other: each is skipped half of the time until its turn comes."""
+    """Layers start one after another: each is skipped half of the time until its turn comes."""
     begin = WARMUP * (stack + 1 + layer / num_layers) / (num_stacks + 1)
     end = WARMUP * (stack + 1 + (layer + 1) / num_layers) / (num_stacks + 1)
     return Schedule((begin, 0.5), (end, 0.035 * rate**0.5))
@@ -46,7 +46,7 @@ def whiteness_limit(first: float, ratio: float = 2.0) -> Schedule:
 
 
 class Rates(NamedTuple):
-    """The values of a step."""
+    """The values of all schedules in a training step."""
 
     batch_count: float
     dropout: float
@@ -75,19 +75,19 @@ class Rates(NamedTuple):
 
 
 def kept(x: Tensor, skip: float) -> Tensor:
-    """(N, 1, ...) of 0 and 1, as many dimensions as x (N, ...): which utterances are not skipped."""
+    """Which utterances are not skipped: (N, 1, ...) of 0 and 1, with as many dimensions as x (N, ...)."""
     return (torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= skip).to(x.dtype)
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
-    """x (N, T, C): channels of whole utterances become 0, the others grow by as much."""
+    """x (N, T, C): drops channels for whole utterances and scales the others up to compensate."""
     return x * ((torch.rand_like(x[:, :1]) >= rate) / (1 - rate)).to(x.dtype)
 
 
 def feature_masks(x: Tensor, dims: list[int], unmasked: list[int]) -> list[Tensor]:
-    """For each stack (N, 1, C): the upper channels of some utterances are masked, all the way up.
+    """A mask (N, 1, C) for each stack: masks the upper channels of some utterances, in all stacks alike.
 
-    x (N, T, C): whose type and number count.  Half of the channels beyond the unmasked ones are masked with
+    x (N, T, C): gives N and the dtype.  Half of the channels beyond the unmasked ones are masked with
     probability p; the other half with them or, again with probability p, alone.
     """
     some = kept(x, FEATURE_MASK)
