@@ -2,12 +2,12 @@
 
 exp/NAME/checkpoints/
   step-000500/model.safetensors   parameters and buffers
-              ema.safetensors     their running average, where train.ema asks for it
-              train_state.pt      optimizer, random numbers, place in the data: tensors and plain types only
+              ema.safetensors     their running average, if train.ema is set
+              train_state.pt      optimizer, random states, data position: tensors and plain types only
               meta.json           step, format, configuration, hash of the tokens, and a hash of each file
-  latest, best                    names of two of them, for people and scripts
+  latest, best                    the names of two checkpoints, for people and scripts
 
-Weights are safetensors and train_state.pt loads with weights_only: a checkpoint cannot run code.
+Weights are safetensors, and train_state.pt loads with weights_only: a checkpoint cannot run code.
 """
 
 import io
@@ -39,7 +39,7 @@ EMA = "ema.safetensors"
 STATE = "train_state.pt"
 AVERAGE = "average.safetensors"
 MODEL_PARTS = ("features", "encoder", "decoder")
-"""The parts of a configuration that decide which tensors there are and what they mean."""
+"""The parts of a configuration that determine which tensors exist and what they mean."""
 
 
 def folder_of(exp_dir: Path) -> Path:
@@ -56,7 +56,7 @@ def save_checkpoint(
     """Write a checkpoint, then point `latest` to it.
 
     weights: file name -> tensors.  state: what only training needs.  meta: see `describe`.
-    Raises CheckpointError where it cannot be written; then the earlier ones are untouched.
+    Raises CheckpointError if it cannot be written; earlier checkpoints are then untouched.
     """
     files = {name: safetensors.torch.save(_contiguous(tensors)) for name, tensors in weights.items()}
     buffer = io.BytesIO()
@@ -69,7 +69,7 @@ def save_checkpoint(
 
 
 def describe(config: ExperimentConfig, tokens: Path, metrics: dict[str, float]) -> dict[str, Any]:
-    """What meta.json says besides step and files."""
+    """The contents of meta.json besides step and files."""
     return {
         "format": FORMAT,
         "asr": asr.__version__,
@@ -87,7 +87,7 @@ def checkpoints(exp_dir: Path) -> list[Path]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The meta.json of a checkpoint all of whose files are as they were written; else CheckpointError."""
+    """The meta.json of a checkpoint, once all its files are verified. Raises CheckpointError otherwise."""
     meta = verify_folder(path)
     if meta.get("format") != FORMAT:
         raise CheckpointError(
@@ -98,10 +98,10 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def newest_valid(exp_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The last checkpoint that is undamaged; None where there is none at all.
+    """The last undamaged checkpoint; None if there are no checkpoints.
 
-    A damaged one is reported by `warn` and passed over. Raises CheckpointError where all are damaged, as
-    training never starts from scratch where it has been before, or where the format is another.
+    Damaged ones are reported through `warn` and skipped. Raises CheckpointError if all are damaged, as
+    training never silently starts over, or if the format is unknown.
     """
     found = checkpoints(exp_dir)
     reasons = []
@@ -152,8 +152,8 @@ def load_state(path: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: ExperimentConfig) -> None:
     """Copy the tensors of a file into a model.
 
-    saved: the configuration they were trained with.  config: that of the model. Raises CheckpointError where
-    tensors are missing, unknown, or of other shapes, and names what differs between the two.
+    saved: the configuration of the file.  config: that of the model. Raises CheckpointError if tensors are
+    missing, unknown or of other shapes, and names the differences between the two configurations.
     """
     weights = read_weights(file)
     own = model.state_dict()
@@ -174,17 +174,17 @@ class Taken(NamedTuple):
 
     taken: list[str]
     fresh: list[str]
-    """Those of the model that the file has not."""
+    """Tensors of the model that were not taken."""
 
     unused: list[str]
-    """Those of the file that the model has not."""
+    """Tensors of the file that were not taken."""
 
 
 def take_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: ExperimentConfig) -> Taken:
-    """Copy the tensors that a file and a model both have; the others stay as they are.
+    """Copy the tensors that a file and a model share; the others stay as they are.
 
-    Arguments as of `load_weights`; of the file only the parts train.init_parts. Raises CheckpointError where
-    there is none, or one is of another shape.
+    Arguments as for `load_weights`; train.init_parts limits which parts of the file are used. Raises
+    CheckpointError if there are no such tensors or one has another shape.
     """
     weights, own, parts = read_weights(file), model.state_dict(), config.train.init_parts
     taken = {
@@ -200,7 +200,7 @@ def take_weights(model: nn.Module, file: Path, saved: dict[str, Any], config: Ex
 
 
 def _other_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What to say of tensors that have another shape in a file than in a model, or nothing."""
+    """A description of the tensors whose shape differs between file and model, or ""."""
     names = [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if not names:
         return ""
@@ -211,7 +211,7 @@ def _other_shapes(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> s
 
 
 def explain_differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """`; encoder.dim is 256 in the checkpoint, 384 in the configuration`, or nothing."""
+    """`; encoder.dim is 256 in the checkpoint, 384 in the configuration`, or ""."""
     parts = [{part: config[part] for part in MODEL_PARTS if part in config} for config in (saved, now)]
     found = differences(*parts)
     return "".join(
@@ -229,7 +229,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def average_checkpoints(exp_dir: Path, paths: Sequence[Path]) -> Path:
-    """Write the mean of some checkpoints' weights to average.safetensors, which says what it was made of."""
+    """Write the mean of several checkpoints' weights to average.safetensors, which records its sources."""
     if not paths:
         raise CheckpointError(f"{folder_of(exp_dir)}: no checkpoint to average")
     metas = [verify(path) for path in paths]
@@ -240,7 +240,7 @@ def average_checkpoints(exp_dir: Path, paths: Sequence[Path]) -> Path:
     for path in paths:
         weights = read_weights(path / WEIGHTS)
         for name, tensor in weights.items():
-            # in double precision the mean of equal numbers is that number
+            # in double precision, the mean of equal numbers is exact
             total[name] = total.get(name, 0) + tensor.double()
     mean = {name: (tensor / len(paths)).to(weights[name].dtype) for name, tensor in total.items()}
     return write_average(exp_dir, mean, metas[-1], [path.name for path in paths])
@@ -249,7 +249,7 @@ def average_checkpoints(exp_dir: Path, paths: Sequence[Path]) -> Path:
 def write_average(
     exp_dir: Path, weights: Mapping[str, Tensor], about: dict[str, Any], sources: Sequence[str]
 ) -> Path:
-    """Write average.safetensors. about: as of `describe`; sources: names of what it was made of."""
+    """Write average.safetensors. about: as from `describe`; sources: the names of what it is made of."""
     kept = {key: about[key] for key in ("format", "asr", "tokens_sha256", "config")} | {"sources": sources}
     file = exp_dir / AVERAGE
     head = {key: json.dumps(value) for key, value in kept.items()}
@@ -258,7 +258,7 @@ def write_average(
 
 
 def about_weights(file: Path) -> dict[str, Any]:
-    """What average.safetensors says of itself: format, asr, tokens_sha256, config, sources."""
+    """The metadata of average.safetensors: format, asr, tokens_sha256, config, sources."""
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             about = opened.metadata() or {}
@@ -289,7 +289,7 @@ def load_model(
 
 
 def check_tokens_hash(file: Path, about: dict[str, Any], tokens: Path) -> None:
-    """Raises CheckpointError where weights were trained on other units."""
+    """Raises CheckpointError if the weights were trained on other units."""
     if about.get("tokens_sha256", tokens_hash(tokens)) != tokens_hash(tokens):
         raise CheckpointError(
             f"{file}: trained with other units than {tokens}/tokens.txt (its SHA-256 differs)"
@@ -297,7 +297,7 @@ def check_tokens_hash(file: Path, about: dict[str, Any], tokens: Path) -> None:
 
 
 def _find_weights(exp_dir: Path, which: str) -> tuple[Path, dict[str, Any]]:
-    """The safetensors file that `load_model` means, and what is known of it."""
+    """The safetensors file that `which` of `load_model` names, and its metadata."""
     named = {"average": exp_dir / AVERAGE, "best": pointed(exp_dir, "best")}
     named |= dict.fromkeys(("latest", "ema"), newest_valid(exp_dir, warnings.warn))
     path = named.get(which) if which in named else Path(which)

@@ -1,4 +1,4 @@
-"""Processor time of a training: this process and those that read data for it."""
+"""CPU time of a training run: this process and its data workers."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_s() -> float:
-    """Seconds of processor time of this process, its ended children and its living ones."""
+    """CPU seconds of this process and of its finished and running children."""
     total = 0.0
     children = [child.pid for child in multiprocessing.active_children()]
     for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
@@ -20,7 +20,7 @@ def cpu_s() -> float:
 
 def _living_cpu_s(pid: int) -> float:
     try:
-        # behind the name of the program, which may hold spaces, user and system time are fields 11 and 12
+        # after the program name, which may contain spaces, user and system time are fields 11 and 12
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
@@ -28,5 +28,5 @@ def _living_cpu_s(pid: int) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process ever had."""
+    """The peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

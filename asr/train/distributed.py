@@ -1,7 +1,7 @@
-"""Several devices, one process each, started by torchrun. On one device everything here does nothing.
+"""Training on several devices, one process each, started by torchrun. With one process, these are no-ops.
 
-Tensors on a GPU travel by nccl, all else by gloo. Every exchange has a time limit, and `barrier` names the
-ranks that did not come.
+NCCL transfers tensors on a GPU, Gloo everything else. Every exchange has a time limit, and `barrier` names
+the ranks that are missing.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def is_main() -> bool:
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` | `cpu` | `cuda` -> this rank's device. Raises TrainingError where there is no such device."""
+    """`auto` | `cpu` | `cuda` -> this rank's device. Raises TrainingError if there is no such device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda: torch sees no GPU; use --device cpu, or see `nvidia-smi`")
     if name == "cpu" or not torch.cuda.is_available():
@@ -41,7 +41,7 @@ def device_of(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def group(device: torch.device, timeout_s: float) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if any. Raises TrainingError where they do not meet."""
+    """Join the process group that torchrun started, if any. Raises TrainingError if that fails."""
     if world_size() == 1:
         yield
         return
@@ -60,7 +60,7 @@ def group(device: torch.device, timeout_s: float) -> Iterator[None]:
 
 
 def gather(values: Tensor) -> Tensor:
-    """values (K,) of this rank -> (R, K), those of all R ranks, on every rank."""
+    """values (K,) of this rank -> (R, K) of all R ranks, on every rank."""
     if world_size() == 1:
         return values[None]
     rows = [torch.empty_like(values) for _ in range(world_size())]
@@ -69,13 +69,13 @@ def gather(values: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor) -> None:
-    """Overwrite a tensor by that of the first rank."""
+    """Overwrite a tensor with that of the first rank."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """One plain value of every rank, on every rank."""
+    """The plain values of all ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

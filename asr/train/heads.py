@@ -1,9 +1,9 @@
-"""The heads that say where a decoder listens: those whose attention agrees with the CTC alignment.
+"""Finds guiding heads: those whose attention agrees best with the CTC alignment.
 
-For each token of a reference, put into the decoder as it is, the frame that has most of a head's attention is
-compared with the frames that the best CTC alignment gives the token. The last frame is left out, as in the
-policies that are guided (asr/decode/policies.py). Candidates are single heads, and of each layer the means of
-its best two, three, ... heads.
+For each token of a reference (teacher forcing), the frame with most of a head's attention is compared with
+the frames of the token in the best CTC alignment. The last frame is left out, as in the attention-guided
+policies (asr/decode/policies.py). Candidates are single heads and, for each layer, the means of its best two,
+three, ... heads.
 
 L layers · H heads · U tokens · T encoder frames · C channels
 """
@@ -25,11 +25,11 @@ from asr.train.storage import write_file
 
 HEADS = "heads.json"
 NEAR_FRAMES = 2
-"""A token so near to its place is found."""
+"""A token counts as found if the attention peak is this near to it."""
 
 
 class Heard(NamedTuple):
-    """An utterance and where its tokens are."""
+    """An encoded utterance and the frames of its tokens."""
 
     y: Tensor
     """(1, T, C)"""
@@ -38,7 +38,7 @@ class Heard(NamedTuple):
     start: Tensor
     """First frame of each token (U,)."""
     end: Tensor
-    """The frame behind its last (U,)."""
+    """One past the last frame of each token (U,)."""
 
 
 class Agreement(NamedTuple):
@@ -48,12 +48,12 @@ class Agreement(NamedTuple):
     distance_frames: float
     """Mean distance to the frames of the token."""
     near: float
-    """Share of the tokens that are found within `NEAR_FRAMES`."""
+    """Share of the tokens found within `NEAR_FRAMES`."""
 
 
 @torch.inference_mode()
 def hear(model: HybridModel, samples: Tensor, tokens: Sequence[int]) -> Heard | None:
-    """Encode samples (S,) as a whole and align tokens; None without tokens, or the frames for them."""
+    """Encode samples (S,) as a whole and align tokens; None if there are no tokens or too few frames."""
     model.require_ctc("heads")
     x, x_lens = model.features(samples[None], torch.tensor([len(samples)], device=samples.device))
     y, _ = model.encode(x, x_lens)
@@ -65,7 +65,7 @@ def hear(model: HybridModel, samples: Tensor, tokens: Sequence[int]) -> Heard | 
 
 
 def search(model: HybridModel, utterances: Sequence[Heard]) -> list[Agreement]:
-    """All candidates, the best first."""
+    """All candidates, best first."""
     decoder = model.decoder
     layers, heads = decoder.config.num_layers, decoder.config.num_heads
     single = measure(model, utterances, [Guide(i, (h,)) for i in range(layers) for h in range(heads)])
@@ -77,7 +77,7 @@ def search(model: HybridModel, utterances: Sequence[Heard]) -> list[Agreement]:
 
 
 def measure(model: HybridModel, utterances: Sequence[Heard], guides: Sequence[Guide]) -> list[Agreement]:
-    """How well each guide finds the tokens of the utterances, the best first."""
+    """How well each guide finds the tokens of the utterances, best first."""
     distances = [
         torch.stack([_distance(attention, heard, guide) for guide in guides])
         for heard in utterances
@@ -96,7 +96,7 @@ def _rank(found: Agreement) -> tuple[float, float]:
 
 
 def _distance(attention: Tensor, heard: Heard, guide: Guide) -> Tensor:
-    """Frames between the place of each token and the nearest of its own (U,)."""
+    """Frames between the attention peak of each token and the nearest of its frames (U,)."""
     place = attention[guide.layer, list(guide.heads)].mean(0)[:, :-1].argmax(-1)
     return torch.clamp(torch.maximum(heard.start - place, place - heard.end + 1), min=0)
 
@@ -113,7 +113,7 @@ def listening(decoder: TransformerDecoder, heard: Heard) -> Tensor:
 
 @contextmanager
 def _overheard(decoder: TransformerDecoder) -> Iterator[list[Tensor]]:
-    """Collects the cross-attention of the layers of one call, (1, H, U, T) each."""
+    """Collect the cross-attention of all layers in one call, (1, H, U, T) each."""
     weights: list[Tensor] = []
 
     def keep(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -129,7 +129,7 @@ def _overheard(decoder: TransformerDecoder) -> Iterator[list[Tensor]]:
 
 
 def save_guide(exp_dir: Path, found: Agreement, num_tokens: int) -> Path:
-    """Write what `load_guide` reads, with the figures of the search."""
+    """Write the file that `load_guide` reads, with the figures of the search."""
     figures = {"distance_frames": found.distance_frames, "near": found.near, "tokens": num_tokens}
     about = {"layer": found.guide.layer, "heads": list(found.guide.heads), "figures": figures}
     write_file(exp_dir / HEADS, json.dumps(about, indent=2).encode() + b"\n")
@@ -137,8 +137,8 @@ def save_guide(exp_dir: Path, found: Agreement, num_tokens: int) -> Path:
 
 
 def load_guide(exp_dir: Path, decoder: TransformerDecoder) -> Guide | None:
-    """The guide that `asr heads` chose, None where it was not asked. CheckpointError where the file cannot be
-    read, or is of another decoder."""
+    """The guide that `asr heads` chose, None if it was not run. Raises CheckpointError if the file cannot be
+    read or belongs to another decoder."""
     file = exp_dir / HEADS
     if not file.exists():
         return None

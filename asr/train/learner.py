@@ -1,4 +1,4 @@
-"""What training changes: the model, its running average, the optimizer, and how far it has come."""
+"""The state of training: the model, its running average, the optimizer, and the progress."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,32 +20,32 @@ from asr.train.checkpoint import EMA, WEIGHTS, load_state, load_weights, read_we
 from asr.train.random_state import random_state, restore_random_state
 
 SCHEDULED_BATCH_S = 600.0
-"""Schedules of a model count batches of so much audio, so that they do not depend on how it is dealt out."""
+"""A model's schedules count batches of this much audio, so they do not depend on the actual batch size."""
 
 
 @dataclass
 class Progress:
-    """How far training has come; plain types, saved with every checkpoint."""
+    """The progress of training, in plain types, saved with every checkpoint."""
 
     step: int = 0
     epoch: int = 0
     position: dict[str, int] | None = None
-    """Where the data stands, see asr/data/sampler.py."""
+    """The position in the data, see asr/data/sampler.py."""
 
     audio_s: float = 0.0
     """Seconds of audio seen so far, by all ranks."""
 
     cpu_s: float = 0.0
-    """Processor time so far, of all ranks and their data workers, over all resumes."""
+    """CPU time so far of all ranks and their data workers, across resumes."""
 
     bad_steps: int = 0
-    """Steps in a row without a finite gradient."""
+    """Consecutive steps without a finite gradient."""
 
     best: dict[str, float] = field(default_factory=dict)
-    """The validation with the lowest word error rate, at equal rates the lowest loss: step, wer, loss, ..."""
+    """The validation with the lowest WER, and among equals the lowest loss: step, wer, loss, ..."""
 
     def advance(self, position: dict[str, int], audio_s: float, cpu_s: float) -> None:
-        """Count a step: the data stands at `position`, with so much audio more, so much time in all."""
+        """Count a step. position: in the data after it; audio_s: of this step; cpu_s: in total."""
         self.step += 1
         self.position, self.epoch = position, position["epoch"]
         self.audio_s += audio_s
@@ -70,22 +70,22 @@ class Learner:
         return cls(model, build_optimizer(model, config.optim), None, Progress())
 
     def follow_schedules(self) -> None:
-        """Tell the modules of the model how much has been heard."""
+        """Set the batch count of the model's schedules from the audio seen so far."""
         set_batch_count(self.scheduled, self.progress.audio_s / SCHEDULED_BATCH_S)
 
     def start_average(self) -> None:
-        """From the present parameters on."""
+        """Start the running average from the current parameters."""
         self.ema = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def move_average(self, decay: float) -> None:
-        """ema = decay * ema + (1 - decay) * model; a shorter memory in the first steps, which are bad."""
+        """ema = decay * ema + (1 - decay) * model, with a lower decay in the first steps."""
         if self.ema is not None:
             weight = 1 - min(decay, (1 + self.progress.step) / (10 + self.progress.step))
             torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), weight)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[HybridModel]:
-        """The model with the running average for its parameters, where there is one."""
+        """The model with its running average as parameters, if there is one."""
         if self.ema is None:
             yield self.model
             return
@@ -102,11 +102,11 @@ class Learner:
         return {WEIGHTS: self.model.state_dict(), **averaged}
 
     def random_state(self) -> dict[str, Any]:
-        """What differs between ranks: random numbers, and what whiteners found in this rank's data."""
+        """What differs between ranks: random number generators, and the states of the whiteners."""
         return {**random_state(), "alarms": alarms(self.model)}
 
     def state(self, random_states: list[Any]) -> dict[str, Any]:
-        """All else that a checkpoint needs; random_states of every rank."""
+        """Everything else that a checkpoint needs; random_states: of every rank."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
@@ -114,7 +114,7 @@ class Learner:
         }
 
     def restore(self, path: Path, config: ExperimentConfig, rank: int) -> dict[str, Any]:
-        """Become what was saved. Returns its meta.json; raises CheckpointError where it does not fit."""
+        """Restore a checkpoint. Returns its meta.json; raises CheckpointError if it does not fit."""
         meta = verify(path)
         load_weights(self.model, path / WEIGHTS, meta["config"], config)
         saved_type = meta["config"]["optim"]["type"]
@@ -130,7 +130,7 @@ class Learner:
             self.start_average()
             averaged = read_weights(path / EMA)
             self.ema = {name: averaged[name].to(tensor.device) for name, tensor in (self.ema or {}).items()}
-        if rank < len(state["random"]):  # a rank that was not there before starts from its seed
+        if rank < len(state["random"]):  # a new rank starts from its seed
             restore_random_state(state["random"][rank])
             restore_alarms(self.model, state["random"][rank].get("alarms", alarms(self.model)))
         return meta

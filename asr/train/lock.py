@@ -1,7 +1,7 @@
-"""One training in one folder.
+"""A lock against two training runs in one folder.
 
-The lock is POSIX's, which ends with the process however it ends, is not inherited by the processes that read
-data, and reaches other hosts where the file system carries it. The file only says who holds it.
+It is a POSIX lock: it ends with the process however that ends, data workers do not inherit it, and it works
+across hosts if the file system supports that. The file's contents only name the holder.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from asr.errors import TrainingError
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold `folder`/lock. Raises TrainingError naming the process that does."""
+    """Hold `folder`/lock. Raises TrainingError that names the process that already holds it."""
     path = folder / "lock"
     with path.open("a+", encoding="utf-8") as file:
         try:

@@ -1,10 +1,10 @@
-"""Training, on one page.
+"""The training loop.
 
     asr train --config recipes/conf/conformer-s.yaml --config egs/NAME/conf/train.yaml --exp exp/NAME
     torchrun --nproc-per-node 8 -m recipes.cli train ...            the same on 8 GPUs
 
-Started again on the same folder it goes on from the last checkpoint as if it had never stopped: on a CPU to
-the last bit. SIGTERM, SIGINT and SIGUSR1 end it after the present step, with a checkpoint; a second one ends
+Restarted on the same folder, it resumes from the last checkpoint as if it had never stopped, on a CPU
+bit-exactly. SIGTERM, SIGINT and SIGUSR1 end it after the current step with a checkpoint; a second signal ends
 it at once.
 """
 
@@ -30,9 +30,9 @@ from asr.train.validate import validate
 def train(
     config: ExperimentConfig, exp_dir: Path, device: torch.device, echo: Callable[[str], None]
 ) -> Progress:
-    """Train until optim.max_steps, or until asked to stop. Lines of the log go to `echo`.
+    """Train until optim.max_steps or train.max_cpu_minutes is reached, or until asked to stop.
 
-    Raises AsrError where it cannot go on; what was saved until then stays.
+    echo: receives the lines of the log. Raises AsrError if training cannot go on; saved checkpoints stay.
     """
     every, timeout_s = config.train, config.train.timeout_s
     with (
@@ -87,7 +87,7 @@ def train(
 
 
 def why_done(progress: Progress, config: ExperimentConfig, request: str = "") -> str:
-    """The reason to end, or nothing."""
+    """The reason to end, or ""."""
     limit = config.train.max_cpu_minutes
     if progress.step >= config.optim.max_steps:
         return "optim.max_steps reached"

@@ -1,4 +1,4 @@
-"""Every random number generator of a process, as tensors and plain types, so that a resume is exact."""
+"""The state of all random number generators of a process, as tensors and plain types, for an exact resume."""
 
 import random
 from typing import Any
@@ -24,7 +24,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo what happened to the generators since `random_state`."""
+    """Restore the generators to what `random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""What a person reads while training runs: train.log, metrics.jsonl, TensorBoard, curves.png."""
+"""Reports on a running training: train.log, metrics.jsonl, TensorBoard, curves.png."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from asr.train.storage import write_file
 
 @dataclass
 class Window:
-    """What happened since the last line of the log."""
+    """Totals since the last line of the log."""
 
     losses: Tensor = field(default_factory=lambda: torch.zeros(3))
     """Sums of total, ctc and attention loss of this rank."""
@@ -31,7 +31,7 @@ class Window:
     start_s: float = field(default_factory=time.monotonic)
 
     def take(self, batches: Iterator[Batch], count: int) -> list[Batch]:
-        """The next batches; how long they took to come is counted."""
+        """The next batches; adds the time spent waiting for them."""
         asked_s = time.monotonic()
         taken = list(islice(batches, count))
         self.wait_s += time.monotonic() - asked_s
@@ -44,7 +44,7 @@ class Window:
         self.audio_s += audio_s
 
     def values(self, device: torch.device) -> dict[str, float]:
-        """The numbers of a line of the log; `losses` are those of all ranks by now."""
+        """The numbers of a log line; `losses` must already be summed over all ranks."""
         total, ctc, attention = (self.losses.cpu() / max(1, self.tokens)).tolist()
         elapsed_s = max(1e-9, time.monotonic() - self.start_s)
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
@@ -60,7 +60,7 @@ class Window:
 
 
 class Report:
-    """Lines go to `echo` and to train.log, numbers to metrics.jsonl and TensorBoard as well."""
+    """Writes lines to `echo` and train.log, and numbers also to metrics.jsonl and TensorBoard."""
 
     def __init__(self, exp_dir: Path, echo: Callable[[str], None], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,11 +72,11 @@ class Report:
         self.tensorboard = SummaryWriter(str(exp_dir / "tensorboard"), purge_step=step + 1)
 
     def say(self, line: str) -> None:
-        """A line with the date."""
+        """Write a line with a timestamp."""
         self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
     def step(self, values: dict[str, Any]) -> None:
-        """A line about the last steps; see Window.values."""
+        """Write a line about the last steps; see Window.values."""
         v = values
         self._write(
             f"step {v['step']:>7,}  loss {v['loss']:.3f} (ctc {v['ctc']:.3f}, attention {v['attention']:.3f})"
@@ -113,7 +113,7 @@ class Report:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut short is left out."""
+    """The rows of metrics.jsonl; skips lines that are not JSON, such as a truncated last one."""
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -124,6 +124,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Drop what was logged behind the checkpoint from which training goes on: it will be logged again."""
+    """Drop rows logged after the checkpoint that training resumes from: they will be logged again."""
     kept = [row for row in read_metrics(file) if row["step"] <= step]
     write_file(file, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -1,4 +1,4 @@
-"""The folder of an experiment while it is trained: opened once, written by the first rank only."""
+"""The folder of an experiment during training: opened once, written by the first rank only."""
 
 import contextlib
 import json
@@ -27,10 +27,10 @@ class Run:
     device: torch.device
     echo: Callable[[str], None]
     report: Report | None = None
-    """None on all ranks but the first."""
+    """None on every rank but the first."""
 
     def resume(self, learner: Learner) -> bool:
-        """Go on from the last good checkpoint; False where there is none. Raises CheckpointError."""
+        """Resume from the last valid checkpoint; False if there is none. Raises CheckpointError."""
         path = checkpoint.newest_valid(self.exp_dir, self.echo)
         if path is not None:
             meta = checkpoint.verify(path)
@@ -53,7 +53,7 @@ class Run:
             self.report.say(line)
 
     def log(self, progress: Progress, window: Window, lr: float, grad_norm: float) -> None:
-        """A line about the steps of the window; the losses of all ranks are added up."""
+        """Log a line about the steps of the window, with losses summed over all ranks."""
         window.losses = distributed.gather(window.losses.cpu()).sum(0)
         if self.report:
             about = {"step": progress.step, "epoch": progress.epoch, "lr": lr, "grad": grad_norm}
@@ -61,7 +61,7 @@ class Run:
             self.report.step({**about, **window.values(self.device), **seen})
 
     def log_valid(self, progress: Progress, values: dict[str, float]) -> bool:
-        """A line about a validation. Returns whether it is the best so far."""
+        """Log a line about a validation. Returns whether it is the best so far."""
         best = progress.best or values
         is_best = not progress.best or (values["wer"], values["loss"]) < (best["wer"], best["loss"])
         if is_best:
@@ -73,7 +73,7 @@ class Run:
         return is_best
 
     def save(self, learner: Learner, is_best: bool = False) -> None:
-        """Write a checkpoint, and remove the oldest. Raises CheckpointError where it cannot be written."""
+        """Write a checkpoint and prune old ones. Raises CheckpointError if it cannot be written."""
         distributed.barrier(self.config.train.timeout_s)
         state = learner.state(distributed.gather_objects(learner.random_state()))
         if not distributed.is_main():
@@ -87,7 +87,7 @@ class Run:
         self.say(f"step {progress.step:,} saved in {path}")
 
     def skip_step(self, progress: Progress, batches: Sequence[Batch], grad_norm: float) -> None:
-        """List the utterances of a step whose gradient is not finite; TrainingError after too many."""
+        """List the utterances of a step with a non-finite gradient. Raises TrainingError after too many."""
         progress.bad_steps += 1
         ids = distributed.gather_objects([name for batch in batches for name in batch.ids])
         where = self.exp_dir / "nonfinite.jsonl"
@@ -108,7 +108,7 @@ class Run:
 def open_run(
     config: ExperimentConfig, exp_dir: Path, device: torch.device, echo: Callable[[str], None]
 ) -> Iterator[Run]:
-    """Hold the folder of an experiment, made where there is none, with its tokenizer in it."""
+    """Lock the folder of an experiment, creating it and copying the tokenizer into it if needed."""
     with contextlib.ExitStack() as stack:
         if distributed.is_main():
             try:
@@ -134,7 +134,7 @@ def _silent(line: str) -> None:
 
 
 def _copy_tokens(source: Path, target: Path) -> None:
-    """The experiment keeps its own tokenizer. Raises TokensError where it already has another."""
+    """Copy the tokenizer into the experiment. Raises TokensError if it already has another one."""
     if target.exists():
         if source.exists() and tokens_hash(source) != tokens_hash(target):
             raise TokensError(f"{source}: other units than {target}, with which this experiment began")

@@ -1,4 +1,4 @@
-"""Asked to stop, training finishes its step and saves; asked twice, it ends at once."""
+"""Signals: at the first request to stop, training finishes its step and saves; at the second, it exits."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """The first signal that came, if any."""
+    """The first signal received, if any."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -26,7 +26,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listen() -> Iterator[StopRequest]:
-    """Catch SIGTERM, SIGINT and SIGUSR1, here and in processes started from here, until the end."""
+    """Catch SIGTERM, SIGINT and SIGUSR1 within this context, also in processes forked from it."""
     request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in REQUESTS}
     try:

@@ -1,4 +1,4 @@
-"""What happens before the first step: parameters, normalisation, and what they are computed with."""
+"""Everything before the first step: data, parameters, normalisation, device settings."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ from asr.train.step import Backward, parallel
 
 
 def use_threads(count: int) -> None:
-    """So many threads in this process; 0 leaves it to torch, which takes one for each core."""
+    """Set the number of threads of this process; 0 leaves it to torch, which uses one per core."""
     if count:
         torch.set_num_threads(count)
 
 
 def open_loader(run: Run) -> Loader:
-    """This rank's data; what cannot be read is listed in skipped.jsonl."""
+    """This rank's data; unreadable utterances are listed in skipped.jsonl."""
     config = run.config
     return build_loader(
         config.data,
@@ -43,7 +43,7 @@ def open_loader(run: Run) -> Loader:
 
 
 def start(run: Run, loader: Loader) -> Learner:
-    """A learner as the last checkpoint left it, or a fresh one with its features normalised."""
+    """A learner restored from the last checkpoint, or a fresh one with its feature normalisation set."""
     config, device = run.config, run.device
     learner = Learner.fresh(config, len(run.tokenizer.symbols), device)
     mark_words(learner.model, run.tokenizer)
@@ -59,7 +59,7 @@ def start(run: Run, loader: Loader) -> Learner:
 
 
 def mark_words(model: HybridModel, tokenizer: Tokenizer) -> None:
-    """Tell the head that counts words, where there is one, which units begin them. Raises ConfigError."""
+    """Tell the word-counting head, if there is one, which units start words. Raises ConfigError."""
     if model.fire is None:
         return
     starts = word_starts(tokenizer.words, len(tokenizer.symbols))
@@ -72,7 +72,7 @@ def mark_words(model: HybridModel, tokenizer: Tokenizer) -> None:
 
 
 def begin_from_another(run: Run, model: HybridModel) -> list[str]:
-    """Take the parameters of train.init, and say which. Returns their names; raises CheckpointError."""
+    """Load the parameters of train.init and log which. Returns their names; raises CheckpointError."""
     source = Path(run.config.train.init)
     file = source / AVERAGE if source.is_dir() else source
     about = about_weights(file)
@@ -91,7 +91,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def normalise(model: HybridModel, loader: Loader, num_utterances: int) -> None:
-    """Set mean and variance of features to those of the first utterances, on all ranks those of the first."""
+    """Set the feature mean and variance of all ranks from the first utterances of the first rank."""
     if distributed.is_main():
         model.cmvn.load_state_dict(Cmvn.from_frames(first_frames(model, loader, num_utterances)).state_dict())
     for buffer in model.cmvn.buffers():
@@ -118,7 +118,7 @@ def build_backward(model: HybridModel, config: ExperimentConfig, device: torch.d
 
 
 def uses_bf16(config: ExperimentConfig, device: torch.device) -> bool:
-    """Whether matrix products are computed in bfloat16; `auto` where it is faster (tools/bench_train.py)."""
+    """Whether to compute matrix products in bfloat16; `auto`: if that is faster (tools/bench_train.py)."""
     if config.train.precision != "auto":
         return config.train.precision == "bf16"
     if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""One step: the same gradient however the batch is dealt out to ranks and to accumulated parts.
+"""A training step: its gradient does not depend on how the batch is split over ranks and accumulation steps.
 
-The loss of a step is the sum over all utterances of all ranks, divided by the number of their tokens. Every
-rank knows that number before it starts and divides by it; the mean that DistributedDataParallel takes over
-ranks is undone.
+The loss of a step is the sum over all utterances of all ranks, divided by their number of tokens. Every rank
+knows that number before it starts and divides by it; the averaging of DistributedDataParallel over ranks is
+undone.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from asr.train import distributed
 
 @dataclass(frozen=True)
 class Shared:
-    """What all ranks know of a step before it starts."""
+    """What all ranks know about a step before it starts."""
 
     num_tokens: int
-    """Of all batches of the step, one sos/eos per utterance included."""
+    """Tokens in all batches of the step, including one sos/eos per utterance."""
 
     num_frames: int
     """Encoder frames of the longest utterance."""
@@ -40,7 +40,7 @@ class Shared:
 
 
 def agree(model: HybridModel, batches: Sequence[Batch], cpu_s: float, stop: bool) -> Shared:
-    """Exchange what the ranks need to know of each other, in one message."""
+    """Exchange what the ranks need to know about each other, in one message."""
     num_frames = max(int(model.fbank.num_frames(batch.sample_lens).max()) for batch in batches)
     audio_s = sum(int(batch.sample_lens.sum()) for batch in batches) / model.fbank.config.sample_rate
     own = [sum(map(num_targets, batches)), num_frames, audio_s, cpu_s, stop]
@@ -52,18 +52,18 @@ def agree(model: HybridModel, batches: Sequence[Batch], cpu_s: float, stop: bool
 
 
 def num_targets(batch: Batch) -> int:
-    """Tokens and a sos/eos per utterance, as in Loss.num_tokens; none where every utterance was lost."""
+    """Tokens and one sos/eos per utterance, as in Loss.num_tokens; 0 if no utterance could be read."""
     return 0 if batch.is_empty else int(batch.token_lens.sum()) + len(batch.ids)
 
 
 def context_of_step(config: ExperimentConfig, step: int, num_frames: int) -> Context:
-    """What may be attended to in a step: the same on all ranks, and after a resume."""
+    """The attention context of a step: the same on all ranks and after a resume."""
     generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + step)
     return draw_context(num_frames, generator, config.encoder.chunk)
 
 
 def parallel(model: HybridModel, device: torch.device) -> nn.Module:
-    """The model, or with several ranks what adds up its gradients; all ranks start from the first one."""
+    """The model; with several ranks, wrapped in DistributedDataParallel, with rank 0's parameters on all."""
     if distributed.world_size() == 1:
         return model
     ids = [device] if device.type == "cuda" else None
@@ -74,7 +74,7 @@ def parallel(model: HybridModel, device: torch.device) -> nn.Module:
 
 @dataclass
 class Backward:
-    """Computes gradients. `model` is what `parallel` made of `plain`."""
+    """Computes gradients. `model` is `parallel(plain)`."""
 
     plain: HybridModel
     model: nn.Module
@@ -103,24 +103,24 @@ class Backward:
         x = self.spec_augment(x, x_lens)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.model(x, x_lens, tokens, token_lens, context, ends, views)
-        # a batch that lost every utterance takes part, as other ranks wait for it, and counts for nothing
+        # an empty batch still takes part, as other ranks wait for it, but contributes nothing
         return torch.stack([loss.total, loss.ctc, loss.attention]) * (not batch.is_empty)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients travel between ranks once a step, with the last of its batches."""
+        """Synchronise gradients between ranks only once per step, with its last batch."""
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """The whole batch so many times, one behind the other."""
+    """The batch, repeated `times` times along its first dimension."""
     return x if times == 1 else torch.cat([x] * times)
 
 
 @contextlib.contextmanager
 def out_of_memory(batch: Batch) -> Iterator[None]:
-    """Say which batch was too large, and what to do."""
+    """Turn an out-of-memory error into one that names the batch and the remedy."""
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever kills the process or fills the disk.
+"""Files and folders written atomically, even if the process is killed or the disk fills up.
 
-A folder is written under another name, each file and the folder itself flushed to the disk, then renamed.
-Sizes and SHA-256 of its files stand in its meta.json, and a reader believes nothing else.
+A folder is written under a temporary name, each file and the folder itself are flushed to disk, and then it
+is renamed. Its meta.json holds the size and SHA-256 of each file, and readers verify them.
 """
 
 import errno
@@ -22,7 +22,7 @@ FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file; a reader sees the old one or the new one."""
+    """Replace a file atomically: a reader sees the old one or the new one."""
     unfinished = path.with_name(path.name + UNFINISHED)
     _guard_space(path, len(data))
     try:
@@ -35,7 +35,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], meta: dict[str, Any]) -> None:
-    """Write files and meta.json into a new folder. Where that fails, CheckpointError, and nothing is left."""
+    """Write files and meta.json into a new folder. On failure, raises CheckpointError and leaves nothing."""
     listed = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
@@ -59,7 +59,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], meta: dict[str, Any]) -
 
 
 def verify_folder(path: Path) -> dict[str, Any]:
-    """The meta.json of a folder whose files are as they were written; CheckpointError names what is not."""
+    """The meta.json of a folder, once all its files are verified. CheckpointError names the first bad one."""
     meta = read_meta(path)
     for name, expected in meta["files"].items():
         file = path / name
@@ -86,7 +86,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def discard(path: Path) -> None:
-    """Remove a folder; half removed it has another name already. What cannot be removed stays."""
+    """Rename a folder, then remove it, so that it is never half there. What cannot be renamed stays."""
     discarded = path.with_name(path.name + DISCARDED)
     shutil.rmtree(discarded, ignore_errors=True)
     try:

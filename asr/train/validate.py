@@ -1,4 +1,4 @@
-"""How good the model is on utterances it does not learn from: loss and greedy word error rate."""
+"""Validation: loss and greedy word error rate on held-out utterances."""
 
 import torch
 from torch import Tensor
@@ -21,10 +21,9 @@ from asr.wer import ErrorCount, align, count_errors
 def validate(
     model: HybridModel, loader: Loader, tokenizer: Tokenizer, config: ExperimentConfig
 ) -> dict[str, float]:
-    """Loss per token (total, ctc, attention), and WER in per cent of CTC's best path, or without a CTC head
-    of what the decoder writes greedily, the whole utterance as the context. Words are those that the units
-    spell, each ideograph one of them, in the reference too. Every rank takes a share of data.valid and gets
-    the result of all."""
+    """Loss per token (total, ctc, attention), and WER in per cent of the best CTC path or, without a CTC
+    head, of greedy decoding, with full context. Words are those that the units spell, also in the reference;
+    each ideograph is a word. Every rank processes a share of data.valid and gets the overall result."""
     model.eval()
     device = model.cmvn.mean.device
     sums = torch.zeros(6, dtype=torch.float64)
@@ -57,7 +56,7 @@ def _one(model: HybridModel, batch: Batch, tokenizer: Tokenizer) -> torch.Tensor
 
 
 def _written(model: HybridModel, y: Tensor, y_lens: Tensor, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
-    """The tokens of each utterance, by CTC or else by the decoder, the likeliest each time."""
+    """The tokens of each utterance by greedy decoding, with CTC or else with the decoder."""
     log_probs = model.ctc_log_probs(y).cpu().numpy()
     frames = [x[:length] for x, length in zip(log_probs, y_lens.tolist(), strict=True)]
     if model.ctc is None:
