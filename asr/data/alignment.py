@@ -1,12 +1,12 @@
 """Fixed alignments: when each unit of a text is spoken, kept in the manifest beside the text.
 
 A supervision has `alignment={"token": [AlignmentItem, ...]}`: an item for each unit of its text, with the
-unit as its symbol, and times in seconds from the start of the supervision. lhotse moves that start, and not
-the alignment, when it mixes, truncates, joins or pads cuts; at another speed it scales both. So the times of
-a supervision stay right whatever is done to its cut.
+unit as its symbol, and times in seconds from the start of the supervision. When lhotse mixes, truncates,
+joins or pads cuts, it moves that start and not the alignment; when it changes the speed, it scales both. The
+times of a supervision thus stay right whatever is done to its cut.
 
-A space that is a unit of its own (characters, phones) belongs to the word behind it. Where words are joined
-that were aligned one by one it has no item; then it is the pause, and ends where the next one starts.
+A space that is a unit of its own (characters, phones) belongs to the word after it. Between joined words that
+were aligned separately, the space has no item; it then is the pause, and ends where the next word starts.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from asr.tokens import Tokenizer
 
 KIND = "token"
-"""The key of ours in `alignment`, beside those of words or phones that a corpus may bring."""
+"""Our key in `alignment`, besides those for words or phones that a corpus may provide."""
 
 TOLERANCE_S = 0.01
-"""Times are rounded to samples, and cuts to other samples; more than this is a mistake."""
+"""Tolerated deviation of times and cut ends from rounding to samples; anything above is an error."""
 
 
 def with_alignment(cut: Cut, tokenizer: Tokenizer, spans: Sequence[tuple[float, float, float]]) -> Cut:
-    """The cut with an alignment: start, end and score of each unit of `cut_text`, in seconds of the cut.
+    """The cut with an alignment. spans: start and end in seconds of the cut, and score, for each unit.
 
-    Raises ManifestError where the units of joined words are not those of the words.
+    Raises ManifestError if the units of a joined text differ from those of its parts.
     """
     segments = cut.supervisions
     left = iter(spans)
@@ -59,7 +59,7 @@ def _item(unit: str, span: tuple[float, float, float], origin_s: float) -> Align
 
 
 def _with_items(cut: Cut, aligned: Iterator[list[AlignmentItem] | None]) -> Cut:
-    """The cut, its supervisions with the next of the alignments; None leaves one without text as it is."""
+    """The cut, each supervision with the next of the alignments; None leaves a supervision as it is."""
     if not cut.supervisions:
         return cut
     segments = [
@@ -70,7 +70,7 @@ def _with_items(cut: Cut, aligned: Iterator[list[AlignmentItem] | None]) -> Cut:
 
 
 def _parts(cut: Cut, tokenizer: Tokenizer) -> list[list[str]]:
-    """The units of each supervision with text, as they are in those of the whole text."""
+    """The units of each supervision with text, as they occur in those of the whole text."""
     whole = _units(tokenizer, cut_text(cut))
     parts: list[list[str]] = []
     num_units = 0
@@ -97,10 +97,10 @@ def _begins_with_space(units: Sequence[str]) -> bool:
 
 
 def token_ends(cuts: Sequence[Cut], units: Sequence[Sequence[str]]) -> list[list[float]]:
-    """When each unit of each cut ends, in seconds from its start; no times where no cut has an alignment.
+    """The end of each unit of each cut, in seconds from the start of the cut; empty if no cut is aligned.
 
-    units: those of the text of each cut. Times do not decrease, and lie within the cut. Raises ManifestError
-    where one cut has an alignment and another has none, or where one does not fit its text or its audio.
+    units: of the text of each cut. Times do not decrease, and lie within the cut. Raises ManifestError if
+    only some cuts have an alignment, or if one does not fit its text or its audio.
     """
     without = [cut for cut, row in zip(cuts, units, strict=True) if row and not _is_aligned(cut)]
     if without and len(without) == sum(map(bool, units)):
@@ -134,7 +134,7 @@ def _ends_of(cut: Cut, units: Sequence[str]) -> list[float]:
 
 
 def _checked(cut: Cut, found: Sequence[tuple[str, float]]) -> list[float]:
-    """The times, without what rounding did to them."""
+    """The end times, made non-decreasing and clipped to the cut after a check."""
     ends: list[float] = []
     for number, (symbol, end_s) in enumerate(found):
         least_s = ends[-1] if ends else 0.0

@@ -1,6 +1,6 @@
-"""Training audio made harder: speed, room, noise, volume of cuts (lhotse), SpecAugment of frames (torch).
+"""Augmentation: speed, reverberation, noise and volume of cuts (lhotse), SpecAugment of features (torch).
 
-What is done to a cut depends on (seed, epoch, cut id) alone: not on workers, ranks or what was read before.
+The augmentation of a cut depends only on (seed, epoch, cut id), not on workers, ranks or the reading order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from asr.data.cuts import open_cuts, read_cut
 from asr.errors import ConfigError, ManifestError
 
 MEMORY_S = 3600.0
-"""Noises, or impulse responses, of up to so many seconds in all are decoded once and kept: 115 MB."""
+"""Noises, or impulse responses, of at most this many seconds in total are kept decoded in memory: 115 MB."""
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 
@@ -31,16 +31,16 @@ class SpecAugmentConfig:
     """SpecAugment (arXiv:1904.08779), time masks adapted to the length (arXiv:1912.05533); 0 masks is off."""
 
     num_time_masks: int = 10
-    """Time masks in an utterance; fewer where they would pass max_time_share."""
+    """Time masks per utterance; fewer if they would exceed max_time_share."""
 
     max_time_frames: int = 50
     """Longest time mask, in frames of 10 ms."""
 
     max_time_share: float = 0.15
-    """Largest share of an utterance under all its time masks together."""
+    """Largest share of an utterance that all time masks together may cover."""
 
     num_freq_masks: int = 2
-    """Frequency masks in an utterance."""
+    """Frequency masks per utterance."""
 
     max_freq_bins: int = 27
     """Widest frequency mask, in mel bins."""
@@ -53,25 +53,25 @@ class SpecAugmentConfig:
 @dataclass(kw_only=True, slots=True)
 class AugmentConfig:
     speed: list[float] = field(default_factory=lambda: [0.9, 1.0, 1.1])
-    """Factors, one of which is drawn for each utterance in each epoch; 1.1 is faster; [] is off."""
+    """Speed factors, one of which is drawn for each utterance in each epoch; 1.1 is faster; [] is off."""
 
     noise: str = ""
-    """Manifest of noises, or a folder of sound files; "" is off."""
+    """Manifest of noises, or a folder of audio files; "" is off."""
 
     noise_prob: float = 0.5
     """Share of utterances that get noise."""
 
     noise_snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])
-    """Speech to noise, lowest and highest, in decibels."""
+    """Lowest and highest signal-to-noise ratio, in decibels."""
 
     rir: str = ""
-    """Manifest of room impulse responses, or a folder of sound files; "" is off."""
+    """Manifest of room impulse responses, or a folder of audio files; "" is off."""
 
     rir_prob: float = 0.3
     """Share of utterances that get reverberation."""
 
     volume_db: list[float] = field(default_factory=list)
-    """Lowest and highest gain, in decibels, one drawn for each utterance, as [-10, 10]; [] is off."""
+    """Lowest and highest gain in decibels, for example [-10, 10], drawn for each utterance; [] is off."""
 
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
 
@@ -88,7 +88,7 @@ class AugmentConfig:
 
 
 class Augmenter:
-    """Speed, reverberation and noise, all lazy: a changed cut is still a manifest entry until it is read."""
+    """Speed, reverberation, noise, volume; all lazy: a changed cut is a manifest entry until it is read."""
 
     def __init__(self, config: AugmentConfig, sample_rate: int, seed: int) -> None:
         self.config = config
@@ -97,14 +97,14 @@ class Augmenter:
         self.rirs = load_sounds(config.rir, sample_rate) if config.rir else []
 
     def speed(self, cut: Cut, epoch: int) -> Cut:
-        """The cut at a drawn speed, under its own id; done before batching, as it changes the duration."""
+        """The cut at a random speed, under its own id; runs before batching, as it changes the duration."""
         if not self.config.speed:
             return cut
         factor = self._rng("speed", cut, epoch).choice(self.config.speed)
         return cut if factor == 1 else cut.perturb_speed(factor, affix_id=False)
 
     def surroundings(self, cut: Cut, epoch: int) -> Cut:
-        """The cut in a drawn room and with drawn noise, each with its probability, at a drawn volume."""
+        """The cut with random reverberation and noise, each with its probability, and random volume."""
         rng = self._rng("surroundings", cut, epoch)
         in_room, in_noise = rng.random() < self.config.rir_prob, rng.random() < self.config.noise_prob
         if self.rirs and in_room:
@@ -121,7 +121,7 @@ class Augmenter:
 
 
 def _stretch_of_noise(noises: list[Cut], duration_s: float, rng: random.Random) -> Cut:
-    """A random stretch of a random noise; where one is too short, others follow it."""
+    """A random stretch of a random noise; if that is too short, others follow it."""
     noise = rng.choice(noises)
     start = rng.uniform(0, max(0.0, noise.duration - duration_s))
     noise = noise.truncate(offset=start, duration=min(duration_s, noise.duration - start))
@@ -131,7 +131,7 @@ def _stretch_of_noise(noises: list[Cut], duration_s: float, rng: random.Random) 
 
 
 def load_sounds(path: str, sample_rate: int) -> list[Cut]:
-    """The first channel of each sound of a manifest or a folder, at `sample_rate`; ManifestError if none."""
+    """The first channel of each recording of a manifest or folder at `sample_rate`; ManifestError if none."""
     if Path(path).is_dir():
         files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
         sounds = [Recording.from_file(p, recording_id=str(p)).to_cut() for p in files]
@@ -146,7 +146,7 @@ def load_sounds(path: str, sample_rate: int) -> list[Cut]:
 
 
 def _in_memory(sound: Cut) -> Cut:
-    """The sound as 16-bit WAV in memory: a stretch of it is read in no time, where a codec decodes it all."""
+    """The recording as 16-bit WAV in memory: reading a stretch is fast, while a codec would decode it all."""
     wav = io.BytesIO()
     soundfile.write(wav, read_cut(sound).clip(-1, 1), sound.sampling_rate, format="WAV", subtype="PCM_16")
     source = AudioSource("memory", [0], wav.getvalue())
@@ -154,7 +154,7 @@ def _in_memory(sound: Cut) -> Cut:
 
 
 class SpecAugment(nn.Module):
-    """Hide stretches of time and bands of frequency behind 0, the mean of normalised frames, in training."""
+    """Masks stretches of time and bands of frequency with 0, the mean of normalised features, in training."""
 
     def __init__(self, config: SpecAugmentConfig) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class SpecAugment(nn.Module):
         return x.masked_fill(in_time[:, :, None] | in_freq[:, None, :], 0.0)
 
     def _longest_times(self, lens: Tensor) -> Tensor:
-        """(N, 1) -> (N, M): the longest each time mask may be, so that together they keep max_time_share."""
+        """(N, 1) -> (N, M): the maximal length of each time mask that keeps all within max_time_share."""
         config = self.config
         total = lens * config.max_time_share
         count = (total / max(1, config.max_time_frames)).ceil().clamp(1, max(1, config.num_time_masks))
@@ -182,7 +182,7 @@ class SpecAugment(nn.Module):
 
 
 def _stretches(longest: Tensor, lens: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
-    """(N, M) longest lengths within (N, 1) lens -> (N, size), True under any of M random stretches."""
+    """(N, M) maximal lengths, (N, 1) lens -> (N, size), True within any of M random stretches."""
     random_start, random_length = torch.rand(2, *longest.shape, device=longest.device, generator=generator)
     length = (random_length * (longest.floor() + 1)).floor()
     start = (random_start * (lens - length + 1)).floor()

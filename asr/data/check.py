@@ -1,4 +1,4 @@
-"""Which cuts are fit to train on, what a corpus consists of, and audio stored so that it reads fast."""
+"""Checks which cuts are fit for training, summarises a corpus, and stores audio for fast reading."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from asr.tokens import Tokenizer
 
 CHUNK_CUTS = 256
-"""Cuts given to the reading processes at a time: enough to share out, few enough to hold."""
+"""Cuts per process and round of reading: enough to share out, few enough to hold in memory."""
 
 
 @dataclass(kw_only=True)
 class Rules:
-    """What a cut must keep to stay. `tokenizer` None checks no text against units."""
+    """The rules that a cut must satisfy. Without a `tokenizer`, texts are not checked against units."""
 
     min_s: float = 0.1
     max_s: float = 30.0
     tokenizer: Tokenizer | None = None
     subsampling: int = 4
     test_speakers: frozenset[str] = frozenset()
-    """Speakers of the test set: their cuts are left out, as a test on known voices tells too little."""
+    """Speakers of the test set: their cuts are left out, as a test on seen speakers is optimistic."""
 
 
 @dataclass
 class Report:
-    """What was kept, what was left out and why, and what there is of it."""
+    """What was kept, what was left out and why, and statistics of what was kept."""
 
     left_out: list[LeftOut] = field(default_factory=list)
     num_kept: int = 0
@@ -55,9 +55,9 @@ class Report:
     """Seconds of each speaker."""
     characters: Counter[str] = field(default_factory=Counter)
     unknown: Counter[str] = field(default_factory=Counter)
-    """Characters of kept texts that hold a unit the tokenizer lacks; they become <unk>."""
+    """Characters that become <unk>, by the number of kept texts that contain them."""
     durations: Counter[int] = field(default_factory=Counter)
-    """Cuts by whole seconds, rounded down."""
+    """Cuts by duration in whole seconds, rounded down."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -75,7 +75,7 @@ class Report:
 
 
 def _unknown(text: str, tokenizer: Tokenizer) -> set[str]:
-    """The characters of a text that alone encode to <unk> (id 2)."""
+    """The characters of a text that encode to <unk> (id 2) by themselves."""
     return {c for c in set(text) if 2 in tokenizer.encode(c)} if 2 in tokenizer.encode(text) else set()
 
 
@@ -86,10 +86,10 @@ def screen(
     read: Callable[[Cut], Cut] | None = None,
     num_jobs: int = 1,
 ) -> Iterator[Cut]:
-    """The cuts that keep the rules, as they are found; `report` fills meanwhile.
+    """Yield the cuts that satisfy the rules, and fill `report` meanwhile.
 
-    `read` (see `check_audio`, `store_audio`) is called on what is left, in `num_jobs` processes; what it
-    raises AudioError for is left out, and what it returns is kept.
+    `read` (see `check_audio`, `store_audio`) is called on these cuts, in `num_jobs` processes: the cuts that
+    it returns are kept, and those that it raises AudioError for are left out.
     """
     seen: set[str] = set()
     passed = (cut for cut in cuts if _passes(cut, rules, seen, report))
@@ -99,7 +99,7 @@ def screen(
 
 
 def validate(cuts: Iterable[Cut], rules: Rules) -> tuple[CutSet, Report]:
-    """The cuts that keep the rules and can be read, in memory, and what there is to say of all."""
+    """The cuts that satisfy the rules and can be read, in memory, and a report on all cuts."""
     report = Report()
     return CutSet.from_cuts(list(screen(cuts, rules, report, check_audio))), report
 
@@ -113,7 +113,7 @@ def _passes(cut: Cut, rules: Rules, seen: set[str], report: Report) -> bool:
 
 
 def _judge(cut: Cut, rules: Rules, seen: set[str]) -> tuple[str, str]:
-    """Why a cut must go and the numbers of it; ("", "") lets it stay."""
+    """The reason to leave a cut out, and details; ("", "") keeps it."""
     text, seconds = cut_text(cut), f"{cut.duration:.2f} s"
     if cut.id in seen:
         return "duplicate id", ""
@@ -162,16 +162,16 @@ def _sort_out(results: Iterable[Cut | LeftOut], report: Report) -> Iterator[Cut]
 
 
 def check_audio(cut: Cut) -> Cut:
-    """Read a cut and forget it. Raises AudioError where that fails."""
+    """Read a cut and discard its samples. Raises AudioError if that fails."""
     read_cut(cut)
     return cut
 
 
 def store_audio(cut: Cut, folder: Path, sample_rate: int = 16000) -> Cut:
-    """Decode a cut once, to a 16-bit WAV file of its own at `sample_rate`, and return the cut of that file.
+    """Decode a cut once to a 16-bit WAV file of its own at `sample_rate`, and return a cut of that file.
 
-    WAV, as it reads three times as fast as FLAC and fifty times as fast as Opus. A file of the right length
-    is there already when a run was broken off, and is not written again. AudioError for a bad source.
+    WAV reads three times as fast as FLAC and fifty times as fast as Opus. A file of the right length from an
+    interrupted run is not written again. Raises AudioError for a bad source.
     """
     cut = cut if cut.sampling_rate == sample_rate else cut.resample(sample_rate)
     path = folder / _file_name(cut.id)
@@ -188,7 +188,7 @@ def store_audio(cut: Cut, folder: Path, sample_rate: int = 16000) -> Cut:
 
 
 def _file_name(cut_id: str) -> str:
-    """A name any file system takes, in one of 256 folders, as a million files in one are slow to list."""
+    """A portable file name in one of 256 folders, as a million files in one folder are slow to list."""
     digest = hashlib.sha256(cut_id.encode()).hexdigest()
     name = quote(cut_id, safe="")
     return f"{digest[:2]}/{name if len(name) < 120 else name[:100] + digest[:16]}.wav"

@@ -1,8 +1,7 @@
-"""Manifests: lhotse CutSets in `*.jsonl.gz`, one utterance a line, read lazily.
+"""Manifests: lhotse CutSets in `*.jsonl.gz`, one utterance per line, read lazily.
 
-A cut is a stretch of a recording; its supervision holds the text and the speaker. Anything lhotse can
-prepare or write is a manifest here, and what we write lhotse can read. `importers` makes manifests,
-`check` judges them.
+A cut is a stretch of a recording; its supervision holds the text and the speaker. Any CutSet that lhotse
+writes is a manifest here, and lhotse reads ours. `importers` makes manifests, `check` judges them.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from lhotse.supervision import SupervisionSegment
 
 from asr.errors import AudioError, ManifestError
 
-# One reader for every format. lhotse's own choice depends on which packages are installed beside it, and
-# reading from memory fails altogether where a torchaudio is installed that cannot be loaded.
+# One reader for all formats. lhotse's own choice depends on the installed packages, and reading from memory
+# fails entirely if the installed torchaudio cannot be loaded.
 set_current_audio_backend(LibsndfileBackend())
 
-# lhotse makes up to half a second of audio up where a file is shorter than its manifest says; that hides
-# damage. Seconds; codecs round to their frames.
+# If a file is shorter than its manifest says, lhotse makes up as much as half a second of audio, which hides
+# damage. In seconds; codecs round to their frames.
 os.environ.setdefault("LHOTSE_AUDIO_DURATION_MISMATCH_TOLERANCE", "0.1")
 
 MAX_LINE_BYTES = 16 << 20
-"""A longer line of a manifest is refused: it is not a manifest."""
+"""A file with a longer line is refused: it is not a manifest."""
 
 
 class Manifest:
-    """The cuts of a `.jsonl` or `.jsonl.gz` file, read line by line each time they are iterated over."""
+    """The cuts of a `.jsonl` or `.jsonl.gz` file, read line by line in every iteration."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,7 +81,7 @@ def _parse(line: bytes, where: str) -> Cut:
 def open_cuts(path: str | Path) -> CutSet:
     """The cuts of a manifest (`.jsonl`, `.jsonl.gz`) or of a lhotse Shar folder, lazily.
 
-    Raises ManifestError, here or while they are read, with the file, the line and what to do.
+    Raises ManifestError, here or during iteration, with the file, the line and what to do.
     """
     path = Path(path)
     if path.is_dir() and any(path.glob("cuts.*.jsonl*")):
@@ -95,14 +94,14 @@ def open_cuts(path: str | Path) -> CutSet:
 
 
 def count_cuts(path: str | Path) -> int:
-    """The number of utterances of what `open_cuts` opens, by its lines."""
+    """The number of utterances that `open_cuts` would read, by counting lines."""
     path = Path(path)
     files = sorted(path.glob("cuts.*.jsonl*")) if path.is_dir() else [path]
     return sum(len(Manifest(file)) for file in files)
 
 
 def save_cuts(cuts: Iterable[Cut], path: str | Path) -> int:
-    """Write a manifest, cut by cut; it appears under its name when it is complete. Returns how many."""
+    """Write a manifest, cut by cut; it gets its name once it is complete. Returns the number of cuts."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name("part-" + path.name)
@@ -116,7 +115,7 @@ def save_cuts(cuts: Iterable[Cut], path: str | Path) -> int:
 
 
 def cut_text(cut: Cut) -> str:
-    """The words of a cut, those of joined cuts in the order they are spoken."""
+    """The text of a cut; the texts of joined cuts follow in the order they are spoken."""
     return " ".join(segment.text for segment in spoken(cut.supervisions))
 
 
@@ -126,12 +125,12 @@ def spoken(segments: Iterable[SupervisionSegment]) -> list[SupervisionSegment]:
 
 
 def cut_speaker(cut: Cut) -> str:
-    """The speaker of a cut, or "" where the manifest does not say."""
+    """The speaker of a cut, or "" if the manifest does not say."""
     return next((s.speaker for s in cut.supervisions if s.speaker), "")
 
 
 def cut_path(cut: Cut) -> str:
-    """The sound file of a cut, for messages; the first one of a mix."""
+    """The audio file of a cut, for messages; the first one of a mix."""
     tracks = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
     sources = [s for c in tracks if getattr(c, "has_recording", False) for s in c.recording.sources]
     return str(sources[0].source) if sources and sources[0].type != "memory" else ""
@@ -140,11 +139,11 @@ def cut_path(cut: Cut) -> str:
 def read_cut(cut: Cut) -> np.ndarray:
     """The samples of a cut: (S,) float32 at its own rate, channels averaged, S as the manifest says.
 
-    Raises AudioError for a file that cannot be read, is not as long as the manifest says, or holds NaN.
+    Raises AudioError for a file that cannot be read, is not as long as the manifest says, or has NaN or inf.
     """
     try:
         samples = cut.load_audio()
-    except Exception as error:  # whatever a broken file leads a decoder to
+    except Exception as error:  # whatever a decoder raises on a broken file
         raise AudioError(f"{cut_path(cut)}: {_reason(cut, error)}") from None
     if samples is None:
         raise AudioError(f"{cut.id}: the manifest names no recording for it")
@@ -155,7 +154,7 @@ def read_cut(cut: Cut) -> np.ndarray:
 
 
 def _reason(cut: Cut, error: Exception) -> str:
-    """One line, however long lhotse's message is; decoders are least clear about absent files."""
+    """One line, however long lhotse's message; decoders are especially unclear about missing files."""
     path = cut_path(cut)
     if path and not Path(path).exists():
         return "no such file"
@@ -164,10 +163,10 @@ def _reason(cut: Cut, error: Exception) -> str:
 
 
 def balance_texts(cuts: Iterable[Cut], rng: random.Random, power: float) -> list[Cut]:
-    """Repeat the cuts of rare texts, so that a text of n cuts is there in proportion to n ** power.
+    """Repeat the cuts of rare texts, so that a text with n cuts occurs in proportion to n ** power.
 
-    Those of the commonest text stay as they are; a cut of a text with n cuts where that one has m is there
-    (m / n) ** (1 - power) times, fractions by chance, and its repetitions get ids of their own.
+    If the commonest text has m cuts, a cut of a text with n cuts occurs (m / n) ** (1 - power) times, with
+    random rounding; repetitions get ids of their own.
     """
     cuts = list(cuts)
     count = Counter(map(cut_text, cuts))
@@ -187,11 +186,11 @@ def join_cuts(
     pause_s: Sequence[float] = (0.1, 0.4),
     max_s: float = 30.0,
 ) -> CutSet:
-    """Long utterances out of short ones: each cut is used once, beside others of the same speaker.
+    """Join short utterances of the same speaker to long ones; each cut is used once.
 
-    Every joined cut takes a number of cuts drawn evenly from `words`, in random order, with a pause drawn
-    evenly from `pause_s` (seconds) between them, and fewer where it would pass `max_s`. See `cut_text`.
-    The cuts, and which go together, depend on `rng` and on the order of `cuts` alone.
+    Every joined cut has a random number of cuts within `words`, or fewer if it would exceed `max_s`, in
+    random order, with random pauses within `pause_s` (seconds); both are uniform. For the text, see
+    `cut_text`. The result depends only on `rng` and on the order of `cuts`.
     """
     speakers: dict[str, list[Cut]] = {}
     for cut in cuts:
@@ -208,9 +207,9 @@ def join_cuts(
 def join_neighbours(
     cuts: Iterable[Cut], rng: random.Random, count: int, pause_s: Sequence[float] = (0.1, 0.4)
 ) -> Iterator[Cut]:
-    """Every `count` cuts in their order as one, whoever speaks: the same speech as ever longer recordings.
+    """Join every `count` successive cuts, whoever speaks: the same speech in longer recordings.
 
-    The last one has what is left.
+    The last one has the rest.
     """
     own = iter(cuts)
     for first in own:
@@ -224,7 +223,7 @@ def join_neighbours(
 def _take(
     own: list[Cut], rng: random.Random, words: Sequence[int], pause_s: Sequence[float], max_s: float
 ) -> list[MixTrack]:
-    """Remove the cuts of one joined utterance from `own`; they come back with the time each starts at."""
+    """Take the cuts of one joined utterance out of `own`; returns them with their start times."""
     tracks, end = [MixTrack(own[-1])], own.pop().duration
     for _ in range(rng.randint(words[0], words[1]) - 1):
         start = end + rng.uniform(pause_s[0], pause_s[1])
@@ -241,10 +240,10 @@ def _join(tracks: list[MixTrack]) -> Cut:
 
 
 def ctc_frames(duration_s: float, subsampling: int) -> int:
-    """Encoder frames of an utterance: 10 ms frames, edges mirrored, then one in `subsampling` (4 or 8)."""
+    """Encoder frames of an utterance: 10 ms frames, mirrored at the edges, over `subsampling` (4 or 8)."""
     return math.ceil(int(duration_s * 100 + 0.5) / subsampling)
 
 
 def ctc_frames_needed(tokens: list[int]) -> int:
-    """The fewest frames a CTC path of these tokens has: one each, and a blank between equal neighbours."""
+    """The length of the shortest CTC path of these tokens: one each, and a blank between equal neighbours."""
     return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))

@@ -1,8 +1,8 @@
-"""Manifests out of what people have: a TSV, a folder of sound files, a Kaldi data directory, a lhotse recipe.
+"""Importers of manifests: from a TSV, a folder of audio files, a Kaldi data directory, or a lhotse recipe.
 
-Each importer is a generator of cuts with one supervision. A wrong line raises ManifestError with the file,
-the line and what to do; a sound file that is there but has no readable header goes to `left_out`, so that one
-bad file does not cost a corpus.
+Each importer is a generator of cuts with one supervision. An invalid line raises ManifestError with the file,
+the line and what to do. An audio file without a readable header goes to `left_out`, so that one bad file does
+not cost a corpus.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from asr.data.augment import AUDIO_SUFFIXES
 from asr.errors import ManifestError
 
 TOLERANCE_S = 0.05
-"""A segment may end so much after its audio, by rounding; it is cut to fit."""
+"""A segment may end this much after its audio, due to rounding; it is then cut to fit."""
 
 COLUMNS = ("utt_id", "audio", "text", "speaker", "split", "language")
 NEEDED = ("utt_id", "audio", "text")
@@ -34,7 +34,7 @@ NEEDED = ("utt_id", "audio", "text")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An utterance that is not in the manifest, and why; `reason` is one of few, `detail` says more."""
+    """An utterance left out of the manifest, and why: `reason` is one of a few, `detail` says more."""
 
     id: str
     reason: str
@@ -43,7 +43,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Line:
-    """One utterance of a source, before its audio was looked at. `where` is file:line."""
+    """One utterance of a source, before its audio is inspected. `where` is file:line."""
 
     id: str
     audio: str
@@ -56,7 +56,7 @@ class Line:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, without byte order mark and line ends, empty ones passed over."""
+    """Numbered non-empty lines of a UTF-8 file, without byte order mark and line ends."""
     try:
         data = path.open("rb")
     except OSError as error:
@@ -82,7 +82,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def from_tsv(path: Path, left_out: list[LeftOut], split: str = "") -> Iterator[Cut]:
-    """A tab-separated table with a header: utt_id, audio, text; speaker, split, language if it has them.
+    """A tab-separated table with a header: utt_id, audio, text; optionally speaker, split, language.
 
     `audio` is relative to the folder of the table. `split` "" takes every line.
     """
@@ -115,10 +115,10 @@ def _tsv_lines(path: Path, split: str) -> Iterator[Line]:
 
 
 def from_folder(path: Path, left_out: list[LeftOut]) -> Iterator[Cut]:
-    """Sound files with `<name>.txt` beside each, or LibriSpeech's `*.trans.txt` ("id text" a line).
+    """Audio files, each with a `<name>.txt` beside it, or with LibriSpeech's `*.trans.txt` ("id text" lines).
 
-    The id is the path below the folder, or LibriSpeech's; the speaker is the name of the folder a file lies
-    in, or the first part of LibriSpeech's id. A sound file without text is left out.
+    The id is the path below the folder, or LibriSpeech's; the speaker is the name of the file's folder, or
+    the first part of LibriSpeech's id. An audio file without text is left out.
     """
     if not path.is_dir():
         raise ManifestError(f"{path}: not a folder")
@@ -157,10 +157,10 @@ def _folder_line(root: Path, sound: Path) -> Line | None:
 
 
 def from_kaldi(path: Path, left_out: list[LeftOut], allow_pipes: bool = False) -> Iterator[Cut]:
-    """A Kaldi data directory: wav.scp, text, and segments and utt2spk where they are.
+    """A Kaldi data directory: wav.scp, text, and optionally segments and utt2spk.
 
     Paths in wav.scp are relative to the working directory, as in Kaldi, or to the data directory.
-    A pipe is a program that a data file starts: it is refused unless `allow_pipes`.
+    A pipe lets a data file run a program: it is refused unless `allow_pipes`.
     """
     scp = _table(path / "wav.scp")
     audio = {name: _kaldi_audio(value, path, where, allow_pipes) for name, (value, where) in scp.items()}
@@ -234,14 +234,14 @@ def _kaldi_audio(value: str, folder: Path, where: str, allow_pipes: bool) -> str
 
 
 def from_lhotse(recordings: RecordingSet, supervisions: SupervisionSet) -> Iterator[Cut]:
-    """What `lhotse.recipes.prepare_*` gives for a split -> a cut for each supervision."""
+    """The output of `lhotse.recipes.prepare_*` for a split -> a cut for each supervision."""
     cuts = CutSet.from_manifests(recordings=recordings, supervisions=supervisions)
     for cut in cuts.trim_to_supervisions(keep_overlapping=False):
         yield cut.with_id(cut.supervisions[0].id)
 
 
 def _cuts(lines: list[Line], left_out: list[LeftOut]) -> Iterator[Cut]:
-    """Lines -> cuts, reading headers a few at a time, as most of that is waiting for a disk."""
+    """Lines -> cuts, reading several headers at a time, as that is mostly waiting for the disk."""
     _unique(lines)
     files = dict.fromkeys(line.audio for line in lines if not line.audio.endswith("|"))
     missing = [file for file in files if not Path(file).is_file()]

@@ -1,7 +1,7 @@
-"""From manifests to batches: reads audio, tokenises, pads; what cannot be read is skipped and listed.
+"""From manifests to batches: reads audio, tokenises, pads; unreadable utterances are skipped and listed.
 
 The training process draws batches of cuts and hands each, with its position, to the next worker process,
-which reads the audio. Nothing depends on the number of workers, and an epoch ends without a pause.
+which reads the audio. Nothing depends on the number of workers, and epochs follow without a pause.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from asr.tokens import Tokenizer
 
 FREE_SKIPS = 10
-"""So many bad utterances in an epoch are forgiven beyond the share: 1 bad of the first 10 is not yet 10 %.
-An epoch that ends with more than half of it bad stops the run, however small it is."""
+"""This many bad utterances per epoch are tolerated beyond max_skipped, so that one among the first few does
+not stop a run. An epoch that ends with more than half of it bad always does, however small it is."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     train: list[str] = field(default_factory=list)
-    """Manifests to train on; utterances of several are interleaved."""
+    """Manifests to train on; the utterances of several are interleaved."""
 
     valid: list[str] = field(default_factory=list)
     """Manifests to validate on."""
@@ -48,7 +48,7 @@ class DataConfig:
     """Tokenizer folder."""
 
     max_batch_s: float = 300.0
-    """Seconds of audio in a batch of one device, padding included. Lower it when memory runs out."""
+    """Seconds of audio in a batch on one device, padding included. Lower it if memory runs out."""
 
     max_utterance_s: float = 30.0
     """Longer utterances are left out of training."""
@@ -57,33 +57,33 @@ class DataConfig:
     """Shorter utterances are left out of training."""
 
     first_max_s: list[float] = field(default_factory=list)
-    """max_utterance_s of the first epochs, a number for each, as [1.5, 1.5, 3]: from short utterances a small
-    corpus is learnt sooner. [] is off."""
+    """max_utterance_s for each of the first epochs, for example [1.5, 1.5, 3]: starting with short utterances
+    speeds up training on a small corpus. [] is off."""
 
     num_buckets: int = 30
-    """Most groups of like duration; more means less padding and less chance in what goes together. A corpus
-    of few batches gets fewer."""
+    """Maximal number of duration buckets; more means less padding and less random batches. A corpus of few
+    batches gets fewer."""
 
     num_workers: int = 2
-    """Processes of each rank that read audio; 0 reads in the training process."""
+    """Processes per rank that read audio; 0 reads in the training process."""
 
     max_skipped: float = 0.01
     """Share of an epoch's utterances that may be unreadable, beyond the first ten."""
 
     text_power: float = 1.0
-    """Utterances of rare texts are repeated, so that a text of n utterances is heard in proportion to
-    n^text_power: 0 hears all texts equally often, 1 is off. For single words; like join_words it reads the
+    """Repeat utterances of rare texts, so that a text with n utterances occurs in proportion to n^text_power:
+    0 makes all texts equally frequent, 1 is off. For single-word corpora; like join_words, it reads the
     manifests into memory."""
 
     join_words: list[int] = field(default_factory=list)
-    """Fewest and most utterances of a speaker joined into one, drawn anew each epoch, as [1, 8]; [] is off.
-    Reads the manifests into memory: for small corpora of short utterances."""
+    """Fewest and most utterances of a speaker to join into one, drawn anew in each epoch, for example [1, 8];
+    [] is off. Reads the manifests into memory: for small corpora of short utterances."""
 
     join_pause_s: list[float] = field(default_factory=lambda: [0.1, 0.4])
     """Shortest and longest pause between joined utterances, in seconds."""
 
     seed: int = 0
-    """Of the order of the data and of its augmentation."""
+    """Seed of the order of the data and of its augmentation."""
 
     def __post_init__(self) -> None:
         if self.max_batch_s < self.max_utterance_s:
@@ -110,13 +110,13 @@ class Skip:
 
 @dataclass(frozen=True)
 class Batch:
-    """Utterances side by side, and where the data stands after them.
+    """A batch of utterances, and the position in the data after it.
 
     samples (N, S) float32 in [-1, 1], sample_lens (N,), tokens (N, U) padded with 0, token_lens (N,).
-    token_ends_s (N, U) float32 padded with 0: when each token ends, in seconds from the start of what is
-    heard, never decreasing; (N, 0) where the manifests have no alignments (asr/data/alignment.py).
-    A batch that lost every utterance `is_empty`: it has no ids, and a second of silence without tokens, so
-    that a rank can still run its model and join the others in their gradients, with a loss of zero.
+    token_ends_s (N, U) float32 padded with 0: when each token ends, in seconds from the start of the samples,
+    never decreasing; (N, 0) if the manifests have no alignments (asr/data/alignment.py).
+    A batch none of whose utterances could be read `is_empty`: it has no ids, and a second of silence without
+    tokens, so that the rank can still run its model and synchronise gradients, with a loss of zero.
     """
 
     samples: Tensor
@@ -130,7 +130,7 @@ class Batch:
     skipped: tuple[Skip, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """How a worker sends it: a tensor costs a dozen messages, which only the samples are worth."""
+        """How a worker sends it: a tensor costs a dozen messages, which pays off only for the samples."""
         small = self.sample_lens, self.tokens, self.token_lens, self.token_ends_s
         arrays = [tensor.numpy() for tensor in small]
         return _unpack, (self.samples, arrays, self.ids, self.texts, self.position, self.skipped)
@@ -141,14 +141,14 @@ class Batch:
 
     @property
     def padding(self) -> float:
-        """The share of the samples that is padding."""
+        """The share of padding in the samples."""
         return 1 - int(self.sample_lens.sum()) / max(1, self.samples.numel())
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader, so that copying to a GPU need not wait."""
+        """Called by torch's DataLoader, for asynchronous copies to a GPU."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -169,7 +169,7 @@ def _unpack(samples: Tensor, arrays: Sequence[np.ndarray], *rest: Any) -> Batch:
 
 @dataclass
 class Reader:
-    """Cuts -> Batch. `augmenter` None is for validation: the cuts as they are."""
+    """Cuts -> Batch. Without an `augmenter`, as for validation, the cuts stay as they are."""
 
     tokenizer: Tokenizer
     sample_rate: int
@@ -204,13 +204,13 @@ class Reader:
 
 
 def _pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """N rows of any length -> (N, longest) padded with 0, (N,) lengths."""
+    """N rows of any lengths -> (N, longest) padded with 0, (N,) lengths."""
     lens = torch.tensor([len(row) for row in rows])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lens
 
 
 class _Audio(Dataset[Batch | AsrError]):
-    """What workers run: position and cuts to a Batch. An error is delivered, as raising would hide it."""
+    """Runs in the workers: position and cuts -> Batch. Returns errors, as torch would wrap raised ones."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -239,10 +239,10 @@ class Loader:
         self.skips = _Skips(config.max_skipped, skipped_file)
 
     def forever(self, position: dict[str, int] | None = None) -> Iterator[Batch]:
-        """Batches of all epochs to come, after the batch with that `position`; None is the start.
+        """The batches of all further epochs, after the batch with that `position`; None is the start.
 
-        Every rank gets as many batches an epoch as every other. Raises ManifestError where an utterance of a
-        manifest or too many sound files are bad, TrainingError where a worker process died.
+        Every rank gets the same number of batches per epoch. Raises ManifestError if a line of a manifest or
+        too many audio files are bad, TrainingError if a worker process died.
         """
         for batch in self._load(self.reader, self.sampler.forever(position)):
             self.skips.count(batch)
@@ -251,13 +251,13 @@ class Loader:
     def validation(self, manifests: list[str] | None = None, limit: int = 0) -> Iterator[Batch]:
         """This rank's batches of the manifests (None: those of the config), longest first, not augmented.
 
-        `limit` takes so many utterances, evenly from the whole; 0 takes all. Ranks may get unequal numbers.
+        limit: take this many utterances, evenly spaced; 0 takes all. Ranks may get unequal shares.
         """
         cuts = [cut for path in manifests or self.config.valid for cut in open_cuts(path)]
         if limit and limit < len(cuts):
             cuts = [cuts[i * len(cuts) // limit] for i in range(limit)]
         cuts = sorted((at_rate(cut, self.reader.sample_rate) for cut in cuts), key=lambda cut: -cut.duration)
-        # one rank for lhotse, which would give an utterance twice where the last batch is short of ranks
+        # as one rank, since lhotse would repeat an utterance if the last step has too few for all ranks
         batches = DynamicCutSampler(cuts, max_duration=self.config.max_batch_s, rank=0, world_size=1)
         own = itertools.islice(batches, self.sampler.rank, None, self.sampler.world_size)
         yield from self._load(replace(self.reader, augmenter=None), (({}, list(batch)) for batch in own))
@@ -269,7 +269,7 @@ class Loader:
             batch_size=None,
             num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or each start would draw from the generator of the model
+            generator=torch.Generator(),  # otherwise each start would draw from the global one
         )
         try:
             for batch in loader:
@@ -286,7 +286,7 @@ class Loader:
 
 
 class _Skips:
-    """Counts what was read and what was not in each epoch, and lists the latter."""
+    """Counts read and skipped utterances in each epoch, and lists the skipped ones."""
 
     def __init__(self, max_share: float, file: Path | None) -> None:
         self.max_share = max_share
@@ -296,7 +296,7 @@ class _Skips:
         self.last = ""
 
     def count(self, batch: Batch) -> None:
-        """Raises ManifestError when the epoch so far has more bad audio than may be."""
+        """Raises ManifestError if the epoch so far has more bad audio than is allowed."""
         self._list([skip for skip in batch.skipped if skip.id not in self.listed])
         if batch.position["epoch"] != self.epoch:
             self._judge(free=0, max_share=0.5)
@@ -333,7 +333,7 @@ def build_loader(
     world_size: int = 1,
     skipped_file: Path | None = None,
 ) -> Loader:
-    """The data of one rank. Raises ManifestError or ConfigError where a manifest is missing or wrong."""
+    """The data of one rank. Raises ManifestError or ConfigError if a manifest is missing or invalid."""
     augmenter = Augmenter(augment, sample_rate, config.seed)
     cuts = TrainingCuts(config, augmenter, sample_rate)
     longest_s = config.max_utterance_s / min(augment.speed, default=1.0)
@@ -342,8 +342,8 @@ def build_loader(
 
 
 class TrainingCuts:
-    """The cuts of an epoch, in an order that depends on it alone: interleaved, filtered, balanced, joined,
-    sped up."""
+    """The cuts of an epoch, interleaved, filtered, balanced, joined and speed-perturbed, in an order that
+    depends only on the seed and the epoch."""
 
     def __init__(self, config: DataConfig, augmenter: Augmenter, sample_rate: int) -> None:
         self.config = config
@@ -356,7 +356,7 @@ class TrainingCuts:
         self.source: Iterable[Cut] = (
             CutSet.mux(*sets, weights=weights, seed=config.seed) if len(sets) > 1 else sets[0]
         )
-        if config.text_power < 1 or config.join_words:  # which read all of it each epoch: once is enough
+        if config.text_power < 1 or config.join_words:  # these read all of it in each epoch
             self.source = list(self.source)
 
     def __call__(self, epoch: int) -> Iterator[Cut]:

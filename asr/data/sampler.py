@@ -1,7 +1,7 @@
-"""Which utterances go together: lhotse's DynamicBucketingSampler, with a position to go on from.
+"""Batching of utterances: lhotse's DynamicBucketingSampler, with a position to resume from.
 
-It runs in the training process, one for each rank, and hands batches of cuts to the workers that read them.
-So the order is a pure function of (seed, epoch), and where it stands is two numbers.
+It runs in the training process of each rank and hands batches of cuts to the workers that read them. The
+order is thus a pure function of (seed, epoch), and a position is an epoch, a batch and the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from lhotse.dataset.sampling.dynamic_bucketing import (
 from asr.errors import ManifestError
 
 BUFFER_CUTS = 20_000
-"""Cuts held for shuffling. A corpus of fewer is shuffled whole."""
+"""Cuts held for shuffling. A smaller corpus is shuffled as a whole."""
 
 BOUNDS_CUTS = 10_000
-"""Cuts of an epoch that place the bounds of its buckets; the first epochs may have short ones only."""
+"""First cuts of an epoch that set its bucket bounds, per epoch as early ones may have only short cuts."""
 
 STEPS_OF_BUCKET = 2
-"""A small corpus gets fewer buckets, so that each of them has so many steps of all ranks to draw from."""
+"""A small corpus gets fewer buckets, so that each has enough cuts for this many steps of all ranks."""
 
 
 @dataclass
 class Sampler:
     """Batches of cuts for one rank. `cuts(epoch)` gives the cuts of an epoch, always in the same order.
 
-    The ranks of a step draw from one bucket, so they have about the same to do. An epoch has every utterance
-    once; where its last step has fewer utterances than ranks, some have one of them again, as `<id>_dup0`.
+    The ranks of a step draw from one bucket, so they have similar work. An epoch has every utterance once; if
+    its last step has fewer utterances than ranks, some ranks repeat one of them, as `<id>_dup0`.
 
-    Told the seconds, lhotse closes a batch after the utterance that passes them (one in twenty batches of
-    60 s, by up to a third), so the batches of a bucket have a fixed number of utterances, by the longest it
-    may hold: none passes `max_batch_s`, padding included, but for an utterance that is longer alone.
+    Given a limit in seconds, lhotse closes a batch only after the utterance that exceeds it (one in twenty
+    batches of 60 s, by up to a third). So the batches of a bucket have a fixed number of utterances, set by
+    the longest it may hold: none exceeds `max_batch_s`, padding included, unless a single utterance does.
     """
 
     cuts: Callable[[int], Iterable[Cut]]
     max_batch_s: float
     longest_s: float
-    """No cut is longer. Needed where the first cuts of a corpus are not like the rest."""
+    """No cut is longer. Needed in case the first cuts of a corpus are not like the rest."""
 
     num_buckets: int = 30
     seed: int = 0
@@ -54,7 +54,7 @@ class Sampler:
     world_size: int = 1
 
     def epoch(self, epoch: int) -> Iterator[list[Cut]]:
-        """This rank's batches of an epoch, from its first."""
+        """This rank's batches of an epoch, from the first."""
         cuts = iter(self.cuts(epoch))
         first = list(itertools.islice(cuts, BOUNDS_CUTS))
         constraint = self._constraint(first)
@@ -64,7 +64,7 @@ class Sampler:
             duration_bins=constraint.max_seq_len_buckets[:-1],
             buffer_size=BUFFER_CUTS,
             shuffle=True,
-            sync_buckets=True,  # without, lhotse ends an epoch at the first bucket that is empty
+            sync_buckets=True,  # otherwise, lhotse ends an epoch at the first empty bucket
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
@@ -73,10 +73,10 @@ class Sampler:
         return map(list, sampler)
 
     def forever(self, position: dict[str, int] | None) -> Iterator[tuple[dict[str, int], list[Cut]]]:
-        """Batches from `position` on, through all epochs to come, each with the position that follows it.
+        """Batches from `position` on, through all further epochs, each with the position after it.
 
-        Batches before it are drawn again, but not read. A position of another number of ranks is taken to
-        about the same place in its epoch. Raises ManifestError where an epoch has no batch.
+        Batches before it are drawn again, but not read. A position from another number of ranks resumes at
+        about the same place in its epoch. Raises ManifestError if an epoch has no batch.
         """
         start = position or {"epoch": 0, "batch": 0, "world_size": self.world_size}
         done = start["batch"] * start.get("world_size", self.world_size) // self.world_size
@@ -93,9 +93,9 @@ class Sampler:
             done = 0
 
     def _constraint(self, cuts: list[Cut]) -> FixedBucketBatchSizeConstraint:
-        """The longest utterance of each bucket, and how many go into a batch.
+        """The longest utterance of each bucket, and its batch size.
 
-        Buckets share the seconds of these cuts evenly; one more is for what is longer than all of them.
+        Buckets share the seconds of these cuts evenly; an extra one is for longer cuts.
         """
         seconds = [cut.duration for cut in cuts]
         step_s = self.max_batch_s * self.world_size
@@ -107,7 +107,7 @@ class Sampler:
 
 
 class _WholeSteps(DynamicBucketingSampler):
-    """Has a batch for every rank in the last step of an epoch too.
+    """Also has a batch for every rank in the last step of an epoch.
 
     lhotse would mix what is left, whatever its length, and deal it out: up to ten times `max_batch_s`.
     """
@@ -121,7 +121,7 @@ class _WholeSteps(DynamicBucketingSampler):
 
 
 def _fill_last(batches: Iterable[CutSet], world_size: int) -> Iterator[CutSet]:
-    """The batches; the largest of those of the last step are halved until there are `world_size`."""
+    """The batches; the largest ones of the last step are halved until there are `world_size`."""
     batches = iter(batches)
     while step := list(itertools.islice(batches, world_size)):
         while len(step) < world_size and max(map(len, step)) > 1:
