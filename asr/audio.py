@@ -1,13 +1,13 @@
-"""Sound files and raw samples in, float32 mono in [-1, 1] out.
+"""Audio files and raw samples in, float32 mono in [-1, 1] out.
 
-One loader stands behind every entry: `read` for a whole file, `blocks` for a file of any length in bounded
-memory, `raw_blocks` for samples without a header, as a pipe brings them. All three give the same samples.
-`asr/containers.py` says which files are decoded.
+All entry points share one loader: `read` for a whole file, `blocks` for a file of any length in bounded
+memory, `raw_blocks` for samples without a header, such as from a pipe. All three give the same samples.
+`asr/containers.py` determines which files are decoded.
 
-A file that is only partly usable is used as far as it goes, with an AudioWarning (asr/containers.py); what
-cannot be used is an AudioError that names the file.
+A file that is only partly usable is used as far as possible, with an AudioWarning (asr/containers.py). An
+unusable one raises an AudioError that names the file.
 
-C channels, S samples. The resampler is soxr's, at its high quality.
+C channels, S samples. The resampler is soxr at its high-quality setting.
 """
 
 import errno
@@ -34,7 +34,7 @@ SAMPLE_RATE = 16000
 MAX_READ_S = 4 * 3600.0
 """`read` refuses more seconds than this ..."""
 MAX_READ_BYTES = 2**30
-"""... and more bytes as decoded (frames x channels x 4), whatever sample rate the file claims."""
+"""... and more decoded bytes (frames x channels x 4), whatever sample rate the file claims."""
 
 _PIECE_FRAMES = 4096
 _CHANNELS = {"mix": None, "left": 0, "right": 1, **{str(i): i for i in range(MAX_CHANNELS)}}
@@ -55,7 +55,7 @@ class AudioInfo:
 
 
 def info(source: Source) -> AudioInfo:
-    """Length, sample rate in Hz and channels, by the header; of a WAV that was cut off, of what is there."""
+    """Length, sample rate in Hz and channels. If the header has no or a wrong length, decodes to get it."""
     with _opened(source) as sound:
         frames = sound.declared
         if frames is None or sound.is_cut:
@@ -70,10 +70,10 @@ def read(
     max_s: float = MAX_READ_S,
     max_bytes: int = MAX_READ_BYTES,
 ) -> Floats:
-    """A whole sound file -> (S,) at sample_rate.
+    """A whole audio file -> (S,) at sample_rate.
 
-    channel: "mix" (the mean), "left", "right", or the number of one, from 0. AudioError beyond max_s seconds
-    or max_bytes decoded bytes: `blocks` has no such limit.
+    channel: "mix" (the mean), "left", "right", or a channel number from 0. Raises AudioError beyond max_s
+    seconds or max_bytes decoded bytes; `blocks` has no such limit.
     """
     with _opened(source) as sound:
         limit = min(int(max_s * sound.rate), max_bytes // (4 * sound.channels))
@@ -84,7 +84,7 @@ def read(
 def blocks(
     source: Source, block_s: float = 1.0, sample_rate: int = SAMPLE_RATE, channel: str | int = "mix"
 ) -> Iterator[Floats]:
-    """What `read` gives, block_s seconds at a time (the last block may be shorter), in bounded memory."""
+    """The samples of `read` in blocks of block_s seconds (the last may be shorter), in bounded memory."""
     with _opened(source) as sound:
         yield from _cut(_samples(sound, sample_rate, channel), block_s, sample_rate)
 
@@ -98,8 +98,8 @@ def raw_blocks(
 ) -> Iterator[Floats]:
     """Mono samples without a header -> blocks of block_s seconds at to_rate, each once it is complete.
 
-    encoding: "s16le" or "f32le"; sample_rate: of the stream, in Hz. Reads may return any number of bytes;
-    those at the end that make no whole sample are dropped. AudioError when it is a sound file with a header.
+    encoding: "s16le" or "f32le"; sample_rate: of the stream, in Hz. Reads may return any number of bytes; an
+    incomplete sample at the end is dropped. Raises AudioError if the stream is an audio file with a header.
     """
     if encoding not in ("s16le", "f32le"):
         raise AudioError(f"raw samples: encoding {encoding!r} is not one of s16le, f32le")
@@ -109,13 +109,13 @@ def raw_blocks(
 
 
 def write(path: str | os.PathLike[str], samples: Floats, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write samples (S,) as 16 bit .wav or .flac; what is beyond [-1, 1] is clipped. AudioError for NaN."""
+    """Write samples (S,) as 16-bit .wav or .flac, clipped to [-1, 1]. Raises AudioError for NaN."""
     format_ = Path(path).suffix.lower().removeprefix(".").upper()
     if format_ not in ("WAV", "FLAC"):
         raise AudioError(f"{path}: sound is written as .wav or .flac")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: the samples to write hold NaN or infinity")
-    # not libsndfile's conversion, which scales by 32767: what is read and written again stays the same
+    # not libsndfile's conversion, which scales by 32767: reading and writing again is lossless
     pcm = (np.asarray(samples, np.float64) * 32768).round().clip(-32768, 32767).astype(np.int16)
     try:
         with open(path, "wb") as stream:
@@ -128,7 +128,7 @@ def write(path: str | os.PathLike[str], samples: Floats, sample_rate: int = SAMP
 
 
 class _Decoder(soundfile.SoundFile):
-    """Reads straight on: SoundFile seeks after every read, which breaks MP3, and FLAC cut off or piped."""
+    """Reads sequentially: SoundFile seeks after every read, which breaks MP3 and truncated or piped FLAC."""
 
     def seekable(self) -> bool:
         return False
@@ -141,9 +141,9 @@ class _Sound:
     rate: int
     channels: int
     declared: int | None
-    """Frames that the header promises; None where it does not say."""
+    """Frames that the header promises; None if it does not say."""
     is_cut: bool
-    """Fewer are there."""
+    """Whether there are fewer."""
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _reason(error: OSError) -> str:
 
 
 def _pieces(sound: _Sound) -> Iterator[Floats]:
-    """Frames (n, C) as decoded. A decoder that gives up after the first piece ends the audio there."""
+    """Decoded frames (n, C). If the decoder fails after the first piece, the audio ends there."""
     got = False
     while True:
         try:
@@ -234,7 +234,7 @@ def _channel_index(sound: _Sound, channel: str | int) -> int | None:
 
 
 def _check_floats(sound: _Sound) -> float:
-    """What to multiply by. Float files alone can hold NaN or go beyond 1, so these are read twice."""
+    """The scale of the samples. Only float files can have NaN or values beyond 1, so they are read twice."""
     if sound.file.subtype not in ("FLOAT", "DOUBLE"):
         return 1.0
     bad, first, at, peak = 0, 0, 0, 0.0
@@ -257,7 +257,7 @@ def _check_floats(sound: _Sound) -> float:
 
 
 def _watched(sound: _Sound, scale: np.float32, limit: int | None) -> Iterator[Floats]:
-    """The pieces, with a warning at the end when they are fewer than promised, none, or clipped."""
+    """The pieces, with a warning at the end if there are fewer than promised or none, or if they clip."""
     frames = clipped = 0
     for piece in _pieces(sound):
         frames += len(piece)
@@ -305,7 +305,7 @@ def _cut(pieces: Iterable[Floats], block_s: float, sample_rate: int) -> Iterator
 
 
 def _raw_samples(stream: BinaryIO, dtype: np.dtype[Any], block_s: float, rate: int) -> Iterator[Floats]:
-    read_some = getattr(stream, "read1", stream.read)  # what has come, not the whole block
+    read_some = getattr(stream, "read1", stream.read)  # what has arrived, not the whole block
     size = max(1, round(block_s * rate)) * dtype.itemsize
     rest, at = b"", 0
     while data := read_some(size):

@@ -1,13 +1,13 @@
-"""Units that are pieces of UTF-8, made by byte-level BPE (Sennrich et al., arXiv:1508.07909; GPT-2, Whisper).
+"""Units that are pieces of UTF-8, from byte-level BPE (Sennrich et al., arXiv:1508.07909; GPT-2, Whisper).
 
-Every byte is a unit, so every text can be written, and a letter may be spread over several units. Encoding
-cuts a text into words, a word into bytes, and joins the neighbours whose pair is the unit with the lowest id,
-until there is none. tokens.txt alone says all that.
+Every byte is a unit, so every text can be encoded, and a character may span several units. Encoding splits a
+text into words and a word into bytes, and merges the adjacent pair that is the unit with the lowest id until
+there is none. This needs tokens.txt only.
 
-In tokens.txt a space is `▁`. A byte is written as `<0xE4>` where it is no part of a letter that the unit
-holds whole, or part of one that does not print, or of `<` or U+2581. So `<` begins a byte, or a unit that is
-no text, as `<|en|>`, or as `<>`, a piece of nothing.
-Decoding gives U+FFFD for bytes that are no UTF-8, and nothing for units that are no text.
+In tokens.txt a space is `▁`. A byte is written as `<0xE4>` if it belongs to a character that the unit holds
+only in part, that does not print, or that is `<` or U+2581. So `<` starts a byte, or a unit that is not text,
+such as `<|en|>`, or `<>`, the empty piece.
+Decoding gives U+FFFD for bytes that are not UTF-8, and nothing for units that are not text.
 """
 
 import base64
@@ -27,14 +27,14 @@ NOTHING = "<>"
 _TEXT = re.compile(r"(?:<0x[0-9A-F]{2}>|[^<])+")
 _PART = re.compile(r"<0x([0-9A-F]{2})>|([^<]+)")
 
-# a word is a run of letters, of numbers, or of other signs, with the space before it; space that is left over
-# ends before the space of a word. What a letter is stands as `a`, a number `0`, a sign `.`, see _kind
+# a word is a run of letters, of digits, or of other characters, with the space before it; surplus white space
+# ends before the space of a word. Letters stand as `a`, digits as `0`, other characters as `.`, see _kind
 _SHORT = re.compile("'(?:s|t|re|ve|m|ll|d)")
 _WORD = re.compile(r" ?a+| ?0+| ?\.+|\s+(?!\S)|\s+")
 
 
 class ByteLevel(Units):
-    """Text as pieces of UTF-8; `encode` writes a space before it, as within texts."""
+    """Text as pieces of UTF-8; `encode` prepends a space, as the other words of a text have one."""
 
     kind = "bytes"
 
@@ -47,7 +47,7 @@ class ByteLevel(Units):
 
     @staticmethod
     def fits(symbols: Sequence[str]) -> bool:
-        """Whether every byte is one of the units."""
+        """Whether every byte is a unit."""
         return {symbol_of(bytes([x])) for x in range(256)} <= set(symbols)
 
     def encode(self, text: str) -> list[int]:
@@ -55,7 +55,7 @@ class ByteLevel(Units):
         return self.encode_exactly(f" {text}") if text else []
 
     def encode_exactly(self, text: str) -> list[int]:
-        """The units of a text as it stands, no space added."""
+        """The units of a text as it is, without a space prepended."""
         return [i for word in split_words(text) for i in self._merge(word.encode())]
 
     def merge(self, word: bytes) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class ByteLevel(Units):
     def _letters(self, ids: Iterable[int]) -> Iterator[tuple[str, int, int]]:
         parts = []
         for token in ids:
-            self._surface(token)  # raises for what is no unit
+            self._surface(token)  # raises if there is no such unit
             parts.append(self._bytes[token])
         owner = [i for i, part in enumerate(parts) for _ in part]
         for letter, start, end in decode_utf8(b"".join(parts)):
@@ -87,12 +87,12 @@ class ByteLevel(Units):
 
 
 def symbol_of(data: bytes) -> str:
-    """A piece of UTF-8 as tokens.txt writes it; any bytes, also none."""
+    """A piece of UTF-8 as tokens.txt writes it, for any bytes, even none."""
     return NOTHING if not data else "".join(map(_written, data.decode("utf-8", "surrogateescape")))
 
 
 def bytes_of(symbol: str) -> bytes:
-    """The inverse of `symbol_of`; nothing for a unit that is no text."""
+    """The inverse of `symbol_of`; no bytes for a unit that is not text."""
     if not _TEXT.fullmatch(symbol):
         return b""
     parts = (
@@ -111,7 +111,7 @@ def _written(letter: str) -> str:
 
 
 def decode_utf8(data: bytes) -> Iterator[tuple[str, int, int]]:
-    """(letter, index of its first byte, index behind its last); U+FFFD for what is no UTF-8."""
+    """(character, index of its first byte, index after its last); U+FFFD for bytes that are not UTF-8."""
     at = 0
     while at < len(data):
         rest = data[at:]
@@ -129,7 +129,7 @@ def decode_utf8(data: bytes) -> Iterator[tuple[str, int, int]]:
 
 
 def split_words(text: str) -> Iterator[str]:
-    """The pieces that are encoded each by itself; joined they are the text."""
+    """The pieces of a text that are encoded separately; joined, they are the text."""
     kinds = "".join(map(_kind, text))
     at = 0
     while at < len(text):
@@ -140,7 +140,7 @@ def split_words(text: str) -> Iterator[str]:
 
 
 def _kind(letter: str) -> str:
-    """What a letter is to `_WORD`: the classes L, N and the rest of Unicode, and white space."""
+    """The class of a character in `_WORD`: Unicode categories L, N, all others, and white space."""
     if letter == " ":
         return " "
     if letter.isspace() and letter not in "\x1c\x1d\x1e\x1f":
@@ -149,10 +149,10 @@ def _kind(letter: str) -> str:
 
 
 def read_ranks(path: str | Path) -> list[bytes]:
-    """The units of a `.tiktoken` file, whose lines are `base64 rank`, in the order of their ranks; one may be
-    nothing, written as `=`.
+    """The units of a `.tiktoken` file, with lines `base64 rank`, in the order of their ranks; one may be
+    empty, written as `=`.
 
-    TokensError with the number of the line that is wrong.
+    Raises TokensError with the number of the invalid line.
     """
     found: dict[int, bytes] = {}
     try:

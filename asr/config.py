@@ -1,7 +1,7 @@
-"""The configuration of an experiment: the dataclasses of its components, side by side; YAML in and out.
+"""The configuration of an experiment: the dataclasses of its components, read from and written to YAML.
 
-YAML files mirror the dataclasses and hold numbers, words and lists only. Several files merge from left to
-right, then come overrides such as `optim.lr=1e-3`. What is misspelt or of another type is an error that
+YAML files mirror the dataclasses and contain only numbers, strings and lists. Several files merge from left
+to right, then overrides such as `optim.lr=1e-3` apply. A misspelt field or a wrong type is an error that
 names the file, the dotted path and the class.
 """
 
@@ -29,37 +29,37 @@ from asr.optim import OPTIMIZERS, OptimConfig
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """How to run and what to keep; nothing here is a part of the model."""
+    """How to run training and what to keep; nothing here is part of the model."""
 
     init: str = ""
-    """Begin with the parameters of another model: an experiment (its average) or a .safetensors file. Tensors
-    of the same name are taken, with them the normalisation of the features, the rest is fresh; "" is off. A
-    training that goes on does not read it."""
+    """Start from the parameters of another model: an experiment (its average) or a .safetensors file. Tensors
+    with the same name are loaded, including the feature normalisation; the rest starts fresh; "" is off. A
+    resumed run ignores it."""
 
     init_parts: list[str] = field(default_factory=list)
-    """Take these parts only, as [cmvn, encoder, ctc] where the decoder shall be another; [] takes all."""
+    """Load only these parts, for example [cmvn, encoder, ctc] for a different decoder; [] loads all."""
 
     seed: int = 1
-    """Of initial parameters, dropout, SpecAugment and the contexts that are drawn; data.seed is another."""
+    """Seed of initial parameters, dropout, SpecAugment and random contexts; separate from data.seed."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`bf16` computes matrix products in bfloat16 (the parameters stay float32); `auto` does where that is
-    faster: on GPUs, and for models of at least 128 channels on CPUs that know bfloat16 (AVX-512, AMX)."""
+    """`bf16` computes matrix products in bfloat16 (parameters stay float32). `auto` does so if it is faster:
+    on GPUs that support it, and for models of at least 128 channels on CPUs that do (AVX-512, AMX)."""
 
     threads: int = 0
-    """Threads of one process on a CPU; 0 leaves it to torch. One is best for a small model: several wait for
-    each other most of the time, and waiting is processor time too."""
+    """Threads per process on a CPU; 0 leaves it to torch. One is best for a small model: several mostly wait
+    for each other, and waiting uses CPU time, too."""
 
     compile: bool = False
-    """torch.compile: minutes at the start, less time and memory per step on a GPU."""
+    """Use torch.compile: takes minutes at the start, and saves time and memory per step on a GPU."""
 
     cmvn: bool = True
-    """Normalise features by mean and variance of the first `cmvn_utterances` of training."""
+    """Normalise features by the mean and variance of the first `cmvn_utterances` of training."""
 
     cmvn_utterances: int = 1000
 
     ema: float = 0.0
-    """Decay of a running average of the parameters, which is then what is validated; 0 is off."""
+    """Decay of a running average of the parameters, which validation then uses; 0 is off."""
 
     log_every: int = 50
     """Steps between two lines of the log."""
@@ -68,22 +68,22 @@ class TrainConfig:
     """Steps between two validations."""
 
     valid_utterances: int = 500
-    """Utterances of a validation, evenly from data.valid; 0 takes all."""
+    """Utterances of a validation, evenly spaced in data.valid; 0 takes all."""
 
     save_every: int = 1000
     """Steps between two checkpoints."""
 
     keep: int = 10
-    """Checkpoints kept, besides the best; at least 2, as the last may turn out to be damaged."""
+    """Checkpoints to keep, besides the best; at least 2, as the last may turn out to be damaged."""
 
     max_bad_steps: int = 10
-    """So many steps in a row without a finite gradient end the training."""
+    """Training fails after this many consecutive steps without a finite gradient."""
 
     max_cpu_minutes: float = 0.0
-    """Stop when all processes together, over all resumes, have used so much processor time; 0 is off."""
+    """Stop once all processes together, across resumes, have used this much CPU time; 0 is off."""
 
     timeout_s: float = 1800.0
-    """How long a rank waits for the others before it names those that are missing."""
+    """How long a rank waits for the others before it reports the missing ones."""
 
     def __post_init__(self) -> None:
         for name, least in (("keep", 2), ("log_every", 1), ("valid_every", 1), ("save_every", 1)):
@@ -93,7 +93,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExperimentConfig:
-    """Everything that makes an experiment; each part is documented where it is read."""
+    """The complete configuration of an experiment; each part is documented in its own class."""
 
     features: FbankConfig = field(default_factory=FbankConfig)
     encoder: EncoderConfig = field(default_factory=ConformerConfig)
@@ -110,7 +110,7 @@ REGISTERS: dict[str, dict[str, Any]] = {
     "decoder": {name: config for name, (config, _) in DECODERS.items()},
     "optim": OPTIMIZERS,
 }
-"""Parts that come in several kinds: the key `type` says which, and without it the first is meant."""
+"""Sections with several types: the key `type` selects one, by default the first."""
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -125,7 +125,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> E
 
 
 def save_config(config: ExperimentConfig, path: str | Path) -> None:
-    """Write every field, so that the file alone rebuilds the model whatever defaults become later."""
+    """Write every field, so that the file rebuilds the model even if defaults change later."""
     text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
     Path(path).write_text(text, encoding="utf-8")
 
@@ -187,7 +187,7 @@ def _parse_override(text: str) -> dict[str, Any]:
 
 
 def _merge(merged: dict[str, Any], values: dict[str, Any]) -> None:
-    """Mappings merge, all else replaces."""
+    """Merge mappings recursively; any other value replaces."""
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             _merge(merged[key], value)
@@ -219,11 +219,11 @@ def _sections() -> list[str]:
 
 
 def _section(name: str, data: Any, origin: dict[str, str]) -> Any:
-    """One part of the configuration, checked: no unknown field, no other type."""
+    """One section of the configuration, checked for unknown fields and wrong types."""
     kind = _section_class(name, data, origin)
     schema = create_model("Section", value=(kind, ...), __config__=ConfigDict(extra="forbid", strict=True))
     try:
-        # as JSON, where strict means numbers for numbers but still mappings for dataclasses
+        # via JSON, where strict mode still accepts mappings for dataclasses
         text = json.dumps({"value": data}, default=str)
         return schema.model_validate_json(text).value  # type: ignore[attr-defined]
     except ConfigError as error:
@@ -249,7 +249,7 @@ def _section_class(name: str, data: Any, origin: dict[str, str]) -> Any:
 
 
 def _owner(kind: Any, keys: list[str]) -> Any:
-    """The dataclass in which the last of the keys is looked up."""
+    """The dataclass that should have the last of the keys."""
     for key in keys[:-1]:
         inner = get_type_hints(kind).get(key)
         if not is_dataclass(inner):
@@ -269,7 +269,7 @@ EXPECTED = {
 
 
 def _explain(path: str, owner: Any, problem: dict[str, Any], origin: dict[str, str]) -> str:
-    """A pydantic error -> one line for a person."""
+    """A pydantic error -> one readable line."""
     if problem["type"] == "unexpected_keyword_argument":
         names = [f.name for f in fields(owner)]
         return _unknown(path, path.rpartition(".")[2], names, owner.__name__, origin)
@@ -288,7 +288,7 @@ def _unknown(path: str, key: str, names: Iterable[str], owner: str, origin: dict
 
 
 def _where(path: str, origin: dict[str, str]) -> str:
-    """The last source that set the path, something below it, or something above it."""
+    """The last source that set the path or something below it, or else something above it."""
     below = [source for leaf, source in origin.items() if f"{leaf}.".startswith(f"{path}.")]
     above = [origin[parent] for parent in _parents(path) if parent in origin]
     return f"{(below or above or ['configuration'])[-1]}: "

@@ -1,9 +1,9 @@
-"""What a sound file is, told by its first bytes and never by its name.
+"""Detects the type of an audio file by its first bytes, never by its name.
 
-WAV (PCM, float, A-law, mu-law), RF64, FLAC, Ogg (Opus, Vorbis), MP3 and NIST SPHERE are let through to the
-decoder. The rest is refused with the line that converts it: decoders of rare formats are where hostile files
-do harm. WAV headers are read here, because libsndfile takes a data size of 0 at its word, and does not tell
-that a file was cut off.
+WAV (PCM, float, A-law, mu-law), RF64, FLAC, Ogg (Opus, Vorbis), MP3 and NIST SPHERE go to the decoder.
+Anything else is refused with a command that converts it: decoders of rare formats are where hostile files do
+harm. WAV headers are parsed here, because libsndfile believes a data size of 0 and does not report that a
+file is truncated.
 """
 
 import io
@@ -19,7 +19,7 @@ from asr.errors import AudioError
 MIN_RATE_HZ, MAX_RATE_HZ = 4000, 384000
 MAX_CHANNELS = 8
 
-_UNKNOWN_SIZE = 0x7FFF0000  # what writes a WAV to a pipe leaves such a size in the header
+_UNKNOWN_SIZE = 0x7FFF0000  # programs that write WAV to a pipe leave such a size in the header
 MAGIC = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"NIST_1A")
 _LOOKS_LIKE = {
     b"<!doctype": "HTML: a failed download?",
@@ -38,11 +38,11 @@ _WAV_CODECS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}
 
 
 class AudioWarning(UserWarning):
-    """The audio is used, but it is not all that it should be."""
+    """The audio is used, but something is wrong with it."""
 
 
 class Patched(io.RawIOBase):
-    """A binary stream, with some bytes of it replaced, and without its name (soundfile would believe it)."""
+    """A binary stream with some bytes replaced, and without its name, which soundfile would trust."""
 
     def __init__(self, stream: BinaryIO, at: int = 0, data: bytes = b"") -> None:
         self._stream, self._at, self._data = stream, at, data
@@ -64,7 +64,7 @@ class Patched(io.RawIOBase):
 
 
 def check_head(stream: BinaryIO, name: str) -> tuple[Patched, int | None]:
-    """What to decode, and the frames that a WAV header promises; AudioError for what we do not decode."""
+    """The stream to decode, and the frames that a WAV header promises; AudioError for other formats."""
     head = stream.read(64)
     if not head:
         raise AudioError(f"{name}: is empty (0 bytes)")
@@ -100,7 +100,7 @@ def check_format(name: str, rate: int, channels: int) -> None:
         raise AudioError(f"{name}: has {channels} channels, expected 1 to {MAX_CHANNELS}")
 
 
-# WAV headers, which libsndfile believes too much (a size of 0) or too little to tell (a file cut off)
+# WAV headers: libsndfile believes a size of 0, and does not report a truncated file
 
 
 def _check_wav(stream: BinaryIO, name: str) -> tuple[Patched, int | None]:
@@ -116,7 +116,7 @@ def _check_wav(stream: BinaryIO, name: str) -> tuple[Patched, int | None]:
 
 
 def _chunks(stream: BinaryIO, at: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, size) of each RIFF chunk from a position on; the stream stands at its first byte."""
+    """(name, first byte, size) of each RIFF chunk from a position on; the stream is at its first byte."""
     stream.seek(at)
     while len(header := stream.read(8)) == 8:
         chunk, size = struct.unpack("<4sI", header)
@@ -127,7 +127,7 @@ def _chunks(stream: BinaryIO, at: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _check_wav_format(data: bytes, name: str) -> int:
-    """Bytes of a frame, when the codec, rate and channels are ours."""
+    """Bytes per frame; AudioError if codec, rate or channels are not supported."""
     if len(data) < 16:
         raise AudioError(f"{name}: truncated WAV header; copy or record the file again")
     codec, channels, rate, _, frame_bytes, _ = struct.unpack("<HHIIHH", data[:16])
@@ -156,7 +156,7 @@ def _wav_data(
 
 
 def _is_chunk_list(stream: BinaryIO, start: int, end: int) -> bool:
-    """Do whole chunks fill the file from start to its end? Then no samples do."""
+    """Whether complete chunks, and thus not samples, fill the file from start to end."""
     last = start
     for _, begin, size in _chunks(stream, start):
         last = begin + size

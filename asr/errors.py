@@ -1,9 +1,9 @@
-"""What can go wrong that a user can mend. Anything else is a bug and keeps its traceback.
+"""Errors that a user can fix. Anything else is a bug and keeps its traceback.
 
 AsrError
   ConfigError      a YAML file, --set or an option is wrong
   ManifestError    a line of a manifest is wrong
-  AudioError       a sound file or device cannot be used as asked
+  AudioError       an audio file or device cannot be used as asked
   TokensError      a unit inventory is wrong, or does not fit
   CheckpointError  a checkpoint is damaged, or does not fit the model or the configuration
   BundleError      an exported model is incomplete, damaged, or of another version

@@ -1,10 +1,10 @@
-"""Waveform -> log-mel frames, equal to Kaldi's fbank, as matrix products that differentiate and export.
+"""Waveform -> log-mel frames, equal to Kaldi's fbank, as differentiable and exportable matrix products.
 
 Per frame: remove the mean, pre-emphasise, multiply by the window, Fourier transform, power, mel triangles,
-logarithm. Window and Fourier transform are one product; all of it stays float32 when the rest of a model is
-quantized. Power does not depend on where time is zero: in the middle of the frame, about which the window is
-symmetric, the real part is a sum over the even part of the frame, the imaginary part one over the odd part,
-and both have half the length. That is as fast as a fast Fourier transform at this size.
+logarithm. Window and Fourier transform are one product; everything stays float32 when the rest of a model is
+quantized. The power does not depend on the origin of time. With the origin at the middle of the frame, about
+which the window is symmetric, the real part is a sum over the even part of the frame and the imaginary part
+one over the odd part, each of half the length. At this size, that is as fast as an FFT.
 
 N utterances · S samples · T frames, 10 ms apart · F mel bins
 """
@@ -26,13 +26,13 @@ FLOOR = torch.finfo(torch.float32).eps
 
 @dataclass(kw_only=True, slots=True)
 class FbankConfig:
-    """The features of a model: the defaults are those of Kaldi's successors and of sherpa-onnx."""
+    """The features of a model; the defaults are those of Kaldi's successors and of sherpa-onnx."""
 
     type: Literal["kaldi", "whisper", "nemo"] = "kaldi"
-    """Kaldi's, or those of asr/whisper_features.py or asr/nemo_features.py."""
+    """Kaldi's features, or those of asr/whisper_features.py or asr/nemo_features.py."""
 
     sample_rate: int = 16000
-    """Of the samples, in Hz."""
+    """Sample rate in Hz."""
 
     num_bins: int = 80
     """F, the number of mel triangles."""
@@ -41,7 +41,7 @@ class FbankConfig:
     """Length of a frame."""
 
     shift_ms: float = 10.0
-    """Distance of two frames."""
+    """Frame shift."""
 
     low_freq_hz: float = 20.0
     """Lower edge of the first triangle."""
@@ -50,16 +50,16 @@ class FbankConfig:
     """Upper edge of the last triangle; zero or negative counts from half the sample rate."""
 
     snip_edges: bool = False
-    """True: only frames that lie within the utterance. False: one frame per shift, the edges mirrored."""
+    """True: only frames that lie within the utterance. False: one frame per shift, mirroring the edges."""
 
     scale: float = 1.0
-    """Samples in [-1, 1] are multiplied by this first: 32768 for checkpoints trained on 16-bit integers."""
+    """Factor applied to samples in [-1, 1] first: 32768 for checkpoints trained on 16-bit integers."""
 
     window_s: float = 0.0
-    """Type whisper: every utterance is continued by silence up to here, and none may be longer."""
+    """Type whisper: utterances are padded with silence to this length, and must not be longer."""
 
     normalize: Literal["none", "per_feature", "all_features"] = "none"
-    """Type nemo: mean 0 and variance 1 over each utterance, of each bin or of all; not in a stream."""
+    """Type nemo: normalise utterances to mean 0 and variance 1, per bin or over all bins; not in streams."""
 
     def __post_init__(self) -> None:
         if self.normalize != "none" and self.type != "nemo":
@@ -70,13 +70,13 @@ class Fbank(nn.Module):
     """Log-mel energies of a power spectrum, floored at float32 epsilon, without dither."""
 
     framed = True
-    """Whether `frames` of windows are those of the whole utterance, so that streams can cut it."""
+    """Whether `frames` of windows equal those of the whole utterance, so that streams can use windows."""
 
     max_samples = 0
-    """Of an utterance, at most; 0: any number."""
+    """The most samples of an utterance; 0: any number."""
 
     fading = 0.0
-    """Not 0: before an utterance samples are 0, behind it each is this part of the one before."""
+    """If not 0: samples before an utterance are 0, and each one after it is the previous one times this."""
 
     def __init__(self, config: FbankConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Fbank(nn.Module):
         return (sample_lens + self.shift_samples // 2) // self.shift_samples
 
     def forward(self, samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """The frames of whole utterances; what is behind the end of one never matters, and its frames are 0.
+        """The frames of whole utterances; padding has no effect, and its frames are 0.
 
         samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,).
         """
@@ -122,11 +122,11 @@ class Fbank(nn.Module):
 
         window (N, (T - 1) * shift_samples + frame_samples). Returns x (N, T, F).
         """
-        # frames are made of blocks that they share: slices of those are much faster than an index of samples
+        # builds frames from shared blocks: slicing blocks is much faster than indexing samples
         size = math.gcd(self.frame_samples, self.shift_samples)
         step = self.shift_samples // size
         blocks = (window * self.config.scale).unflatten(1, (-1, size))
-        after = self.frame_samples // size - 1  # blocks of a frame behind its first
+        after = self.frame_samples // size - 1  # blocks of a frame after its first
         parts = [blocks[:, i : i - after or None : step] for i in range(after + 1)]
         x = torch.cat(parts, dim=-1)
         x = x - x.mean(-1, keepdim=True)
@@ -140,7 +140,7 @@ class Fbank(nn.Module):
     def _mirror(self, samples: Tensor, sample_lens: Tensor, num_samples: int) -> Tensor:
         """Reflect each utterance at both ends: -1 -> 0, -2 -> 1, n -> n - 1, with period 2 n.
 
-        No frame that counts reaches a whole frame beyond an end, so what is behind that stays as it is.
+        No valid frame reaches a whole frame beyond an end, so samples further out stay as they are.
         """
         reach = self.frame_samples
         first = self.shift_samples // 2 - self.frame_samples // 2
@@ -154,7 +154,7 @@ class Fbank(nn.Module):
 
 
 class Cmvn(nn.Module):
-    """Global mean and variance normalisation, in the checkpoint and in the graph; identity by default."""
+    """Global mean and variance normalisation, part of checkpoint and graph; identity by default."""
 
     mean: Tensor
     istd: Tensor
@@ -170,7 +170,7 @@ class Cmvn(nn.Module):
 
     @classmethod
     def from_frames(cls, frames: Iterable[Tensor]) -> Self:
-        """Estimate from utterances (T, F) each; raises ValueError where there is not one frame."""
+        """Estimate from utterances, (T, F) each; raises ValueError if there is no frame."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for x in frames:
             count += len(x)
@@ -186,8 +186,8 @@ class Cmvn(nn.Module):
 
 
 def _fourier_matrices(frame_samples: int, fft_size: int) -> tuple[Tensor, Tensor]:
-    """Povey's window times cosine, and times sine, from the middle of a frame on: (ceil(frame_samples / 2),
-    fft_size / 2) each, without Nyquist. The middle sample of an odd frame is early and late: half each time.
+    """Povey's window times cosine and times sine, from the middle of a frame on: (ceil(frame_samples / 2),
+    fft_size / 2) each, without Nyquist. The middle sample of an odd frame is in both halves, so it is halved.
     """
     i = torch.arange(frame_samples // 2, frame_samples, dtype=torch.float64)
     window = (0.5 - 0.5 * torch.cos(2 * math.pi * i / (frame_samples - 1))) ** 0.85

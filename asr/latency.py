@@ -1,17 +1,17 @@
-"""How late the words of a stream are: how far behind an ideal writer, and how long after they were spoken.
+"""Latency of streaming: how far words lag behind an ideal writer, and how long after they are spoken.
 
-Two clocks, both in milliseconds from the start of the sound. `read_ms` is how much sound had been read when a
-word was written; it is the same on every machine (computation-unaware). `elapsed_ms` is when somebody who
-listens in real time sees the word, after the computing and what was still to be computed before it
-(computation-aware). Each measure takes the one or the other.
+Two clocks, both in milliseconds from the start of the audio. `read_ms` is how much audio had been read when a
+word was emitted; it is the same on every machine (computation-unaware). `elapsed_ms` is when a real-time
+listener sees the word, including computation and any backlog (computation-aware). Each measure uses one or
+the other.
 
     AL     sum over i <= tau of (d_i - (i - 1) S / J), over tau             arXiv:1810.08398
     LAAL   the same with max(I, J) in place of J                            arXiv:2206.05807
     DAL    mean over i of (e_i - (i - 1) S / I), e_i = max(d_i, e_(i-1) + S / I)   arXiv:1906.00048
 
-tau is the first word that is written when all sound has been read, or the last one if none is. It is always
-counted in sound read, so that computing can only add to a lag. All words of the hypothesis count, right,
-wrong or inserted; deleted ones by J alone.
+tau is the first word emitted once all audio has been read, or the last word if there is none. It always
+follows the audio read, so that computation can only add to a lag. All words of the hypothesis count, correct,
+wrong or inserted; deleted ones count only through J.
 
 S duration of the source in ms · I words of the hypothesis, J of the reference · d_i when word i was written
 """
@@ -27,7 +27,7 @@ from asr.wer import ErrorCount
 
 
 class Told(NamedTuple):
-    """A text of a stream: a partial one is replaced by the next, a final one stays."""
+    """A text that a stream emits: a partial one is replaced by the next, a final one stays."""
 
     read_ms: float
     elapsed_ms: float
@@ -37,26 +37,26 @@ class Told(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What was said in one utterance, what was written, and when."""
+    """The reference and the hypothesis of one utterance, with times."""
 
     source_ms: float
     words: tuple[str, ...]
     """The hypothesis (I,)."""
 
     read_ms: tuple[float, ...]
-    """Sound read when each of them was written for good (I,)."""
+    """Audio read when each word was written for good (I,)."""
 
     elapsed_ms: tuple[float, ...]
-    """Time on the clock of somebody who listens in real time (I,)."""
+    """The same moments on the clock of a real-time listener (I,)."""
 
     reference: tuple[str, ...]
     """(J,)."""
 
     ends_ms: tuple[float | None, ...]
-    """Where each word of the reference ends in the sound (J,); None where that is not known."""
+    """Where each word of the reference ends in the audio (J,); None if unknown."""
 
     retracted: int = 0
-    """Words that a partial text took back."""
+    """Words of partial texts that were later retracted."""
 
     def __post_init__(self) -> None:
         assert len(self.words) == len(self.read_ms) == len(self.elapsed_ms)
@@ -66,12 +66,12 @@ class Trace:
 def make_trace(
     told: Iterable[Told], source_ms: float, reference: Sequence[str], ends_ms: Sequence[float | None]
 ) -> Trace:
-    """The trace of all that a stream told of one utterance; the hypothesis is its final texts in a row.
+    """The trace of all texts that a stream emitted for one utterance; its final texts form the hypothesis.
 
-    A word is written at the first text from which on it and all words before it stand in every text up to the
-    final one. Partial texts may change: what a text has behind the words that it shares with the next one is
-    retracted (the erasure of arXiv:1912.03393), a word that was not yet complete too. So is a partial text at
-    the end that no final one follows.
+    A word counts as written at the first text from which on it and all words before it occur in every text up
+    to the final one. Words of a partial text beyond the prefix that it shares with the next text are
+    retracted (the erasure of arXiv:1912.03393), including incomplete words. So is a partial text at the end
+    that no final one follows.
     """
     written: list[tuple[str, Told]] = []
     retracted = 0
@@ -99,7 +99,7 @@ def make_trace(
 
 
 def _up_to_final(told: Iterable[Told]) -> Iterator[list[Told]]:
-    """Texts with the final one that ends them; those at the end may lack it."""
+    """Groups of texts that each end with a final one; the last group may lack it."""
     texts: list[Told] = []
     for text in told:
         texts.append(text)
@@ -111,7 +111,7 @@ def _up_to_final(told: Iterable[Told]) -> Iterator[list[Told]]:
 
 
 def _num_shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """Words that both begin with."""
+    """The number of words in the common prefix."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
@@ -120,17 +120,17 @@ def _num_shared(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def average_lagging(trace: Trace, delays_ms: Sequence[float]) -> float:
-    """AL in ms, arXiv:1810.08398. Words that should not be there lower it, even below 0."""
+    """AL in ms, arXiv:1810.08398. Superfluous words lower it, even below 0."""
     return _lagging(trace, delays_ms, len(trace.reference))
 
 
 def length_adaptive_average_lagging(trace: Trace, delays_ms: Sequence[float]) -> float:
-    """LAAL in ms, arXiv:2206.05807: AL that writing too many words does not improve."""
+    """LAAL in ms, arXiv:2206.05807: AL, but superfluous words do not improve it."""
     return _lagging(trace, delays_ms, max(len(trace.words), len(trace.reference)))
 
 
 def differentiable_average_lagging(trace: Trace, delays_ms: Sequence[float]) -> float:
-    """DAL in ms, arXiv:1906.00048: every word takes its share of time, so a delay is not caught up."""
+    """DAL in ms, arXiv:1906.00048: every word takes its share of time, so a delay is never made up for."""
     pace_ms = trace.source_ms / len(trace.words)
     total, earliest_ms = 0.0, -np.inf
     for i, delay_ms in enumerate(delays_ms):
@@ -151,10 +151,10 @@ def _lagging(trace: Trace, delays_ms: Sequence[float], num_words: int) -> float:
 
 
 def word_delays(trace: Trace, delays_ms: Sequence[float]) -> dict[int, float]:
-    """From the end of a word in the sound to its writing, in ms, by its position in the reference.
+    """The time from the end of a word in the audio until it is written, in ms, by its index in the reference.
 
-    Only of words that the alignment for the error rate pairs with the same word, and whose end is known:
-    insertions, deletions and substitutions have no delay. Below 0 where a word is written before its end.
+    Only for correct words, by the alignment of the error rate, with a known end: insertions, deletions and
+    substitutions have no delay. Below 0 if a word is written before its end.
     """
     found: dict[int, float] = {}
     i = j = 0
@@ -171,7 +171,7 @@ def word_delays(trace: Trace, delays_ms: Sequence[float]) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class Delays:
-    """Percentiles of some delays in ms; None where there are none."""
+    """Percentiles of delays in ms; None if there are no delays."""
 
     count: int
     p50: float | None
@@ -181,13 +181,13 @@ class Delays:
 
 @dataclass(frozen=True)
 class Measures:
-    """By one of the two clocks, in ms. Lagging is the mean over utterances, None where there are none."""
+    """Measures by one of the two clocks, in ms. Lagging is a mean over utterances, None without any."""
 
     al: float | None
     laal: float | None
     dal: float | None
     first_word: Delays
-    """Of the first word of each reference, where it was recognised."""
+    """Delays of the first word of each reference, if it was recognised."""
 
     word: Delays
     last_word: Delays
@@ -195,26 +195,26 @@ class Measures:
 
 @dataclass(frozen=True)
 class Latency:
-    """Of all utterances."""
+    """The figures of all utterances together."""
 
     utterances: int
     without_words: int
-    """Of them: reference or hypothesis is empty. Their errors count; they have no lagging and no delays."""
+    """Utterances with empty reference or hypothesis. Their errors count; they have no lagging or delays."""
 
     errors: ErrorCount
     unaligned: int
-    """Reference words whose end is not known."""
+    """Reference words whose end is unknown."""
 
     retracted: int
     retracted_share: float
-    """Of the words of the hypotheses; it may exceed 1."""
+    """Relative to the words of the hypotheses; may exceed 1."""
 
     unaware: Measures
     aware: Measures
 
 
 def summarise(traces: Sequence[Trace]) -> Latency:
-    """The figures of some utterances."""
+    """The latency figures of these utterances."""
     spoken = [trace for trace in traces if trace.words and trace.reference]
     retracted = sum(trace.retracted for trace in traces)
     return Latency(

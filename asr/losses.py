@@ -1,6 +1,6 @@
 """Losses. Each returns one number per utterance, in nats, summed over what the utterance contains.
 
-How they are weighted and normalised is decided in one place, `asr/model/hybrid.py` and the training loop.
+Weighting happens in `asr/model/hybrid.py`, normalisation in the training step.
 
 N utterances · T encoder frames · U tokens · V units, blank is 0
 """
@@ -21,26 +21,26 @@ class LossConfig:
     """Weights of the hybrid loss (Watanabe et al., "Hybrid CTC/Attention Architecture", arXiv:1609.06773)."""
 
     ctc: float | None = 0.3
-    """Weight of the CTC loss; null builds no CTC head, for a decoder that works alone."""
+    """Weight of the CTC loss; null builds no CTC head, for attention-only models."""
 
     attention: float = 0.7
     """Weight of the decoder's cross-entropy."""
 
     reverse: float = 0.3
-    """Share of the right-to-left decoder in the attention loss, where there is one (U2++)."""
+    """Share of the right-to-left decoder, if there is one, in the attention loss (U2++)."""
 
     label_smoothing: float = 0.1
-    """Probability that the decoder's target spreads evenly over all units."""
+    """Probability mass of the decoder's target that is spread evenly over all units."""
 
     quantity: float = 0.0
-    """Weight of the loss of a head that counts words (asr/model/fire.py); 0 builds none. It learns the same
-    with a small one such as 0.01, which keeps its gradient out of the norm that optim.clip_norm limits."""
+    """Weight of the loss of a word-counting head (asr/model/fire.py); 0 builds none. The head learns the same
+    with a small weight such as 0.01, which keeps its gradient out of the norm that optim.clip_norm limits."""
 
     consistency: float = 0.0
-    """Weight of the consistency of two views, of which one hides what the other shows (CR-CTC,
-    arXiv:2410.05101); 0 is off. With it a step computes every utterance twice, each time under masks of its
-    own, and other losses are means of both: lower data.max_batch_s. Published with a fifth of the weight of
-    ctc and 2.5 times the time masks: augment.spec_augment.num_time_masks=25 and max_time_share=0.375."""
+    """Weight of the consistency of two differently masked views of an utterance (CR-CTC, arXiv:2410.05101); 0
+    is off. A step then computes every utterance twice, with separate masks, and other losses are means of
+    both: lower data.max_batch_s. The paper uses a fifth of the weight of ctc and 2.5 times the time masks:
+    augment.spec_augment.num_time_masks=25 and max_time_share=0.375."""
 
     def __post_init__(self) -> None:
         for name in ("quantity", "consistency"):
@@ -85,11 +85,11 @@ def ctc_feasible(x_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
 
 
 def consistency_loss(log_probs: Tensor, x_lens: Tensor) -> Tensor:
-    """How far the posteriors of two views of each utterance are from each other (CR-CTC, arXiv:2410.05101).
+    """The divergence between the posteriors of two views of each utterance (CR-CTC, arXiv:2410.05101).
 
     log_probs (2 N, T, V): all first views, then all second ones; x_lens (2 N,), the same for both. Returns
-    (N,): sum over frames of KL(second || first) + KL(first || second), in nats. Each view is taught by the
-    other: what is the target has no gradient.
+    (N,): sum over frames of KL(second || first) + KL(first || second), in nats. Each view is the target of
+    the other, without gradient through the target.
     """
     other = log_probs.roll(len(log_probs) // 2, 0).detach()
     divergence = (other.exp() * (other - log_probs)).sum(-1)
@@ -116,7 +116,7 @@ def transducer_loss(
 ) -> Tensor:
     """-log p(tokens | x) over the T x (U + 1) lattice of a transducer (Graves, arXiv:1211.3711), in nats.
 
-    logits (N, T, U + 1, V) before the softmax, x_lens (N,) and token_lens (N,) whose maxima are T and U,
+    logits (N, T, U + 1, V) before the softmax; x_lens (N,) and token_lens (N,), whose maxima are T and U;
     tokens (N, U). Returns (N,).
     """
     from torchaudio.functional import rnnt_loss

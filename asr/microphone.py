@@ -1,9 +1,9 @@
 """The microphone, as blocks of float32 mono samples. Needs the extra `mic` (sounddevice) and PortAudio.
 
-PortAudio calls from a thread of its own and must never wait, so blocks go through a queue of QUEUE_S seconds.
-When whoever reads is slower than speech for longer than that, the newest blocks are lost, and the next one
-that is delivered says so; how far the reader is behind is measured for every block. A simulated device
-(asr/virtual_microphone.py) goes the same way, on a clock of its own.
+PortAudio calls back from its own thread and must never wait, so blocks pass through a queue of QUEUE_S
+seconds. If the reader falls behind by more than that, the newest blocks are lost, and the next delivered
+block says so; every block also tells how far the reader is behind. A simulated device
+(asr/virtual_microphone.py) uses the same path, with its own clock.
 """
 
 import queue
@@ -21,19 +21,19 @@ from asr.errors import AudioError, MissingExtra
 QUEUE_S = 30.0
 """Audio that may wait to be read."""
 SILENT_S = 5.0
-"""A device that delivers nothing for so long is an error."""
+"""A device that delivers nothing for this long is an error."""
 FLOOR_DB = -100.0
 
 
 @dataclass(frozen=True)
 class Device:
-    """An input of this machine."""
+    """An input device of this machine."""
 
     index: int
     name: str
     channels: int
     sample_rate: int
-    """The one it has by itself, in Hz."""
+    """Its default, in Hz."""
     is_default: bool
 
 
@@ -43,32 +43,32 @@ class Block:
     """(S,) mono, in [-1, 1]."""
 
     lag_s: float
-    """Seconds from its arrival until it was handed over: how far the reader is behind."""
+    """Seconds from its arrival until the reader gets it: how far the reader is behind."""
 
     overflowed: bool
-    """Sound was lost right before it, here or in the device."""
+    """Whether audio was lost right before it, here or in the device."""
 
     lost_s: float = 0.0
-    """How much of it was lost here; of what a device loses, nobody knows."""
+    """How much was lost here; what a device loses is unknown."""
 
 
 class Simulation(Protocol):
-    """A device that is none, and its time."""
+    """A simulated device, and its clock."""
 
     audio: Any
-    """In the place of sounddevice."""
+    """Replaces the sounddevice module."""
 
     def now(self) -> float:
         """Seconds."""
         ...
 
     def wait(self, is_empty: bool) -> None:
-        """Deliver what has come by now; if nothing waits to be read, let time pass until something comes."""
+        """Deliver what has arrived; if nothing waits to be read, advance the clock until something does."""
         ...
 
 
 def devices() -> list[Device]:
-    """The inputs there are. MissingExtra without sounddevice, AudioError without PortAudio."""
+    """The input devices. Raises MissingExtra without sounddevice, AudioError without PortAudio."""
     return _inputs(_sounddevice())
 
 
@@ -87,11 +87,11 @@ def microphone_blocks(
     block_ms: int = 100,
     simulation: Simulation | None = None,
 ) -> Iterator[Block]:
-    """What a microphone hears, from now on and for ever; closing the iterator releases the device.
+    """The audio of a microphone from now on, without end; closing the iterator releases the device.
 
-    device: its number, its name or a part of it, or None (or "") for the default. A device that cannot do
-    sample_rate is opened at its own rate and resampled. AudioError when there is no such device, or when it
-    stops delivering.
+    device: its number, its name or a part of it, or None (or "") for the default. A device that does not
+    support sample_rate is opened at its own rate and resampled. Raises AudioError if there is no such device,
+    or if it stops delivering.
     """
     sounddevice = simulation.audio if simulation else _sounddevice()
     found = _find(device, _inputs(sounddevice))
@@ -123,7 +123,7 @@ def level_db(samples: Floats) -> float:
 
 
 class _Inbox:
-    """Where PortAudio's thread leaves blocks, and marks what it could not leave."""
+    """The queue that PortAudio's thread fills, with a record of what did not fit."""
 
     def __init__(self, max_blocks: int, simulation: Simulation | None) -> None:
         self._queue: queue.Queue[tuple[Floats, float, bool, int]] = queue.Queue(max_blocks)
@@ -146,7 +146,7 @@ class _Inbox:
         if self._simulation:
             self._simulation.wait(self._queue.empty())
         try:
-            # a stream that has ended brings nothing more, so there is nothing to wait for
+            # a stream that has ended delivers nothing more, so do not wait
             return self._queue.get(timeout=SILENT_S if stream.active else 0.01)
         except queue.Empty:
             what = "delivers nothing" if stream.active else "has stopped"
@@ -184,6 +184,6 @@ def _sounddevice() -> Any:
         import sounddevice
     except ModuleNotFoundError:
         raise MissingExtra("sounddevice", "mic") from None
-    except OSError:  # sounddevice is there, the library under it is not
+    except OSError:  # sounddevice is installed, but not the library that it wraps
         raise AudioError("the PortAudio library is not installed; apt-get install libportaudio2") from None
     return sounddevice

@@ -1,9 +1,9 @@
 """Waveform -> log-mel frames of NeMo's models.
 
-Pre-emphasis of the waveform, silence before it and behind it, frames that are centred at multiples of the
-shift, times a symmetric Hann window, Fourier transform, power, the triangles of Slaney's Auditory Toolbox,
-and the logarithm of that plus 2^-24. Then each bin, or all of them together, may get mean 0 and variance 1
-over the utterance; a model trained so needs whole utterances, as their end is heard in every frame.
+Pre-emphasis of the waveform, silence before and after it, frames centred at multiples of the shift, times a
+symmetric Hann window, Fourier transform, power, the triangles of Slaney's Auditory Toolbox, and the logarithm
+of that plus 2^-24. Optionally, each bin or all bins together are normalised to mean 0 and variance 1 over the
+utterance; such a model needs whole utterances, as their end affects every frame.
 
 N utterances · S samples · T frames, 10 ms apart · F mel bins · K bins of the spectrum
 """
@@ -27,11 +27,11 @@ PIECE_FRAMES = 8192
 
 
 class NemoFbank(nn.Module):
-    """As asr.features.Fbank. The first sample of a frame is there for the pre-emphasis of the next one."""
+    """As asr.features.Fbank. The first sample of a frame only serves the pre-emphasis of the second."""
 
     max_samples = 0
     fading = PREEMPHASIS
-    """What the pre-emphasis of such samples makes is silence."""
+    """Pre-emphasis turns samples that fade like this into silence."""
 
     fourier: Tensor
     mel: Tensor
@@ -53,7 +53,7 @@ class NemoFbank(nn.Module):
         return sample_lens // self.shift_samples
 
     def forward(self, samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """The frames of whole utterances; what is behind the end of one never matters, and its frames are 0.
+        """The frames of whole utterances; padding has no effect, and its frames are 0.
 
         samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,).
         """
@@ -65,7 +65,7 @@ class NemoFbank(nn.Module):
         samples = torch.where(heard, _emphasise(F.pad(samples, (1, 0))), 0.0)
         more = self.frame_samples - 1 - self.shift_samples
         samples = F.pad(samples, (before, length * self.shift_samples + more - before - samples.shape[1]))
-        if torch.compiler.is_exporting():  # how many pieces there are is not known then
+        if torch.compiler.is_exporting():  # the number of pieces is unknown then
             return self.normalise(self._log_mel(samples), x_lens), x_lens
         size, pieces = PIECE_FRAMES * self.shift_samples, []
         for first in range(0, length * self.shift_samples, size):
@@ -76,7 +76,7 @@ class NemoFbank(nn.Module):
         """The frames that lie within a window of samples: the part that a stream uses and a graph contains.
 
         window (N, (T - 1) * shift_samples + frame_samples). Returns x (N, T, F). Frame t of an utterance
-        begins at sample t * shift_samples - frame_samples // 2 - 1. Raises ConfigError where frames are
+        begins at sample t * shift_samples - frame_samples // 2 - 1. Raises ConfigError if frames are
         normalised over the utterance.
         """
         if self.config.normalize != "none":
@@ -87,7 +87,7 @@ class NemoFbank(nn.Module):
         return self._log_mel(_emphasise(window))
 
     def normalise(self, x: Tensor, x_lens: Tensor) -> Tensor:
-        """x (N, T, F) as the configuration says, over the frames that count (N,); 0 behind them."""
+        """x (N, T, F), normalised as configured over the x_lens (N,) valid frames; 0 after them."""
         valid = (torch.arange(x.shape[1], device=x.device) < x_lens[:, None])[..., None]
         x = torch.where(valid, x, 0.0)
         if self.config.normalize == "none":
@@ -110,8 +110,8 @@ def _emphasise(samples: Tensor) -> Tensor:
 
 
 def _fourier_matrix(size: int, fft_size: int) -> Tensor:
-    """The symmetric Hann window times cosine, and beside it times sine: (size, 2 K). Power does not depend on
-    where in the transform the window stands."""
+    """The symmetric Hann window times cosine, then times sine: (size, 2 K). Power does not depend on the
+    position of the window in the transform."""
     i = torch.arange(size, dtype=torch.float64)
     hann = 0.5 - 0.5 * torch.cos(2 * math.pi * i / (size - 1))
     angle = 2 * math.pi * (i[:, None] * torch.arange(fft_size // 2 + 1) % fft_size) / fft_size

@@ -1,4 +1,4 @@
-"""How parameters move: AdamW or ScaledAdam, and the learning rate as a pure function of step and epoch."""
+"""Optimizers: AdamW or ScaledAdam, with the learning rate as a pure function of step and epoch."""
 
 import math
 from collections.abc import Callable
@@ -15,43 +15,43 @@ from asr.scaled_adam import ScaledAdam
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (arXiv:1711.05101) with a warm-up. The defaults are for some hundred hours of speech."""
+    """AdamW (arXiv:1711.05101) with a warm-up. The defaults are for a few hundred hours of speech."""
 
     type: Literal["adamw", "scaled-adam"] = "adamw"
 
     lr: float = 1e-3
-    """The highest learning rate, reached at the end of the warm-up."""
+    """The peak learning rate, at the end of the warm-up."""
 
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """Decay of the running mean of the gradient and of its square."""
+    """Decay of the running means of the gradient and of its square."""
 
     weight_decay: float = 0.01
-    """Of matrices and kernels; norms and biases are not decayed."""
+    """Weight decay of matrices and kernels; norms and biases are not decayed."""
 
     schedule: Literal["noam", "cosine", "eden"] = "noam"
     """After the warm-up: `noam` falls as 1 / sqrt(step), `cosine` to zero at max_steps, `eden` with steps and
-    with epochs, in the end as 1 / sqrt(step * epoch)."""
+    epochs, eventually as 1 / sqrt(step * epoch)."""
 
     warmup_steps: int = 2000
-    """Steps of linear rise."""
+    """Steps of linear warm-up."""
 
     warmup_start: float = 0.5
-    """Eden: the share of the rate with which the warm-up begins; the others begin with 0."""
+    """Eden: the share of the rate at which the warm-up starts; other schedules start at 0."""
 
     lr_batches: float = 7500
-    """Eden: steps until the rate begins to fall."""
+    """Eden: the number of steps at which the rate starts to fall."""
 
     lr_epochs: float = 3.5
-    """Eden: epochs until the rate begins to fall, too. Whole epochs count, from 0 on."""
+    """Eden: the number of epochs at which the rate starts to fall. Only whole epochs count, from 0 on."""
 
     max_steps: int = 100_000
     """Training ends here."""
 
     clip_norm: float = 5.0
-    """Longer gradients are shortened to this length."""
+    """Gradients with a larger norm are scaled down to this norm."""
 
     accumulate: int = 1
-    """Batches of each device whose gradients are added up for one step: a larger batch in the same memory."""
+    """Batches per device whose gradients are summed for one step: a larger batch in the same memory."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -70,8 +70,8 @@ class OptimConfig:
 class ScaledAdamConfig(OptimConfig):
     """ScaledAdam (asr/scaled_adam.py) with Eden (arXiv:2310.11230). The defaults are for 960 hours.
 
-    Fields that it shares with AdamW mean the same, but for these. A rate is relative to the size of each
-    tensor, which makes it some forty times that of AdamW.
+    Fields shared with AdamW have the same meaning, except as documented here. The rate is relative to the
+    size of each tensor, and thus some forty times that of AdamW.
     """
 
     type: Literal["adamw", "scaled-adam"] = "scaled-adam"
@@ -79,14 +79,14 @@ class ScaledAdamConfig(OptimConfig):
     lr: float = 0.045
 
     weight_decay: float = 0.0
-    """Nothing but 0: the size of each tensor is learnt."""
+    """Must be 0: the size of each tensor is learnt."""
 
     schedule: Literal["noam", "cosine", "eden"] = "eden"
 
     warmup_steps: int = 500
 
     clip_norm: float = 2.0
-    """Gradients longer than so many times the median of recent ones are shortened to that; a length is that
+    """Gradients with a norm above this multiple of the recent median are scaled down to it. The norm is that
     of all gradients, each times the size of its tensor."""
 
     def __post_init__(self) -> None:
@@ -105,12 +105,12 @@ OPTIMIZERS = {"adamw": OptimConfig, "scaled-adam": ScaledAdamConfig}
 
 
 def noam(step: int, epoch: int, config: OptimConfig) -> float:
-    """The share of the highest rate at a step, from 1 on (arXiv:1706.03762, with the peak set by hand)."""
+    """The share of the peak rate at a step, from 1 on (arXiv:1706.03762, with an explicit peak)."""
     return min(step / config.warmup_steps, math.sqrt(config.warmup_steps / step))
 
 
 def cosine(step: int, epoch: int, config: OptimConfig) -> float:
-    """The share of the highest rate at a step, from 1 on: half a cosine after the rise (arXiv:1608.03983)."""
+    """The share of the peak rate at a step, from 1 on: half a cosine after the warm-up (arXiv:1608.03983)."""
     if step <= config.warmup_steps:
         return step / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -133,7 +133,7 @@ SCHEDULES: dict[str, Callable[[int, int, OptimConfig], float]] = {
 
 
 def learning_rate(step: int, config: OptimConfig, epoch: int = 0) -> float:
-    """The rate of step 1, 2, ..., whose data is of epoch 0, 1, ..."""
+    """The learning rate of step 1, 2, ..., whose data is from epoch 0, 1, ..."""
     return config.lr * SCHEDULES[config.schedule](step, epoch, config)
 
 
@@ -143,16 +143,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig) -> Tensor:
-    """Shorten gradients as config.clip_norm says. Returns the length that they had."""
+    """Clip gradients by config.clip_norm. Returns their norm before clipping."""
     if isinstance(optimizer, ScaledAdam):
         return optimizer.clip(config.clip_norm)
     return clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.clip_norm)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of the parameters of a model that is already on its device; few kernels per step.
+    """The optimizer for a model that is already on its device; few kernels per step.
 
-    In AdamW vectors, which is what norms and biases are, are not decayed.
+    AdamW does not decay vectors, that is, norms and biases.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     first, second = config.betas

@@ -1,7 +1,7 @@
-"""SentencePiece models, and whether they cut text into the units of a tokens.txt.
+"""SentencePiece models, and whether they match the units of a tokens.txt.
 
-Those of other toolkits have their pieces in another order, a few that no training text had, and more units
-`<...>` besides them.
+In other toolkits, tokens.txt may order the pieces differently, leave out a few that no training text has, and
+have more units `<...>` besides them.
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import Any
 from asr.errors import TokensError
 
 LEAST_SHARE = 0.9
-"""So many of its pieces are units, or it is another model: a large one has the pieces of a small one, too."""
+"""The least share of pieces that must be units: a larger model also has the pieces of a smaller one."""
 
 WITHOUT_TEXT = 3
-"""Pieces of nearly every model that text is not cut into: unknown, and the marks of start and end."""
+"""Pieces of nearly every model that never occur in text: unknown, start and end."""
 
 
 def open_pieces(model: bytes, where: str) -> tuple[Any, list[str]]:
-    """The processor of a SentencePiece model and its pieces; TokensError where it is none."""
+    """The processor of a SentencePiece model and its pieces; TokensError if it is not such a model."""
     import sentencepiece
 
     try:
@@ -29,8 +29,8 @@ def open_pieces(model: bytes, where: str) -> tuple[Any, list[str]]:
 
 
 def makes_units(pieces: Sequence[str], units: Sequence[str]) -> bool:
-    """Whether texts cut into these pieces are spelt by these units: all but `<...>` are pieces, and nearly
-    all pieces are among them."""
+    """Whether these units can spell texts cut into these pieces: all units but `<...>` are pieces, and nearly
+    all pieces are units."""
     plain = {unit for unit in units if not re.fullmatch("<.+>", unit)}
     known = plain.intersection(pieces)
     return known == plain and len(known) >= LEAST_SHARE * (len(pieces) - WITHOUT_TEXT)

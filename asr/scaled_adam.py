@@ -1,13 +1,13 @@
-"""ScaledAdam: every tensor moves in proportion to its own size, and learns that size (arXiv:2310.11230, 3.5).
+"""ScaledAdam: updates are proportional to the size of a tensor, which is learnt (arXiv:2310.11230, 3.5).
 
     v <- b2 v + (1 - b2) g^2          r: root mean square of the tensor's values
     d = -lr r g / (sqrt(v) + eps)     and in every fourth step, for its scale, d += p s
     m <- b1 m + (1 - b1) d            p <- p + m
 
-s is an Adam step along the direction in which p grows: from the sums of p g of four steps, a tenth as long.
-r is renewed in every fourth step too, so that m / r, which is what the state holds, moves as the parameters
-of AdamW with a weight decay do: that kernel does most of the work, for all tensors at once. A tensor of one
-element has no size of its own: it moves as in Adam, a tenth as fast.
+s is an Adam step along the direction in which p grows: from the sums of p g of four steps, at a tenth of the
+rate. r is also updated in every fourth step only, so that m / r, which the state holds, moves like parameters
+of AdamW with weight decay: that kernel does most of the work, for all tensors at once. A tensor of one
+element has no scale: it moves as in Adam, at a tenth of the rate.
 
 P tensors
 """
@@ -22,21 +22,21 @@ from torch import Tensor
 PERIOD = 4
 """Steps from one scale step to the next."""
 SCALAR_RATE = 0.1
-"""Of the learning rate: the share that scales, and tensors of one element, learn with."""
+"""The share of the learning rate for scales and for tensors of one element."""
 MAX_SCALE_STEP = 0.1
 MAX_SCALAR = 10.0
 MIN_RMS, MAX_RMS = 1e-5, 3.0
 UNBIASED = 0.99
-"""Above it, 1 - b2^step counts as 1."""
+"""From here on, 1 - b2^step is treated as 1."""
 EPS = 1e-8
 NORMS = 100
-"""Gradient norms that are remembered, and steps between two medians of them."""
+"""Gradient norms to remember, and steps between updates of their median."""
 EARLY = (10, 20, 40)
-"""Before there are so many, a median is taken at these steps."""
+"""Earlier steps at which the median is updated."""
 
 
 class ScaledAdam(torch.optim.Optimizer):
-    """Its parameters are one group; where one has no gradient, that is 0. `clip` comes before `step`."""
+    """The optimizer, with one parameter group; missing gradients count as 0. Call `clip` before `step`."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
         first: dict[str, Any] = {"step": 0, "norms": [], "threshold": math.inf}
@@ -45,11 +45,11 @@ class ScaledAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip(self, multiple: float) -> Tensor:
-        """Shorten gradients longer than `multiple` medians of the last 100 lengths. Returns the length.
+        """Scale gradients down to `multiple` times the median of the last 100 norms. Returns the norm.
 
-        A length is the norm of all gradients, each times the size of its tensor: what a step does, relative
-        to what it does it to. At first nothing is shortened, and twice as long is allowed in steps 10 to 100.
-        What is not finite is returned, and neither shortened nor remembered.
+        The norm is that of all gradients, each times the size of its tensor, as the update is relative to it.
+        Nothing is clipped before step 10, and steps 10 to 100 allow twice as much. A norm that is not finite
+        is returned, but neither clipped nor remembered.
         """
         group, grads = self.param_groups[0], self._gradients()
         self._prepare()
@@ -68,7 +68,7 @@ class ScaledAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move the parameters."""
+        """Update the parameters."""
         group, grads = self.param_groups[0], self._gradients()
         params, (b1, b2) = group["params"], group["betas"]
         self._prepare()
@@ -80,7 +80,7 @@ class ScaledAdam(torch.optim.Optimizer):
         torch._fused_adamw_(
             self._momenta,
             grads,
-            grads,  # with beta1 0 the mean of gradients is the gradient
+            grads,  # with beta1 = 0, the mean of the gradients is the gradient
             self._seconds,
             [],
             self._steps_to_unbias(b2),
@@ -98,7 +98,7 @@ class ScaledAdam(torch.optim.Optimizer):
         group["step"] += 1
 
     def _steps_to_unbias(self, b2: float) -> list[Tensor]:
-        """The step as the kernel wants it, once for each tensor; infinite where v is taken as it is."""
+        """The step for the kernel, one per tensor; infinite for no bias correction of v."""
         step, device = self.param_groups[0]["step"] + 1, self._rms.device
         unbiased = math.inf if 1 - b2**step >= UNBIASED else step
         scalar, other = (torch.full((), float(value), device=device) for value in (step, unbiased))
@@ -112,7 +112,7 @@ class ScaledAdam(torch.optim.Optimizer):
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.param_groups[0]["params"]]
 
     def _prepare(self) -> None:
-        """Give every tensor a state, of which `size` is a row of one table (P, 2 + PERIOD): the root mean
+        """Create the state of every tensor. Its `size` is a row of one table (P, 2 + PERIOD): the root mean
         square, the running mean of squared slopes, and the slopes p . g of the last steps."""
         if self._sizes is not None:
             return
@@ -136,12 +136,12 @@ class ScaledAdam(torch.optim.Optimizer):
         self._set_units()
 
     def _set_units(self) -> None:
-        """How much of its momentum is added to each tensor (P,)."""
+        """Set the factor (P,) by which each tensor's momentum is added to it."""
         self._units = torch.where(self._is_scalar, SCALAR_RATE, self._rms.clamp(min=MIN_RMS))
         self._scales = self._units.tolist()
 
     def _step_scales(self) -> None:
-        """Measure all tensors, keep momenta in units of their sizes, and let them grow or shrink."""
+        """Update the sizes of all tensors, express momenta in units of them, and add the scale steps."""
         group, before = self.param_groups[0], self._units
         params, (b1, b2) = group["params"], group["betas"]
         self._rms.copy_(_rms(params))
@@ -153,7 +153,7 @@ class ScaledAdam(torch.optim.Optimizer):
         growth = growth.clamp(-MAX_SCALE_STEP, MAX_SCALE_STEP)
         growth = torch.minimum(growth, (MAX_RMS - self._rms) / self._rms)
         growth = torch.where(self._is_scalar | (self._rms < MIN_RMS), 0.0, growth)
-        # the kernel is about to multiply by b1 what is added here
+        # the kernel will multiply by b1 what is added here
         added = growth * (1 - b1) / (b1 * self._units)
         _scale_and_add(self._momenta, (before / self._units).tolist(), params, added.tolist())
 
@@ -165,7 +165,7 @@ def _rms(tensors: list[Tensor]) -> Tensor:
 
 
 def _dots(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
-    """x . y of each pair (P,): a CPU wants few passes over memory, a GPU few kernels."""
+    """x . y of each pair (P,): with few passes over memory on a CPU, few kernels on a GPU."""
     if _is_cpu(xs):
         return torch.stack([torch.dot(x.flatten(), y.flatten()) for x, y in zip(xs, ys, strict=True)])
     products = torch._foreach_mul(xs, ys)

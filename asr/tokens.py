@@ -2,19 +2,19 @@
 
 Ids 0, 1, 2 are `<blk>`, `<sos/eos>`, `<unk>` in every inventory; the units follow. A tokenizer is a folder:
 
-    tokens.txt      "symbol id" a line, as sherpa-onnx reads it; all that decoding needs
-    tokens.model    the SentencePiece model (kinds unigram and bpe), needed to encode only
-    lexicon.txt     "word phone phone ..." a line (kind phone), needed to encode only
+    tokens.txt      lines "symbol id", as sherpa-onnx reads them; all that decoding needs
+    tokens.model    the SentencePiece model (kinds unigram and bpe), needed for encoding only
+    lexicon.txt     lines "word phone phone ..." (kind phone), needed for encoding only
 
-With neither of the last two the units are single characters (kind char), or pieces of UTF-8 among which there
-is every byte (kind bytes: asr/byte_tokens.py, which also says how they are written).
+With neither of the last two, the units are single characters (kind char), or pieces of UTF-8 that include
+every byte (kind bytes: asr/byte_tokens.py, which also describes their spelling).
 
-`▁` (U+2581) is a space, at the start of a SentencePiece unit or as a unit of its own (characters, phones),
-where it stands between words and belongs to none. So one rule decodes every kind: join the symbols, `▁` is a
-space. The phones of a word run together. What no unit covers is encoded as `<unk>` and shown as `⁇`.
+`▁` (U+2581) is a space, at the start of a SentencePiece unit or as a unit of its own (characters, phones)
+between words. So one rule decodes every kind: join the symbols, `▁` is a space. The phones of a word run
+together. Text that no unit covers is encoded as `<unk>` and shown as `⁇`.
 
-Text is normalised once, on the way in: Unicode NFC, and any run of white space is one space.
-decode(encode(text)) is normalise(text) wherever the units cover it.
+Text is normalised once, before encoding: Unicode NFC, and any run of white space becomes one space.
+decode(encode(text)) is normalise(text) if the units cover it.
 
 Kudo and Richardson, "SentencePiece", arXiv:1808.06226.
 """
@@ -36,29 +36,29 @@ SPECIAL = ("<blk>", "<sos/eos>", "<unk>")
 SPACE = "▁"
 UNKNOWN_MARK = "⁇"
 TWIN = "\ue000"
-"""Behind a symbol that another unit has, too, once for each such unit before it: no character of any text."""
+"""Marks a duplicate symbol: appended once for each earlier unit with that symbol; occurs in no text."""
 KINDS = ("unigram", "bpe", "char", "phone")
 
 MAX_BYTES = 64 * 2**20
-"""A tokens.txt, tokens.model or lexicon.txt above this is refused: the largest in use are below 10 MB."""
+"""A larger tokens.txt, tokens.model or lexicon.txt is refused: the largest in use are below 10 MB."""
 
-# Ideographs and kana are written without spaces: each is a word of its own for word times.
+# Ideographs and kana are written without spaces: for word times, each is a word.
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _NO_TEXT = "no text to make a tokenizer of; check that the supervisions have text"
 _LINE = re.compile(r"(?P<symbol>[^ \t]*)[ \t]+(?P<id>[^ \t]+)")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the toolkit asks of an inventory of units."""
+    """The interface of a unit inventory to the rest of the toolkit."""
 
     kind: str
     """"sentencepiece", "char", "phone", "bytes", or "units" where tokens.txt alone can only decode."""
 
     symbols: list[str]
-    """Symbol of each id; its length is V."""
+    """The symbol of each id; V in number."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without blank and without sos/eos."""
+        """The ids of a text, without blank and sos/eos."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -68,20 +68,20 @@ class Tokenizer(Protocol):
     def words(self, ids: Iterable[int]) -> list[tuple[str, int, int]]:
         """(word, index of its first token, index after its last token), in order.
 
-        Joined by spaces they are decode(ids), except that each ideograph is a word of its own.
+        Joined by spaces, they are decode(ids), except that each ideograph is a separate word.
         """
         ...
 
 
 def normalise(text: str) -> str:
-    """NFC, and any run of white space (also U+00A0, U+3000, and `▁` itself) is one space."""
+    """NFC, with any run of white space (also U+00A0, U+3000, and `▁` itself) as one space."""
     if "\0" in text:
         raise TokensError(f"text holds a NUL character: {text[:40]!r}; remove it")
     return " ".join(unicodedata.normalize("NFC", text.replace(SPACE, " ")).split())
 
 
 class Units:
-    """Symbols and their decoding: what tokens.txt alone can do."""
+    """Symbols and their decoding: all that tokens.txt alone supports."""
 
     kind = "units"
 
@@ -128,7 +128,7 @@ class Units:
 
 
 class Characters(Units):
-    """Every character is a unit, `▁` stands between words."""
+    """Every character is a unit, with `▁` between words."""
 
     kind = "char"
 
@@ -137,7 +137,7 @@ class Characters(Units):
 
 
 class Phones(Units):
-    """Words through lexicon.txt, first pronunciation; `▁` between words; a word it lacks is `<unk>`."""
+    """The first pronunciation in lexicon.txt, with `▁` between words; a word that is not in it is `<unk>`."""
 
     kind = "phone"
 
@@ -156,7 +156,7 @@ class Phones(Units):
 class SentencePiece(Units):
     """Units of tokens.model, which is opened (and sentencepiece imported) at the first encode.
 
-    tokens.txt may have the pieces in another order, leave out a few, and have units `<...>` besides them.
+    tokens.txt may have the pieces in another order, leave out a few, and have additional units `<...>`.
     """
 
     kind = "sentencepiece"
@@ -183,14 +183,14 @@ class SentencePiece(Units):
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Open a tokenizer directory. TokensError when a file is missing, too large, or wrong (with its line)."""
+    """Open a tokenizer folder. TokensError if a file is missing, too large, or invalid (with the line)."""
     folder = Path(folder)
     symbols = read_tokens(folder / "tokens.txt")
     if (folder / "tokens.model").exists():
         return SentencePiece(symbols, folder)
     if (folder / "lexicon.txt").exists():
         return Phones(symbols, folder)
-    from asr.byte_tokens import ByteLevel  # which is made of what is here
+    from asr.byte_tokens import ByteLevel  # it imports this module
 
     if ByteLevel.fits(symbols):
         return ByteLevel(symbols, folder)
@@ -200,9 +200,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def read_tokens(path: str | Path) -> list[str]:
-    """The symbols of a tokens.txt in the order of their ids; TokensError with the line of what is wrong.
+    """The symbols of a tokens.txt in the order of their ids; TokensError names an invalid line.
 
-    The lines may be in any order, end in CRLF, and write the space as `▁` or as a space.
+    Lines may be in any order, end in CRLF, and write the space as `▁` or as a space.
     """
     lines: dict[int, int] = {}
     ids: dict[str, int] = {}
@@ -243,7 +243,7 @@ def _parse_line(line: str, where: str) -> tuple[str, int]:
 
 
 def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Word -> its first pronunciation. TokensError with the line number of a word without phones."""
+    """Word -> its first pronunciation. TokensError names the line of a word without phones."""
     lexicon: dict[str, tuple[str, ...]] = {}
     for number, line in _lines(Path(path)):
         word, *phones = line.split()
@@ -257,7 +257,7 @@ def read_lexicon(path: str | Path) -> dict[str, tuple[str, ...]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines that are not empty. Only \\n ends a line: U+2028 and U+0085 may be symbols."""
+    """Numbered non-empty lines. Only \\n ends a line: U+2028 and U+0085 may be symbols."""
     data = _read_bytes(path).removeprefix("\ufeff".encode())
     for number, raw in enumerate(data.split(b"\n"), start=1):
         try:
@@ -283,13 +283,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def tokens_hash(tokens: str | Path | Sequence[str]) -> str:
-    """SHA-256 of an inventory (symbols, or a tokenizer directory): of its tokens.txt as we would write it."""
+    """SHA-256 of an inventory (symbols, or a tokenizer folder), of its tokens.txt in canonical form."""
     symbols = read_tokens(Path(tokens) / "tokens.txt") if isinstance(tokens, str | Path) else tokens
     return hashlib.sha256(_tokens_text(symbols).encode()).hexdigest()
 
 
 def check_tokens(symbols: Sequence[str], num_tokens: int, where: str = "model") -> None:
-    """TokensError unless a model of num_tokens outputs and these symbols are of one size."""
+    """Raise TokensError unless there are as many symbols as outputs of the model, num_tokens."""
     if len(symbols) != num_tokens:
         raise TokensError(
             f"{where}: has {num_tokens} outputs, tokens.txt has {len(symbols)} units; "
@@ -303,10 +303,10 @@ def check_tokens(symbols: Sequence[str], num_tokens: int, where: str = "model") 
 def train_tokenizer(
     texts: Iterable[str], kind: str, vocab_size: int, out_dir: str | Path, lexicon: str | Path | None = None
 ) -> Tokenizer:
-    """Make a tokenizer directory from texts; the same texts in the same order give the same files.
+    """Make a tokenizer folder from texts; the same texts in the same order give the same files.
 
-    vocab_size: units in all, the three special ones included. For char the commonest are kept, all with 0;
-    for phone the lexicon decides. TokensError when the texts are empty, or do not give that many units.
+    vocab_size: number of units, including the three special ones. Kind char keeps the commonest, or all with
+    0; kind phone takes them from the lexicon. TokensError if the texts are empty or do not give that many.
     """
     if kind not in KINDS:
         raise TokensError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
@@ -354,7 +354,7 @@ def _train_sentencepiece(lines: Iterator[str], kind: str, vocab_size: int) -> tu
             model_type=kind,
             vocab_size=vocab_size,
             character_coverage=1.0,
-            normalization_rule_name="identity",  # normalise() has done it, for every kind alike
+            normalization_rule_name="identity",  # normalise() already did it, for all kinds alike
             max_sentence_length=2**20,
             unk_id=UNK,
             bos_id=-1,
@@ -371,7 +371,7 @@ def _train_sentencepiece(lines: Iterator[str], kind: str, vocab_size: int) -> tu
 
 
 def _explain(error: str, vocab_size: int) -> str:
-    """SentencePiece's refusal of a vocabulary size, in our words."""
+    """SentencePiece's refusal of a vocabulary size, reworded."""
     if match := re.search(r"value <= (\d+)", error):
         return f"vocabulary size {vocab_size} is too large for this text; the largest possible is {match[1]}"
     if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
@@ -382,13 +382,13 @@ def _explain(error: str, vocab_size: int) -> str:
 
 
 def write_tokens(folder: Path, symbols: Sequence[str], model: bytes | None = None) -> Tokenizer:
-    """Make a tokenizer directory of symbols, and of the SentencePiece model that cuts text into them."""
+    """Make a tokenizer folder of symbols and, if given, the SentencePiece model that cuts text into them."""
     files = {"tokens.txt": _tokens_text(symbols).encode()} | ({"tokens.model": model} if model else {})
     return _write(folder, files)
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    """Write the files of a tokenizer, and take away those of another kind that was there before."""
+    """Write the files of a tokenizer, and remove those of another kind that was there before."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in {"tokens.txt", "tokens.model", "lexicon.txt"} - files.keys():
         (folder / name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A microphone that is none: it hears a recording, on a clock of its own, by the same way as a real one.
+"""A simulated microphone: it plays a recording on its own clock, through the code path of a real one.
 
-Computing takes the time that it takes; waiting for sound takes none, the clock is put forward. So hours are
-heard as fast as they are computed, and whoever listens sees every text when they would have seen it.
+Computation takes its real time; waiting for audio takes none, as the clock is advanced instead. So hours of
+audio pass as fast as they are computed, and every text has the time at which it would have appeared.
 
 S samples
 """
@@ -31,7 +31,7 @@ class VirtualMicrophone:
         lost_blocks: Collection[int] = (),
         unplugged_s: float = np.inf,
     ) -> None:
-        """lost_blocks: numbers of those that the device loses. unplugged_s: when it is pulled out."""
+        """lost_blocks: numbers of the blocks that the device loses. unplugged_s: when it is unplugged."""
         self.audio = self
         self.default = SimpleNamespace(device=[0, -1])
         self._samples, self._rate, self._timer = samples, sample_rate, timer
@@ -41,11 +41,11 @@ class VirtualMicrophone:
         self._past_s: float | None = None
 
     def now(self) -> float:
-        """Seconds from the start of the sound; within a callback, when that would have been."""
+        """Seconds from the start of the audio; within a callback, the time when it would have happened."""
         return self._timer() + self._waited_s if self._past_s is None else self._past_s
 
     def wait(self, is_empty: bool) -> None:
-        """As `Simulation` has it."""
+        """As Simulation.wait."""
         stream = self._stream
         if stream is None:
             return
@@ -60,24 +60,24 @@ class VirtualMicrophone:
             self._past_s = None
         stream.active = stream.next_s <= self._unplugged_s
 
-    # what asr/microphone.py asks of sounddevice
+    # the part of sounddevice that asr/microphone.py uses
 
     def query_devices(self) -> list[dict[str, Any]]:
         return [{"name": "virtual", "max_input_channels": 1, "default_samplerate": float(self._rate)}]
 
     def check_input_settings(self, *, samplerate: int, **_: Any) -> None:
-        """PortAudioError unless it is the rate of the samples."""
+        """Raise PortAudioError unless it is the rate of the samples."""
         if samplerate != self._rate:
             raise self.PortAudioError("Invalid sample rate")
 
     def InputStream(self, **options: Any) -> "_Stream":
-        self._waited_s = -self._timer()  # the sound begins now, at 0
+        self._waited_s = -self._timer()  # the audio starts now, at 0
         self._stream = _Stream(**options)
         return self._stream
 
 
 class _Stream(AbstractContextManager["_Stream"]):
-    """As far as it has been heard."""
+    """The open stream; `number` is that of the next block."""
 
     def __init__(self, samplerate: int, blocksize: int, callback: Callable[..., None], **_: Any) -> None:
         self._rate, self._size, self._callback = samplerate, blocksize, callback
@@ -94,16 +94,16 @@ class _Stream(AbstractContextManager["_Stream"]):
         self.active = False
 
     def end_s(self, number: int) -> float:
-        """When a block is complete."""
+        """When this block is complete."""
         return (number + 1) * self._size / self._rate
 
     @property
     def next_s(self) -> float:
-        """When the next one is."""
+        """When the next block is complete."""
         return self.end_s(self.number)
 
     def deliver(self, samples: Floats, is_lost: bool) -> None:
-        """The next block, unless the device loses it; the one behind that says so."""
+        """Deliver the next block, unless the device loses it; then the following one reports an overflow."""
         block = samples[self.number * self._size : (self.number + 1) * self._size]
         self.number += 1
         if not is_lost:

@@ -1,11 +1,11 @@
-"""How wrong a transcript is: aligned errors, word and character error rates, and how sure they are.
+"""Scoring of transcripts: alignments, word and character error rates, and their confidence intervals.
 
-An error rate is (insertions + deletions + substitutions) / reference units, of all utterances together. Of an
-empty reference it is 0 where nothing was heard and 1 where something was; its insertions count in a total.
+An error rate is (insertions + deletions + substitutions) / reference units, over all utterances together. For
+an empty reference, it is 0 if the hypothesis is empty, too, and else 1; its insertions count in a total.
 
 Intervals are percentiles of a bootstrap over utterances, which keeps the errors of one utterance together:
 Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004.
-Alignments are kaldialign's: the fewest errors in all, each of cost 1.
+Alignments are kaldialign's: the fewest errors, each of cost 1.
 """
 
 from collections import Counter
@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 NOTHING = ""
-"""Stands in an alignment where the other side has a unit too many."""
+"""Stands in an alignment for the missing unit of an insertion or a deletion."""
 
 Pairs = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class ErrorCount:
-    """Errors against `ref` reference units; counts add up."""
+    """Errors against `ref` reference units; counts can be added."""
 
     ref: int = 0
     ins: int = 0
@@ -56,7 +56,7 @@ def characters(text: str) -> list[str]:
 
 
 def align(ref: Sequence[str], hyp: Sequence[str]) -> Pairs:
-    """Pairs (unit of ref, unit of hyp) with the fewest errors; NOTHING where one side lacks a unit."""
+    """Pairs (unit of ref, unit of hyp) with the fewest errors; NOTHING if one side lacks a unit."""
     return list(kaldialign.align(ref, hyp, NOTHING))
 
 
@@ -80,12 +80,12 @@ def total(counts: Iterable[ErrorCount]) -> ErrorCount:
     return sum(counts, ErrorCount())
 
 
-# How sure it is
+# Confidence
 
 
 @dataclass(frozen=True)
 class Interval:
-    """95 % of the bootstrap lies in it."""
+    """A range that contains 95 % of the bootstrap."""
 
     low: float
     high: float
@@ -93,7 +93,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rate of B minus rate of A on the same utterances: below 0 where B is better."""
+    """Rate of B minus rate of A on the same utterances: below 0 if B is better."""
 
     difference: float
     interval: Interval
@@ -107,14 +107,14 @@ class Comparison:
 
 
 def interval(counts: Sequence[ErrorCount], num_draws: int = 1000, seed: int = 0) -> Interval:
-    """95 % interval of the rate of all utterances together, from the errors of each."""
+    """95 % interval of the overall rate, from the errors of each utterance."""
     return _percentiles(_draws(_errors(counts), _refs(counts), num_draws, seed))
 
 
 def compare(
     a: Sequence[ErrorCount], b: Sequence[ErrorCount], num_draws: int = 1000, seed: int = 0
 ) -> Comparison:
-    """Is B another than A? Their utterances are in one order; every draw takes the same ones of both."""
+    """Compare B with A. Both have the same utterances in the same order; every draw is paired."""
     errors, refs = _errors(b) - _errors(a), _refs(a)
     draws = _draws(errors, refs, num_draws, seed)
     one_sided = (1 + min((draws <= 0).sum(), (draws >= 0).sum())) / (1 + num_draws)
@@ -152,7 +152,7 @@ def _percentiles(rates: NDArray[np.float64]) -> Interval:
 
 @dataclass(frozen=True)
 class Confusions:
-    """How often each unit was inserted, deleted, and taken for another."""
+    """How often each unit was inserted, deleted, and substituted by another."""
 
     ins: Counter[str] = field(default_factory=Counter)
     dels: Counter[str] = field(default_factory=Counter)
@@ -175,9 +175,9 @@ def confusions(alignments: Iterable[Pairs]) -> Confusions:
 def by_length(
     counts: Iterable[ErrorCount], longest: Sequence[int] = (5, 10, 20, 40)
 ) -> list[tuple[str, int, ErrorCount]]:
-    """(lengths, utterances, errors) of groups by the number of reference units; groups of none are left out.
+    """(lengths, utterances, errors) of groups by the number of reference units; empty groups are left out.
 
-    longest: of each group but the last.
+    longest: the greatest length of each group but the last.
     """
     names = [f"{low + 1}-{high}" for low, high in zip((-1, *longest), longest, strict=False)]
     names.append(f"over {longest[-1]}")

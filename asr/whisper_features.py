@@ -1,10 +1,10 @@
 """Waveform -> log-mel frames of Whisper (Radford et al., arXiv:2212.04356, section 2.2).
 
-The samples are followed by silence up to the window of the model, mirrored at both ends, cut into frames that
-are centred at multiples of the shift, multiplied by a Hann window, Fourier transformed, squared, and added up
-by the triangles of Slaney's Auditory Toolbox. The decimal logarithm is floored at 8 below the largest value
-of the window, then (x + 4) / 4. So every frame depends on the loudest one, and on the silence: both are part
-of the model.
+The samples are padded with silence to the window of the model, mirrored at both ends, cut into frames centred
+at multiples of the shift, multiplied by a Hann window, Fourier transformed, squared, and summed by the
+triangles of Slaney's Auditory Toolbox. The decimal logarithm is floored at 8 below the largest value of the
+window, then mapped to (x + 4) / 4. Every frame thus depends on the loudest one, and on the silence: both are
+part of the model.
 
 N utterances · S samples · T frames, 10 ms apart · F mel bins · K bins of the spectrum
 """
@@ -27,9 +27,9 @@ LINEAR_HZ = 1000.0
 
 
 class WhisperFbank(nn.Module):
-    """As asr.features.Fbank, but every utterance becomes `window_s` seconds long, and all of that counts."""
+    """As asr.features.Fbank, but every utterance becomes `window_s` seconds long, all of it valid."""
 
-    framed = False  # the loudest frame of the utterance is heard in all of them
+    framed = False  # the loudest frame of the utterance affects all others
     fading = 0.0
 
     fourier: Tensor
@@ -50,14 +50,14 @@ class WhisperFbank(nn.Module):
         self.register_buffer("mel", slaney_mel(config, self.frame_samples).float(), persistent=False)
 
     def num_frames(self, sample_lens: Tensor) -> Tensor:
-        """Samples -> frames, element by element: those of the window."""
+        """Samples -> frames, element by element: always those of the window."""
         return torch.full_like(sample_lens, self.window_samples // self.shift_samples)
 
     def forward(self, samples: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """The frames of whole utterances and of the silence behind them.
+        """The frames of whole utterances and of the silence after them.
 
-        samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,), all of them T. Raises
-        AudioError where an utterance is longer than the window.
+        samples (N, S) in [-1, 1], sample_lens (N,). Returns x (N, T, F), x_lens (N,), all T. Raises
+        AudioError if an utterance is longer than the window.
         """
         longest = samples.shape[1] if torch.compiler.is_exporting() else int(sample_lens.max())
         if not torch.compiler.is_exporting() and longest > self.window_samples:
@@ -74,7 +74,7 @@ class WhisperFbank(nn.Module):
         return x[:, : self.window_samples // self.shift_samples], x_lens
 
     def frames(self, window: Tensor) -> Tensor:
-        """The frames that lie within a window of samples, which is all that is heard at once.
+        """The frames that lie within a window of samples, all that the model takes at once.
 
         window (N, (T - 1) * shift_samples + frame_samples). Returns x (N, T, F).
         """
@@ -86,10 +86,10 @@ class WhisperFbank(nn.Module):
 
 
 def slaney_mel(config: FbankConfig, fft_size: int) -> Tensor:
-    """Triangles of equal area, linear in frequency between edges that are evenly spaced in Slaney's mel:
+    """Triangles of equal area, linear in frequency, with edges evenly spaced on Slaney's mel scale:
     (K, F), K = fft_size // 2 + 1; float64.
 
-    Raises ConfigError where they do not fit below half the sample rate.
+    Raises ConfigError if they do not fit below half the sample rate.
     """
     nyquist = config.sample_rate / 2
     low, high = config.low_freq_hz, config.high_freq_hz
@@ -106,7 +106,7 @@ def slaney_mel(config: FbankConfig, fft_size: int) -> Tensor:
 
 
 def _fourier_matrix(size: int) -> Tensor:
-    """The periodic Hann window times cosine, and beside it times sine: (size, 2 K)."""
+    """The periodic Hann window times cosine, then times sine: (size, 2 K)."""
     i = torch.arange(size, dtype=torch.float64)
     hann = 0.5 - 0.5 * torch.cos(2 * math.pi * i / size)
     angle = 2 * math.pi * (i[:, None] * torch.arange(size // 2 + 1) % size) / size
@@ -114,7 +114,7 @@ def _fourier_matrix(size: int) -> Tensor:
 
 
 def _mel(freq_hz: float) -> float:
-    """200 / 3 Hz are a mel, and above 1000 Hz, which is 15, a factor of 6.4 is 27 of them."""
+    """200 / 3 Hz per mel up to 1000 Hz, which is 15 mel; above, 27 mel per factor of 6.4."""
     if freq_hz < LINEAR_HZ:
         return freq_hz * 3 / 200
     return 15 + 27 * math.log(freq_hz / LINEAR_HZ) / math.log(6.4)

@@ -1,15 +1,15 @@
-"""The units of Whisper's models: pieces of UTF-8, and the marks of transcripts.
+"""The units of Whisper's models: pieces of UTF-8, and special tokens.
 
-Theirs are R pieces by rank, the end of the text, the start of the transcript, 99 or (large-v3) 100 languages,
-five marks of tasks and silence, "no timestamps", and 1501 times from 0 to 30 s. Ours:
+Whisper has R pieces by rank, the end of text, the start of transcript, 99 or (large-v3) 100 languages, five
+tokens for tasks and silence, "no timestamps", and 1501 timestamps from 0 to 30 s. Our units:
 
-    0 <blk>      none of theirs: nothing goes in, nothing comes out
-    1 <sos/eos>  goes in as <|startoftranscript|>, comes out as <|endoftext|>
-    2 <unk>      none of theirs
-    3 + i        theirs i, where i < R, the pieces
-    2 + i        theirs i, where i > R, <|startoftranscript|> and what follows
+    0 <blk>      not in Whisper: never an input or an output
+    1 <sos/eos>  <|startoftranscript|> as input, <|endoftext|> as output
+    2 <unk>      not in Whisper
+    3 + i        Whisper's i for i < R, the pieces
+    2 + i        Whisper's i for i > R, <|startoftranscript|> and what follows
 
-<|endoftext|> (R) never goes in, and is unit 1 alone. <|startoftranscript|> also keeps a unit of its own.
+<|endoftext|> (R) is never an input, and only unit 1. <|startoftranscript|> also has a unit of its own.
 """
 
 import re
@@ -36,10 +36,10 @@ TASKS = ("translate", "transcribe", "startoflm", "startofprev", "nospeech", "not
 def whisper_symbols(
     ranks: Sequence[bytes], num_languages: int, num_times: int = 1501, only_english: bool = False
 ) -> list[str]:
-    """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), so many languages, times.
+    """Our symbols: pieces in the order of their ranks (asr.byte_tokens.read_ranks), languages, tasks, times.
 
-    only_english: no language is ever named to the model, and its units of them have no use. TokensError where
-    there are not so many languages.
+    only_english: for models that get no language token, whose language units are unused. TokensError if there
+    are not that many languages.
     """
     if not 0 < num_languages <= len(LANGUAGES):
         raise TokensError(f"{num_languages} languages, expected 1 to {len(LANGUAGES)}, as those of Whisper")
