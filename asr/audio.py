@@ -157,7 +157,7 @@ def _opened(source: Source) -> Iterator[_Sound]:
         patched, declared = check_head(stream, name)
         with _decoder(patched, name) as file:
             check_format(name, file.samplerate, file.channels)
-            known = file.frames if file.frames < 2**60 else None  # FLAC written to a pipe does not know
+            known = file.frames if file.frames < 2**60 else None  # unknown in FLAC written to a pipe
             is_cut = declared is not None and file.frames < declared
             yield _Sound(name, file, file.samplerate, file.channels, declared or known, is_cut)
 

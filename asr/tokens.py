@@ -52,7 +52,7 @@ class Tokenizer(Protocol):
     """The interface of a unit inventory to the rest of the toolkit."""
 
     kind: str
-    """"sentencepiece", "char", "phone", "bytes", or "units" where tokens.txt alone can only decode."""
+    """"sentencepiece", "char", "phone", "bytes", or "units" if there is only tokens.txt, for decoding."""
 
     symbols: list[str]
     """The symbol of each id; V in number."""

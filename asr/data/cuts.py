@@ -1,7 +1,8 @@
 """Manifests: lhotse CutSets in `*.jsonl.gz`, one utterance per line, read lazily.
 
 A cut is a stretch of a recording; its supervision holds the text and the speaker. Any CutSet that lhotse
-writes is a manifest here, and lhotse reads ours. `importers` makes manifests, `check` judges them.
+writes as JSON lines or Shar is a manifest here, and lhotse reads ours. `importers` makes manifests, `check`
+judges them.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Aligner:
         ]
 
     def _spans(self, num_samples: int, columns: Sequence[Sequence[float]]) -> list[Span]:
-        """Frames -> seconds. The last frame may go on behind the end of the audio, a token does not."""
+        """Frames -> seconds. The last frame may extend beyond the end of the audio; a token must not."""
         duration_s = num_samples / self.model.fbank.config.sample_rate
         return [
             Span(start * self.frame_s, min(end * self.frame_s, duration_s), score)

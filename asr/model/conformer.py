@@ -109,7 +109,7 @@ class Sight(NamedTuple):
     """(N, T', 1): False for output frames before the utterance."""
 
     rotation: Rotation
-    """Of the input; shared by all layers, as shifting all frames of a layer keeps their distances."""
+    """Of the input; shared by all layers, since shifting all frames of a layer keeps their distances."""
 
 
 class Past(NamedTuple):

@@ -66,7 +66,7 @@ class Hypotheses:
     """The decoder state of B hypotheses."""
 
     memory: Memory
-    """Of all N utterances."""
+    """The memory of all N utterances."""
     owner: Ints
     """(B,)"""
     heard: Memory | None

@@ -26,7 +26,7 @@ from asr.model.zipformer_convolution import Convolution, Edges
 from asr.model.zipformer_training import Rates, dropout, kept, whiteness_limit
 
 QUERIES = 64
-"""Rows of attention weights that are computed at once, where they may be computed in pieces."""
+"""Rows of attention weights per piece, if they may be computed in pieces."""
 
 
 class LayerSizes(NamedTuple):

@@ -26,7 +26,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is the process that writes files."""
     return rank() == 0
 
 
