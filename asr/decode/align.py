@@ -1,8 +1,8 @@
-"""What CTC says of a given token sequence: its probability, and when each token is emitted.
+"""CTC forced alignment and scoring: when each token of a given sequence is emitted, and its probability.
 
 Both run over the S = 2 U + 1 states blank, token, blank, token, ..., blank, all states of a frame at once.
-A state is entered from itself, from the one before, and past a blank from the token before that, if it is
-another token. A decoder without bounds (unbounded.py) may write blank: then that is a token, too.
+A state is entered from itself, from the one before, and, skipping a blank, from the token before that if it
+differs. The unbounded decoder (unbounded.py) may write blank, which then counts as a token.
 
 T frames · U tokens · V units, blank is 0. Graves et al., "Connectionist Temporal Classification", ICML 2006.
 """
@@ -30,7 +30,7 @@ class Alignment:
     """First frame of each token (U,)."""
 
     end: Ints
-    """The frame behind the last of each token (U,)."""
+    """The frame after the last frame of each token (U,)."""
 
     log_probs: Doubles
     """Log-probability of each frame's symbol (T,)."""
@@ -66,7 +66,7 @@ def align(log_probs: Floats, tokens: Sequence[int]) -> Alignment | None:
         scores[2:] = entries.max(0) + emitted[t]
         scores[1] = -np.inf
     visited = np.zeros(num_frames, np.int64)
-    # the two ends; without tokens there is only the blank
+    # the better of the two final states; without tokens there is only the blank
     state = len(states) - 1 - int(len(states) > 1 and scores[-2] > scores[-1])
     for t in range(num_frames - 1, -1, -1):
         visited[t] = state
@@ -91,8 +91,8 @@ def ctc_log_prob(log_probs: Floats, tokens: Sequence[int]) -> float:
 def locate(log_probs: Floats, tokens: Sequence[int]) -> tuple[tuple[int, ...], Doubles]:
     """When each token is emitted, and its highest log-probability there.
 
-    If there are fewer frames than `tokens` need, as after a decoder that runs away, they are spread evenly
-    over what there is, with their log-probabilities there.
+    If there are fewer frames than `tokens` need, as when a decoder has run away, the tokens are spread evenly
+    over the frames, with their log-probabilities there.
     """
     alignment = align(log_probs, tokens)
     if alignment is not None:
@@ -104,14 +104,14 @@ def locate(log_probs: Floats, tokens: Sequence[int]) -> tuple[tuple[int, ...], D
 
 
 def locate_prefix(log_probs: Floats, tokens: Sequence[int]) -> tuple[tuple[int, ...], Doubles]:
-    """As `locate`, where more is said behind `tokens`: a last symbol, that is the likeliest of any frame."""
+    """Like `locate`, if more follows `tokens`: a final wildcard symbol has the best score of every frame."""
     rest = log_probs.max(1, keepdims=True)
     frames, peaks = locate(np.concatenate((log_probs, rest), 1), [*tokens, log_probs.shape[1]])
     return frames[:-1], peaks[:-1]
 
 
 def _states(tokens: Sequence[int]) -> tuple[Ints, Doubles]:
-    """The symbols of the states (S,), and 0 or -inf for each (S,): whether it may be entered past a blank."""
+    """The symbols of the states (S,), and 0 or -inf for each (S,): whether a blank may be skipped into it."""
     states = np.full(2 * len(tokens) + 1, BLANK, np.int64)
     states[1::2] = tokens
     skip = np.full(len(states), -np.inf)

@@ -1,21 +1,21 @@
-"""Search with a decoder that hears one chunk after another (arXiv:2309.08436; asr/model/chunked.py).
+"""Search with a decoder that attends to one chunk at a time (arXiv:2309.08436; asr/model/chunked.py).
 
-In each step a hypothesis gets one symbol: a label, or EOC, with which it closes the chunk. All hypotheses
-close chunk k before one of them enters chunk k + 1. Within the chunk those compete that have the same number
-of symbols since its beginning, and at its end all that closed it. (Published searches let hypotheses of the
-same number of symbols compete wherever they are. Then the one that is farthest would have to wait for its
-chunk, and all others, which must be compared with it, with it: a word would be late by as many chunks as the
-hypotheses are apart.) So chunk k is searched once, as soon as its window is there or the utterance has ended,
-and how the frames arrived changes nothing.
+In each step a hypothesis gets one symbol: a label, or EOC, which closes the chunk. All hypotheses close chunk
+k before any of them enters chunk k + 1. Within a chunk, hypotheses compete that have the same number of
+symbols since its beginning; at its end, all that have closed it. (Published searches let hypotheses with the
+same number of symbols compete wherever they are. The farthest one would then have to wait for its chunk, and
+so would all others, which must be compared with it: a word would be late by as many chunks as the hypotheses
+are apart.) So chunk k is searched once, as soon as its window is complete or the utterance has ended, and the
+result does not depend on how the frames arrive.
 
-The score is the log-probability of labels and EOCs, without any regard for the length. Hypotheses with the
-same labels at the end of a chunk become one (`SearchConfig.recombine`), which goes on from where the most
-probable of them is. The number of labels in a chunk is limited, as a decoder may loop where it hears
-silence; then only EOC may follow. Before, a hypothesis has the few likeliest symbols to choose from, and if
-EOC is none of them it does not close the chunk there.
+The score is the log-probability of labels and EOCs, without length normalisation. Hypotheses with the same
+labels at the end of a chunk are merged (`SearchConfig.recombine`) and continue from the state of the most
+probable one. The number of labels per chunk is limited, because a decoder may loop in silence; at the limit
+only EOC may follow. Before that, a hypothesis chooses among its few most likely symbols, and if EOC is not
+one of them, it does not close the chunk there.
 
-EOC is no label: it is not in `Hypothesis.tokens`. A language model is for labels: it would score and read
-those alone, stay as it is at an EOC, and add its end of sentence at the last one.
+EOC is not a label: it is not in `Hypothesis.tokens`. A language model would score and read labels only, keep
+its state at an EOC, and add its end of sentence at the last one.
 
 Tokens get their frames from the best CTC alignment of the labels of a chunk to the frames of its step.
 
@@ -38,7 +38,7 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Path:
-    """What one hypothesis has written, and where the decoder is."""
+    """One hypothesis, and the decoder state to continue it from."""
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -49,7 +49,7 @@ class _Path:
     last: int
     """The decoder's next input."""
     state: Any
-    """Of several hypotheses, before that input; None where there was no input yet."""
+    """Of several hypotheses, before that input; None if there has been no input yet."""
     row: int
 
     def hypothesis(self) -> Hypothesis:
@@ -62,8 +62,7 @@ _Closed = dict[tuple[int, ...], list[_Path]]
 
 
 class ChunkedSearch:
-    """As OnlineSearch: the search for one utterance. What it has written is that of the chunks which it has
-    heard to the end of their windows."""
+    """The OnlineSearch of one utterance. Its text covers the chunks whose windows are complete."""
 
     def __init__(self, scorer: Scorer, config: SearchConfig) -> None:
         assert scorer.chunking
@@ -76,7 +75,7 @@ class ChunkedSearch:
         self._num_frames = 0
         self._memory: Any = None
         self._ctc: list[Floats] = []
-        """From the first frame of the next chunk's step on."""
+        """CTC log-probabilities from the first frame of the next chunk's step on."""
 
     def advance(self, memory: Any, log_probs: Floats) -> None:
         self._memory = memory
@@ -94,7 +93,7 @@ class ChunkedSearch:
         return [path.hypothesis() for path in self._paths[: self._config.nbest]]
 
     def _next_chunk(self) -> None:
-        """All hypotheses from the beginning of a chunk to its EOC."""
+        """Take all hypotheses from the beginning of a chunk to its EOC."""
         span = self._chunking.span(self._num_chunks, self._num_frames)
         paths, closed = self._paths, _Closed()
         for num_labels in range(self._max_labels + 1):
@@ -109,7 +108,7 @@ class ChunkedSearch:
     def _extend(
         self, paths: Sequence[_Path], closed: _Closed, span: tuple[int, int], is_full: bool
     ) -> list[_Path]:
-        """One symbol for each hypothesis; those that it closes go to `closed`, the best others come back.
+        """Add a symbol to each hypothesis; `closed` gets those that close the chunk, the best others return.
 
         is_full: no more labels.
         """
@@ -137,7 +136,7 @@ class ChunkedSearch:
     def _ask(
         self, paths: Sequence[_Path], span: tuple[int, int], k: int
     ) -> Iterable[tuple[list[_Path], Step]]:
-        """What follows each hypothesis: one call for those with as many labels, whose states are as long."""
+        """What follows each hypothesis: one call for all with the same number of labels."""
         groups: dict[int, dict[int, list[_Path]]] = {}
         for path in paths:
             groups.setdefault(len(path.tokens), {}).setdefault(id(path.state), []).append(path)
@@ -156,21 +155,21 @@ class ChunkedSearch:
         return self._scorer.select(paths[0].state, rows)
 
     def _close(self, path: _Path, step: Step, row: int, score: float) -> _Path:
-        """Behind EOC, which the decoder either reads, or does not know of: then its last input is put in
-        again, where it was, to hear the next chunk."""
+        """The hypothesis after EOC. A decoder that does not read EOC gets its last input again, from the same
+        state, for the next chunk."""
         if self._chunking.hears_eoc:
             return replace(path, score=score, last=self._scorer.sos_eos, state=step.state, row=row)
         return replace(path, score=score)
 
     def _merge(self, paths: Sequence[_Path]) -> _Path:
-        """Several with the same tokens -> the most probable one, with the score of all."""
+        """Hypotheses with the same tokens -> the most probable one, with its score or that of all."""
         best = max(paths, key=lambda path: path.score)
         if self._config.recombine == "max":
             return best
         return replace(best, score=float(np.logaddexp.reduce([path.score for path in paths])))
 
     def _locate(self, paths: Sequence[_Path]) -> list[_Path]:
-        """Give the labels of the chunk that was closed their frames, and forget what CTC said of it."""
+        """Give the labels of the closed chunk their frames, and drop its CTC log-probabilities."""
         first, step = self._num_chunks * self._chunking.step, self._chunking.step
         ctc = np.concatenate(self._ctc)
         self._ctc = [ctc[step:]]
@@ -186,7 +185,7 @@ class ChunkedSearch:
 
 
 def _write(score: float, path: _Path, step: Step, row: int, column: int) -> _Path:
-    """A hypothesis and one more label."""
+    """A hypothesis extended by one label."""
     token = int(step.ids[row, column])
     return replace(
         path,

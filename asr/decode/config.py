@@ -1,4 +1,4 @@
-"""How far and by what weights to search."""
+"""The options of a search."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -16,104 +16,104 @@ Recombine = Literal["max", "sum"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
-    """The options of every mode; a mode reads those that concern it."""
+    """Options of all modes; each mode reads those that apply to it."""
 
     beam: int = 10
-    """Hypotheses kept of each utterance."""
+    """Hypotheses kept per utterance."""
 
     nbest: int = 1
-    """Hypotheses returned of each utterance, at most."""
+    """Maximum number of hypotheses returned per utterance."""
 
     ctc_weight: float = 0.3
-    """Share of the CTC log-probability in the score of modes with both; the decoder has the rest."""
+    """Weight of the CTC log-probability in modes that score with CTC and the decoder; the decoder has the
+    rest."""
 
     reverse_weight: float = 0.3
-    """Share of the right-to-left decoder in the decoders' score in mode rescore, where there is one."""
+    """Mode rescore: weight of the right-to-left decoder, if there is one; the other decoder has the rest."""
 
     length_penalty: float = 0.0
-    """Mode unbounded divides a score by the number of tokens, ..."""
+    """Mode unbounded divides final scores by ((length_offset + tokens) / (length_offset + 1)) to this power.
+    Mode whisper does so with an offset of 5, and divides by the number of tokens if this is 0."""
 
     length_offset: float = 0.0
-    """... of which it counts so many more, and divides by one more than these, to that power, at the end: by
-    ((length_offset + tokens) / (length_offset + 1)) ** length_penalty; 5 is that of arXiv:1609.08144."""
+    """See `length_penalty`; arXiv:1609.08144 uses 5."""
 
     prompt: tuple[int | str, ...] | None = None
-    """Units that the decoder is shown behind sos/eos, as names or ids; None: those of the model. They are
-    never a part of the text. For modes attention, unbounded, joint and rescore."""
+    """Units given to the decoder after sos/eos, as names or ids; None: the prompt of the model. They are
+    never part of the text. For modes attention, unbounded, joint and rescore."""
 
     language: str = "auto"
-    """Mode whisper: a code, as in "en"; "auto" asks the model."""
+    """Mode whisper: a language code such as "en"; "auto" lets the model detect it."""
 
     task: Literal["transcribe", "translate"] = "transcribe"
-    """Mode whisper: translate is into English."""
+    """Mode whisper: "translate" means into English."""
 
     timestamps: bool = False
-    """Mode whisper: the model writes when each stretch of text begins and ends, as units among the text."""
+    """Mode whisper: the model writes the start and end of each stretch of text as timestamp units."""
 
     patience: float = 1.0
-    """Mode whisper: the search ends when so many times `beam` hypotheses have ended."""
+    """Mode whisper: the search stops once patience * beam hypotheses have ended."""
 
     temperature: float = 1.0
-    """The decoder's logits are divided by this where it writes token by token."""
+    """Divides the decoder's logits in modes attention, unbounded, joint, alignatt and edatt."""
 
     eos_scale: float = 1.0
-    """Its log-probability of the end of the text is multiplied by this; below 1, texts end sooner."""
+    """Multiplies the log-probability of sos/eos in the same modes; below 1, texts end sooner."""
 
     extra_tokens: int = 0
-    """The decoder may write so many tokens more than there are encoder frames, where these are long, ..."""
+    """The decoder may write this many tokens more than there are encoder frames, for long frames, ..."""
 
     max_tokens: int = 0
-    """... but never more than this; 0: whatever the frames allow."""
+    """... but never more than this in all; 0: no further limit."""
 
     tokens_per_frame: int = 10
-    """Likeliest tokens of a frame that the CTC prefix beam considers."""
+    """Number of most likely tokens per frame that the CTC prefix beam search considers."""
 
     margin_frames: int = 6
-    """Mode alignatt writes no token whose place is in the last so many encoder frames that have arrived."""
+    """Mode alignatt holds back tokens whose attention peaks in the latest `margin_frames` encoder frames."""
 
     recent_share: float = 0.1
-    """Mode edatt writes no token that pays so large a share of its attention to the last ..."""
+    """Mode edatt holds back tokens with at least this share of their attention on the latest ..."""
 
     recent_frames: int = 2
-    """... so many encoder frames that have arrived."""
+    """... `recent_frames` encoder frames."""
 
     detect_truncation: bool = False
-    """Modes alignatt and edatt ask a head of the model whether what has arrived ends with a word: then they
-    write all that they may, and otherwise never the last word of a text that seems to have ended."""
+    """Modes alignatt and edatt ask a word-counting head whether the audio so far ends with a complete word.
+    If so, they write every allowed token; if not, never the last word, even if the text seems to end."""
 
     trigger_frames: int = 8
-    """Encoder frames behind its CTC spike that a token hears in mode triggered."""
+    """Mode triggered: encoder frames of look-ahead beyond the CTC spike of a token."""
 
     length_factor: float = 1.5
-    """The decoder may write this many tokens for each of the CTC best path, ..."""
+    """The decoder may write this many tokens for each token of the CTC best path, ..."""
 
     length_margin: int = 10
-    """... and as many more, but never more than there are encoder frames."""
+    """... plus this many, within the limits of `extra_tokens` and `max_tokens`."""
 
     max_repeats: int = 4
-    """The decoder may write a phrase of up to `max_phrase` tokens this many times in a row, the CTC as often
-    as it likes."""
+    """The decoder may write a phrase of up to `max_phrase` tokens this many times in a row, or more often if
+    the CTC best path does."""
 
     max_phrase: int = 8
 
     length_model: LengthKind = "neural"
-    """What says how long segments are, in the segmental modes: the network, counts of each token's lengths in
-    training, or nothing."""
+    """Segmental modes, the model of segment lengths: the network, length counts per token from training, or
+    none."""
 
     length_scale: float = 1.0
-    """Weight of its log-probability."""
+    """Weight of the log-probability of the length model."""
 
     recombine: Recombine = "max"
-    """A text that is cut in several ways, into segments or chunks, is as probable as the best of them, or as
-    all together."""
+    """The score of a text that can be cut into segments or chunks in several ways: that of the best way, or
+    the sum of all."""
 
     min_emit: float = 0.01
-    """Where a segment that has lasted until then ends less probably than this, no end is tried, except that
-    of the utterance; 0 tries all, at many times the cost."""
+    """Segmental modes try no segment end whose probability, given that the segment has lasted so long, is
+    lower, except at the end of the utterance; 0 tries all, at many times the cost."""
 
     max_labels_per_chunk: int = 0
-    """A chunked decoder may write so many tokens while it hears a chunk; 0: as many as its step has
-    frames."""
+    """Mode chunked: maximum number of tokens per chunk; 0: as many as the decoder's step has frames."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "eos_scale"):
@@ -142,12 +142,12 @@ class SearchConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected {' or '.join(get_args(kind))}")
 
     def most_tokens(self, num_frames: int) -> int:
-        """The most tokens that the decoder may write in so many encoder frames."""
+        """The maximum number of tokens that the decoder may write for num_frames encoder frames."""
         most = num_frames + self.extra_tokens
         return min(most, self.max_tokens) if self.max_tokens else most
 
     def penalise(self, score: Doubles, num_tokens: NDArray[np.int64]) -> Doubles:
-        """Scores of texts of so many tokens, without sos/eos, divided by the length penalty."""
+        """Scores divided by the length penalty; num_tokens does not count sos/eos."""
         if not self.length_penalty:
             return score
         lens = (self.length_offset + num_tokens) / (self.length_offset + 1)
@@ -155,7 +155,7 @@ class SearchConfig:
         return np.where(lens > 0, penalised, -np.inf)  # else divided by nothing
 
     def blend(self, attention: Doubles, ctc: Doubles) -> Doubles:
-        """(1 - w) attention + w ctc, of log-probabilities; a part without weight may be -inf."""
+        """(1 - w) attention + w ctc, in log-probabilities; a term of weight 0 may be -inf."""
         if self.ctc_weight in (0.0, 1.0):
             return ctc.copy() if self.ctc_weight else attention.copy()
         return (1 - self.ctc_weight) * attention + self.ctc_weight * ctc

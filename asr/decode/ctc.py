@@ -2,13 +2,12 @@
 
 The probability of a token sequence is the sum over its alignments. A prefix beam search keeps, for each of
 the B best prefixes, the sums over the alignments that end in a blank and over those that end in the
-prefix's last token, since only the former may be followed by that token again. Beside the sums run the same
-two numbers for the single best alignment (Viterbi), which says at which frame each token is emitted.
+prefix's last token, since only the former may be followed by that token again. Alongside the sums it keeps
+the same two numbers for the single best alignment (Viterbi), which gives the frame of each token.
 
-A prefix is known by a 64-bit hash of its tokens. An extension whose hash belongs to a prefix already in the
-beam is added to it; this compares B parents with B prefixes and never looks at token sequences. Tokens are
-read from a tree of (parent node, token, frame), one node for each slot of the beam and frame, when somebody
-asks for them.
+A prefix is identified by a 64-bit hash of its tokens. An extension whose hash matches a prefix already in the
+beam is merged into it; this compares B parents with B prefixes and never looks at token sequences. Tokens are
+read on demand from a tree of (parent node, token, frame), with one node per beam slot and frame.
 
 N streams · B beam · K tokens considered per frame · T frames · V units, blank is 0. Log-probabilities in
 nats.
@@ -66,7 +65,7 @@ class CtcGreedy:
         self.num_frames += len(symbols)
 
     def _run(self, symbol: int, frame: int, peak: float) -> None:
-        """A run of equal symbols, which may continue the last run of the chunk before."""
+        """Take a run of equal symbols, which may continue the last run of the previous chunk."""
         if symbol != BLANK and symbol == self._symbol:
             self._peaks[-1] = max(self._peaks[-1], peak)
         elif symbol != BLANK:
@@ -86,15 +85,15 @@ class CtcGreedy:
         )
 
     def nbest(self, count: int = 1) -> list[Hypothesis]:
-        """The one answer there is, whatever `count`."""
+        """A single hypothesis, whatever `count`."""
         return [self.best()]
 
 
 class CtcPrefixBeam:
     """Prefix beam search of one stream.
 
-    beam: prefixes kept after each frame. tokens_per_frame: only that many likeliest tokens of a frame may
-    be emitted in it; blank always may. With both large enough the scores are exact.
+    beam: prefixes kept after each frame. tokens_per_frame: only this many of a frame's most likely tokens
+    may be emitted in it; blank always may. With both large enough the scores are exact.
 
     A hypothesis' score is the log-probability of its tokens, its `frames` are those of the best alignment,
     and its confidences the highest probability of each token in the frames that this alignment gives it.
@@ -180,28 +179,28 @@ def _likeliest(log_probs: Sequence[Floats], num_frames: int, count: int) -> tupl
 
 
 class _Frame(NamedTuple):
-    """What a frame says to N streams."""
+    """One frame of N streams."""
 
     tokens: Ints
-    """The likeliest (N, K)."""
+    """The most likely tokens (N, K)."""
     values: Doubles
     """Their log-probabilities (N, K)."""
     blank: Doubles
-    """That of blank (N, 1)."""
+    """Log-probability of blank (N, 1)."""
     number: Ints
-    """Of the frame within its stream (N, 1)."""
+    """Index of the frame within its stream (N, 1)."""
 
 
 class _Kept(NamedTuple):
-    """Where the B survivors of a frame come from, (N, B) each; slots are numbered over all streams."""
+    """Where the B survivors of a frame come from, (N, B) each; slots are numbered across all streams."""
 
     is_new: NDArray[np.bool_]
-    """A token was appended; otherwise the prefix stays, by blank or by its last token again."""
+    """A token was appended; otherwise the prefix is unchanged, by blank or by its last token again."""
     slot: Ints
-    """The prefix it was, or was before the token was appended."""
+    """The slot of its prefix before this frame, without any appended token."""
     enters: NDArray[np.bool_]
-    """Some alignments emit the last token in this frame: also those of a prefix that stays, if its parent is
-    there."""
+    """Whether some alignments enter the last token in this frame; an unchanged prefix needs its parent in the
+    beam for that."""
     parent: Ints
     """The slot of the prefix without the last token, where `enters`."""
     token: Ints
@@ -212,8 +211,8 @@ class _Kept(NamedTuple):
 def _step(floats: Doubles, ints: Ints, frame: _Frame) -> tuple[Ints, Doubles]:
     """Advance N streams by one frame, in place.
 
-    floats (6, N, B) and ints (5, N, B) as named above. Returns of this frame's tree nodes parent and token
-    (2, N, B), and the highest log-probability of the parent's token (N, B).
+    floats (6, N, B) and ints (5, N, B) as named above. Returns the parent and token of this frame's tree
+    nodes (2, N, B), and the highest log-probability of the parent's token (N, B).
     """
     _, num, beam = floats.shape
     tokens, values, blank, _ = frame
@@ -225,7 +224,7 @@ def _step(floats: Doubles, ints: Ints, frame: _Frame) -> tuple[Ints, Doubles]:
     same = ints[LAST][:, :, None] == tokens[:, None]
     extended = np.where(same, floats[0][:, :, None], total[:, :, None]) + values[:, None]
     again = np.where(same, values[:, None], -np.inf).max(2)
-    # a prefix whose parent is in the beam is an extension of it as well: add it here, strike it out there
+    # a prefix whose parent is in the beam is also an extension of it: add that here, and drop it there
     child = ints[PARENT_HASH][:, :, None] == ints[HASH][:, None]
     parent = base * beam + child.argmax(2)
     merged = child.any(2) & same.any(2)
@@ -256,9 +255,9 @@ def _step(floats: Doubles, ints: Ints, frame: _Frame) -> tuple[Ints, Doubles]:
 
 
 def _viterbi(floats: Doubles, ints: Ints, kept: _Kept, frame: _Frame) -> tuple[Ints, Doubles]:
-    """The best alignment of each survivor, as `_step` with max for sum: updates PATH, PEAK and NODE.
+    """Update the best alignment of each survivor (PATH, PEAK, NODE): `_step` with max instead of sum.
 
-    Returns what `_step` does.
+    Returns what `_step` returns.
     """
     paths, peaks = floats[PATH].reshape(2, -1), floats[PEAK].reshape(2, -1)
     nodes = ints[NODE].reshape(2, -1)
@@ -286,7 +285,7 @@ def _viterbi(floats: Doubles, ints: Ints, kept: _Kept, frame: _Frame) -> tuple[I
 
 
 def _rehash(ints: Ints, kept: _Kept, alive: NDArray[np.bool_]) -> None:
-    """The last tokens and the hashes of the survivors; a slot that nothing could fill matches no other."""
+    """Update the last tokens and hashes of the survivors; a slot that nothing could fill matches no other."""
     own, parent = ints[HASH].ravel()[kept.slot], ints[PARENT_HASH].ravel()[kept.slot]
     ints[LAST] = kept.token
     ints[HASH] = np.where(kept.is_new, extend_hash(own, kept.token), own)
@@ -297,14 +296,14 @@ def _rehash(ints: Ints, kept: _Kept, alive: NDArray[np.bool_]) -> None:
 
 
 def extend_hash(prefix: Ints, token: Ints) -> Ints:
-    """Hashes of token sequences -> those of the sequences that are one token longer."""
+    """Hashes of token sequences -> hashes of the sequences extended by one token."""
     mixed = (prefix ^ (token * MIX[0])) * MIX[1]  # wraps around
     mixed = (mixed ^ (mixed >> 29)) * MIX[2]
     return mixed ^ (mixed >> 32)
 
 
 class _Tree:
-    """Nodes (parent, token, peak of the parent's token): `beam` of them a frame, so a node's number tells its
+    """Nodes (parent, token, peak of the parent's token): `beam` per frame, so a node's number gives its
     frame."""
 
     def __init__(self, beam: int) -> None:
@@ -314,7 +313,7 @@ class _Tree:
         self.peaks = np.empty((64, beam))
 
     def append(self, nodes: Ints, peaks: Doubles) -> None:
-        """The nodes of the next frames, (2, t, B) and (t, B)."""
+        """Append the nodes of the next frames, (2, t, B) and (t, B)."""
         end = self.num_frames + len(peaks)
         if end > len(self.peaks):
             room = max(end, 2 * len(self.peaks)) - len(self.peaks)

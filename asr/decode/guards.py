@@ -1,9 +1,9 @@
-"""What keeps a decoder that nothing ties to time from running away: bounds that the CTC branch sets.
+"""Bounds from the CTC branch that keep a label-synchronous decoder from running away.
 
-A label-synchronous decoder can skip, loop, or never end, most of all on audio longer than it was trained
-on. CTC cannot: it emits what it hears, when it hears it. So its best path says how long an answer may be,
-and whether a phrase may be repeated. In a model without CTC, an answer has as many tokens as there are
-encoder frames at most, and no phrase may be repeated more often than options say.
+A label-synchronous decoder can skip, loop, or never end, above all on audio longer than it was trained on.
+CTC cannot: it emits what it hears, when it hears it. So its best path limits how long an answer may be, and
+which phrases may be repeated. In a model without CTC, an answer has at most as many tokens as there are
+encoder frames, and no phrase may be repeated more often than the options allow.
 """
 
 import math
@@ -19,7 +19,7 @@ LENGTH, REPETITION = "length", "repetition"
 
 
 def max_tokens(num_ctc_tokens: int | None, num_frames: int, config: SearchConfig) -> int:
-    """The most tokens the decoder may write, where the CTC best path has `num_ctc_tokens`; None: no CTC."""
+    """The most tokens the decoder may write if the CTC best path has `num_ctc_tokens`; None: no CTC."""
     if num_ctc_tokens is None:
         return config.most_tokens(num_frames)
     by_ctc = math.ceil(config.length_factor * num_ctc_tokens) + config.length_margin
@@ -27,9 +27,9 @@ def max_tokens(num_ctc_tokens: int | None, num_frames: int, config: SearchConfig
 
 
 def repeats(tokens: Ints, allowed: Sequence[Sequence[int]], config: SearchConfig) -> NDArray[np.bool_]:
-    """Which hypotheses (B, U) end in a phrase written more often in a row than `max_repeats`.
+    """Which hypotheses (B, U) end in a phrase repeated more than `max_repeats` times in a row.
 
-    allowed: for each hypothesis the tokens of the CTC best path; a run that is found there is no fault.
+    allowed: for each hypothesis the tokens of the CTC best path; a run that also occurs there is accepted.
     """
     times = config.max_repeats + 1
     found = np.zeros(len(tokens), bool)

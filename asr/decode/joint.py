@@ -1,19 +1,19 @@
 """Label-synchronous beam search by the attention decoder, alone or jointly with CTC.
 
 All hypotheses have the same number of tokens. One decoder step extends those of all utterances at once; the
-decoder's likeliest tokens are candidates (pre-selection), and each is scored by
+decoder's most likely tokens are candidates (pre-selection), each candidate is scored by
 
     score(g c) = (1 - w) log p_attention(g c) + w log Psi_ctc(g c)
 
-of which the best `beam` survive. Those that end, with eos, are finished. Both terms only fall as a
-hypothesis grows, so an utterance is done when its finished hypotheses are at least as good as everything
-that still grows. With w = 0 it is attention beam search, with w = 1 and room for all tokens the search for
-the best CTC token sequence.
+and the best `beam` survive. Those that end with eos are finished. Both terms only fall as a hypothesis
+grows, so an utterance is done when its finished hypotheses score at least as well as everything that still
+grows. With w = 0 this is attention beam search, with w = 1 and room for all tokens it is the search for the
+best CTC token sequence.
 
-What the guards (guards.py) cut off is remembered by its score. If nothing that finished is better than
-that, the decoder would have run away, and the answer is that of the CTC prefix beam, saying which guard it
-was. Without a CTC head, what is cut off is merely gone, as long as anything is left that finishes; if
-nothing does, the best of it is the answer. Tokens are then where the decoder listened most.
+The scores of hypotheses that the guards (guards.py) cut off are remembered. If no finished hypothesis is
+better, the decoder would have run away; the answer is then that of the CTC prefix beam search, and names the
+guard. Without a CTC head, hypotheses that are cut off are dropped as long as any other finishes; if none
+does, the best of them is the answer. Tokens are then placed where the decoder's attention peaks.
 
 N utterances · B hypotheses of all of them · K candidates of each · U tokens so far.
 
@@ -42,7 +42,7 @@ Doubles = NDArray[np.float64]
 
 
 Allows = Callable[[Floats], NDArray[np.bool_]]
-"""Where B hypotheses listen (B, T) -> whether each may write what it would write next (B,)."""
+"""Attention of B hypotheses (B, T) -> whether each may write its next token (B,)."""
 
 NOTHING = Hypothesis((), 0.0)
 
@@ -52,14 +52,13 @@ def search(
 ) -> list[list[Hypothesis]]:
     """At most `config.nbest` hypotheses of each utterance, best first.
 
-    log_probs (T_n, V) of each utterance of `memory`. One without frames has no tokens, and is not shown to
-    the decoder.
+    log_probs (T_n, V) of each utterance of `memory`. One without frames has no tokens, and skips the decoder.
     """
     return Search(scorer, log_probs, memory, config).finish()
 
 
 class Search:
-    """The search for what several utterances say, one token after another, behind what is `written`."""
+    """The token-by-token search over several utterances, continuing the text already `written`."""
 
     def __init__(
         self,
@@ -70,7 +69,7 @@ class Search:
         written: Hypothesis = NOTHING,
         allows: Allows | None = None,
     ) -> None:
-        """allows: asked of every token; `Live.free`, `Finished.free` say up to where the answer was yes."""
+        """allows: called for every token; `Live.free` and `Finished.free` count those before its first no."""
         self.scorer, self.config, self.allows = scorer, config, allows
         self.answers = [Answers.begin(x, config, written) for x in log_probs]
         self.live: Live | None = None
@@ -82,7 +81,7 @@ class Search:
             self.live = self._begin(memory, owner, written.tokens)
 
     def _begin(self, memory: Any, owner: Ints, written: tuple[int, ...]) -> "Live":
-        """A hypothesis for each utterance that has frames; what is written is put in at once."""
+        """A hypothesis for each utterance that has frames; what is written is fed in at once."""
         tokens = np.tile(np.array(written, np.int64), (len(owner), 1))
         log_probs = np.zeros(tokens.shape)
         prompt = prompt_ids(self.config)
@@ -103,7 +102,7 @@ class Search:
         return [x.nbest(self.config) for x in self.answers]
 
     def extend(self) -> None:
-        """Append one token to every hypothesis; those that end or are cut go to `answers`."""
+        """Append one token to every hypothesis; those that end or are cut off go to `answers`."""
         live, ctc, scorer, config = self.live, self._ctc, self.scorer, self.config
         assert live is not None
         last = live.tokens[:, -1] if live.tokens.shape[1] else np.full(len(live), self._first)
@@ -138,7 +137,7 @@ class Search:
         )
 
     def _sort_out(self, owner: Ints, ends: "Ends") -> NDArray[np.bool_]:
-        """Which hypotheses grow on; what ends, and what the guards cut, is noted in `answers`."""
+        """Which hypotheses keep growing; those that end, or that the guards cut off, go to `answers`."""
         tokens, score = ends.tokens, ends.score
         grows = tokens[:, -1] != self.scorer.sos_eos
         for b in np.flatnonzero(~grows):
@@ -158,20 +157,20 @@ class Search:
 
 @dataclass(frozen=True)
 class Live:
-    """B hypotheses that still grow, those of an utterance side by side."""
+    """B hypotheses that still grow, grouped by utterance."""
 
     owner: Ints
     """Their utterance (B,)."""
     tokens: Ints
     """(B, U)"""
     log_probs: Doubles
-    """The decoder's, of each token (B, U)."""
+    """Decoder log-probabilities of each token (B, U)."""
     state: Any
     prefix: PrefixState | None
     free: Ints
-    """Of its first tokens, how many were allowed (B,)."""
+    """How many of the first tokens were allowed (B,)."""
     places: Ints
-    """The frame that was listened to most before each token (B, U)."""
+    """The frame with the most attention for each token (B, U)."""
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -183,15 +182,15 @@ class Finished(NamedTuple):
     score: float
     tokens: tuple[int, ...]
     log_probs: Doubles
-    """The decoder's, of each token and of eos."""
+    """Decoder log-probabilities of each token and of eos."""
     free: int
-    """Of its first tokens, how many were allowed."""
+    """How many of the first tokens were allowed."""
     places: tuple[int, ...] = ()
-    """The frame that was listened to most before each token."""
+    """The frame with the most attention for each token."""
 
 
 class Ends(NamedTuple):
-    """B hypotheses with the token that is new in each."""
+    """B hypotheses, each including its new token."""
 
     score: Doubles
     tokens: Ints
@@ -200,7 +199,7 @@ class Ends(NamedTuple):
     places: Ints
 
     def row(self, b: int, num_tokens: int) -> Finished:
-        """Hypothesis b up to num_tokens, as an answer."""
+        """The first num_tokens tokens of hypothesis b, as an answer."""
         tokens, places = (tuple(x[b, :num_tokens].tolist()) for x in (self.tokens, self.places))
         return Finished(
             float(self.score[b]), tokens, self.log_probs[b], min(int(self.free[b]), num_tokens), places
@@ -209,7 +208,7 @@ class Ends(NamedTuple):
 
 @dataclass
 class Answers:
-    """What the search knows of one utterance."""
+    """What the search knows about one utterance."""
 
     log_probs: Floats
     ctc_tokens: tuple[int, ...]
@@ -220,7 +219,7 @@ class Answers:
     guard: str = ""
     """Which guard stopped the search, if one did."""
     cut: tuple[Finished, str] | None = None
-    """Without CTC, the best that a guard removed, and which."""
+    """Without CTC, the best hypothesis that a guard removed, and the guard."""
 
     @classmethod
     def begin(cls, log_probs: Floats, config: SearchConfig, written: Hypothesis) -> "Answers":
@@ -236,15 +235,15 @@ class Answers:
         return bool(self.log_probs.shape[1])
 
     def keep_cut(self, removed: Sequence[Finished], guard: str) -> None:
-        """Without CTC, note the best of what a guard removed, for want of anything better."""
+        """Without CTC, remember the best of what a guard removed, in case nothing finishes."""
         for found in removed if not self.has_ctc else ():
             if self.cut is None or found.score > self.cut[0].score:
                 self.cut = found, guard
 
     def judge(self, grows: Doubles, cut: Doubles, guard: str, count: int) -> bool:
-        """Whether to go on, given the scores of what grows and of what `guard` removed.
+        """Whether to go on, given the scores of the growing hypotheses and of those that `guard` removed.
 
-        A runaway that was no better than the rest is merely gone.
+        A runaway hypothesis that was no better than the rest is simply dropped.
         """
         scores = sorted((x.score for x in self.finished), reverse=True)
         best = grows.max(initial=-np.inf)
@@ -253,7 +252,7 @@ class Answers:
         return not self.guard and (len(scores) < count or scores[count - 1] < best)
 
     def nbest(self, config: SearchConfig) -> list[Hypothesis]:
-        """What finished, or the CTC hypotheses if a guard stopped the search."""
+        """The finished hypotheses, or those of CTC if a guard stopped the search."""
         finished = sorted(self.finished, key=lambda x: -x.score)[: config.nbest]
         if finished and not self.guard:
             return [hypothesis(self.log_probs, x, config) for x in finished]
@@ -266,7 +265,7 @@ class Answers:
         return [replace(x, guard=self.guard) for x in heard.values()]
 
     def _behind(self, heard: Hypothesis) -> Hypothesis:
-        """What is written, and of what CTC heard what comes later."""
+        """The text already written, followed by the later tokens of a CTC hypothesis."""
         if not self.written.tokens:
             return heard
         first = bisect_right(heard.frames, self.written.frames[-1])
@@ -282,9 +281,9 @@ class Answers:
 
 
 def hypothesis(frames: Floats, found: Finished, config: SearchConfig) -> Hypothesis:
-    """An answer, aligned to the CTC log-probabilities `frames` (T, V); without CTC, as the decoder listened.
+    """An answer, aligned to the CTC log-probabilities `frames` (T, V), or without CTC by the attention.
 
-    found.log_probs (U + 1,), or (U,) without an end: the decoder's, of the tokens and of eos.
+    found.log_probs (U + 1,), or (U,) without an end: decoder log-probabilities of the tokens and of eos.
     """
     tokens, log_probs = found.tokens, found.log_probs
     parts = {"attention": float(log_probs.sum())}
@@ -299,7 +298,7 @@ def hypothesis(frames: Floats, found: Finished, config: SearchConfig) -> Hypothe
 
 
 def listened(attention: Floats) -> Ints:
-    """attention (B, T) -> the frame of the most (B,)."""
+    """attention (B, T) -> the frame with the most (B,)."""
     return attention.argmax(1) if attention.shape[1] else np.zeros(len(attention), np.int64)
 
 

@@ -1,11 +1,11 @@
-"""The modes of decoding: one dict, and the one function that runs any of them on waveforms.
+"""The decoding modes: one table of them, and one function that runs any of them on waveforms.
 
-Every mode says for each token at which encoder frame it is emitted, by the best CTC alignment, and how sure
-it is: the highest CTC posterior of the token in the frames aligned to it, and in modes with the decoder the
-geometric mean of that and of the decoder's probability of the token, weighted as the score is (the decoder
-alone in modes attention and chunked). Without a CTC head there are modes of the decoder alone, and a token is
-where the decoder listened most, which is rough: seldom wrong by words, often by tenths of a second. Mode
-whisper goes by the path through where several heads listened.
+Every mode gives each token the encoder frame at which the best CTC alignment emits it, and a confidence: the
+highest CTC posterior of the token in the frames aligned to it, and in modes with the decoder the geometric
+mean of that and the decoder's probability of the token, weighted like the score (the decoder alone in modes
+attention and chunked). Models without a CTC head have the decoder-only modes, which place a token where the
+decoder's attention peaks. This is rough: seldom off by words, often by tenths of a second. Mode whisper uses
+the best path through the attention of several heads.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def ctc_greedy(
 def ctc_prefix(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """The best CTC token sequences."""
+    """The most probable CTC token sequences."""
     searches = [CtcPrefixBeam(config.beam, config.tokens_per_frame) for _ in log_probs]
     advance_all(searches, log_probs)
     return [x.nbest(config.nbest) for x in searches]
@@ -56,7 +56,7 @@ def ctc_prefix(
 def attention(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """Beam search by the decoder alone; CTC bounds it (guards.py), and with a beam of 1 drafts it."""
+    """Beam search by the decoder alone; CTC bounds it (guards.py), and with a beam of 1 drafts its text."""
     config = replace(config, ctc_weight=0.0)
     write = greedy if config.beam == 1 and scorer.has_ctc else search
     return write(scorer, log_probs, memory, config)
@@ -82,7 +82,7 @@ AT_END: dict[str, Mode] = {
 """Modes that search whole utterances."""
 
 FIRST_PASS = ("ctc-greedy", "ctc-prefix")
-"""Those of them without the decoder, which have an answer at any time."""
+"""Modes without the decoder, which have an answer at any time."""
 
 ONLINE: dict[str, StartSearch] = {
     "alignatt": align_att,
@@ -95,12 +95,12 @@ ONLINE: dict[str, StartSearch] = {
 """Modes whose decoder writes while frames arrive."""
 
 OF_SAMPLES = {"whisper": hear}
-"""Modes that encode by themselves, a window after another."""
+"""Modes that run the encoder themselves, window by window."""
 
 MODES = (*AT_END, *OF_SAMPLES, *ONLINE)
 
 DEFAULT = "ctc-prefix"
-"""Of models with a CTC head; of others it is the first that they can be used in."""
+"""The default for models with a CTC head; for others it is the first mode that they support."""
 
 NEEDS = {
     **dict.fromkeys(FIRST_PASS, ""),
@@ -108,14 +108,14 @@ NEEDS = {
     "chunked": "chunked",
     "whisper": "whisper",
 }
-"""The kind of decoder a mode needs, where it is not the ordinary one, which hears everything."""
+"""The type of decoder that a mode needs, unless it is the ordinary one, which attends to everything."""
 
 
 WITHOUT_CTC = ("attention", "unbounded")
 """The modes of the ordinary decoder that need no CTC head."""
 
 NEVER_CTC = (*WITHOUT_CTC, "whisper")
-"""All that need none."""
+"""All modes that need no CTC head."""
 
 
 def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
@@ -125,14 +125,14 @@ def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
 
 
 def check_name(mode: str) -> None:
-    """ConfigError where there is no such mode; "" stands for that of the model."""
+    """Raise ConfigError if there is no such mode; "" stands for the default of the model."""
     if mode and mode not in MODES:
         raise ConfigError(f"no such mode: {mode}; there are {', '.join(MODES)}")
 
 
 def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
-    """ConfigError where there is no such mode, or a model with that type of decoder, with or without a CTC
-    head, cannot be used in it."""
+    """Raise ConfigError if there is no such mode, or if a model with that type of decoder, with or without a
+    CTC head, does not support it."""
     check_name(mode)
     possible = modes_for(decoder, has_ctc)
     if mode in possible:
@@ -145,7 +145,7 @@ def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:
 
 
 def mode_of(scorer: Scorer, mode: str = "") -> str:
-    """The mode, or if none is given, the model's own; ConfigError as `check_mode`."""
+    """The given mode, or the model's default; raises ConfigError like `check_mode`."""
     possible = modes_for(scorer.decoder_type, scorer.has_ctc)
     mode = mode or (DEFAULT if scorer.has_ctc else next(iter(possible), DEFAULT))
     check_mode(mode, scorer.decoder_type, scorer.has_ctc)
@@ -159,8 +159,8 @@ def decode(
     config: SearchConfig,
     context: Context = WHOLE,
 ) -> list[list[Hypothesis]]:
-    """The n-best list of each waveform, best first; at least one hypothesis, without tokens for silence of
-    length 0."""
+    """The n-best list of each waveform, best first, with at least one hypothesis, which is empty for a
+    waveform of length 0."""
     mode, config = mode_of(scorer, mode), with_prompt(scorer, config)
     heard = [n for n, x in enumerate(samples) if len(x)]
     answers = [[Hypothesis((), 0.0)] for _ in samples]
@@ -188,14 +188,14 @@ def search_encoded(
     config: SearchConfig,
     context: Context = WHOLE,
 ) -> list[list[Hypothesis]]:
-    """The n-best list of each utterance that was encoded already, in a mode that the model has."""
+    """The n-best list of each already encoded utterance, in a mode that the model supports."""
     if mode in ONLINE:
         return search_online(ONLINE[mode], scorer, log_probs, memory, config, context.chunk)
     return AT_END[mode](scorer, log_probs, memory, config)
 
 
 class AtEnd:
-    """A mode that searches whole utterances, as an OnlineSearch: until the end, CTC writes, if any."""
+    """A mode that searches whole utterances, as an OnlineSearch: CTC answers until the end, if any."""
 
     def __init__(self, mode: str, scorer: Scorer, config: SearchConfig) -> None:
         self._mode, self._scorer, self._config = mode, scorer, config
@@ -224,6 +224,6 @@ class AtEnd:
 
 
 def start_search(mode: str, scorer: Scorer, config: SearchConfig) -> OnlineSearch:
-    """The search of any mode for one utterance that arrives piece by piece; ConfigError as `mode_of`."""
+    """The search of any mode for one utterance that arrives piece by piece; ConfigError like `mode_of`."""
     mode, config = mode_of(scorer, mode), with_prompt(scorer, config)
     return ONLINE[mode](scorer, config) if mode in ONLINE else AtEnd(mode, scorer, config)

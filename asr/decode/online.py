@@ -1,4 +1,4 @@
-"""What a search offers that has an answer at any time, with a decoder that hears frames as they arrive."""
+"""The interface of a streaming search, which takes frames as they arrive and has an answer at any time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,16 +11,16 @@ class OnlineSearch(Protocol):
     """The search for the tokens of one utterance."""
 
     def advance(self, memory: Any, log_probs: Floats) -> None:
-        """The next frames: `memory` of all so far (Scorer.grow, Scorer.view), CTC's log_probs (t, V) of the
-        new ones."""
+        """Take the next frames: `memory` of all so far (Scorer.grow, Scorer.view), and CTC's log_probs (t, V)
+        of the new ones."""
         ...
 
     def best(self) -> Hypothesis:
-        """What is written so far."""
+        """The text so far."""
         ...
 
     def finish(self) -> list[Hypothesis]:
-        """There are no more frames: at most `SearchConfig.nbest` answers, best first."""
+        """End the utterance: at most `SearchConfig.nbest` answers, best first."""
         ...
 
 
@@ -35,7 +35,7 @@ def search_online(
     config: SearchConfig,
     chunk: int,
 ) -> list[list[Hypothesis]]:
-    """The answers for whole utterances whose frames arrive `chunk` at a time, 0 for all at once.
+    """The answers for whole utterances, fed `chunk` frames at a time, 0 for all at once.
 
     log_probs (T_n, V) of each utterance of `memory`.
     """

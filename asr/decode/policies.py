@@ -1,23 +1,22 @@
-"""An ordinary attention decoder as a streaming one: its own attention says what it has heard enough of.
+"""Streaming with an ordinary attention decoder: its own attention decides which tokens are safe to emit.
 
-Whenever frames have arrived, the decoder writes anew all that it makes of them, behind what is already
-written, by the joint search (joint.py). Of the best hypothesis those tokens are kept, for good, that come
-before the first which the policy does not allow yet; and of these only whole words, where the units say where
-words begin, since half a word is often written otherwise than its beginning. At the end everything is
-allowed.
+Whenever frames arrive, the joint search (joint.py) extends what is already written by a new hypothesis over
+all frames so far. The tokens of the best hypothesis before the first one that the policy does not yet allow
+are committed for good. If the units mark where words begin, only whole words are committed, since half a word
+is often transcribed differently from the start of the full word. At the end everything is allowed.
 
-A policy looks at where the guiding heads of the decoder listened for a token (asr/train/heads.py chooses
-them). Their place among the frames says how old the sound is that the token was made of:
+A policy looks at the attention of the decoder's guiding heads for a token (asr/train/heads.py chooses them).
+Its position among the frames tells how old the audio is that the token is based on:
 
-    AlignAtt  no token whose place, the frame that has most of the attention, is in the last frames
-    EDAtt     no token that pays too large a share of its attention to the last frames
+    AlignAtt  no token whose attention peaks in the last frames
+    EDAtt     no token with too large a share of its attention on the last frames
 
 The very last frame is left out: decoders rest their attention there, whatever they write.
 
-A decoder that hears half a word often writes another word, and ends. A model with a head that counts words
-(Scorer.fire) can be asked, `detect_truncation`, whether what has arrived ends with a word. If it does, every
-token that is allowed is written, whatever seems to come next. If not, the last word of a hypothesis is never
-written, even where the hypothesis has ended; nor is a last word that silence follows, until more is heard.
+A decoder that hears half a word often writes another word, and ends. A model with a word-counting head
+(Scorer.fire) can be asked, with `detect_truncation`, whether the audio so far ends with a complete word. If
+so, every allowed token is written, whatever seems to come next. If not, the last word of a hypothesis is
+never written, even if the hypothesis has ended; nor is a last word followed by silence, until more arrives.
 
 B hypotheses · T encoder frames
 
@@ -39,14 +38,14 @@ from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.errors import ConfigError
 
 BOUNDARY_FRAMES = 2
-"""A word that ends in the last so many frames ends with what has arrived."""
+"""A word that ends within this many last frames counts as ending with the audio so far."""
 
 Policy = Callable[[Floats, SearchConfig], NDArray[np.bool_]]
 """Attention (B, T) without the last frame -> which hypotheses may write their next token (B,)."""
 
 
 def outside_margin(attention: Floats, config: SearchConfig) -> NDArray[np.bool_]:
-    """AlignAtt: the place of the token is before the last `margin_frames`."""
+    """AlignAtt: the attention peaks before the last `margin_frames`."""
     return attention.argmax(1) < attention.shape[1] - config.margin_frames
 
 
@@ -57,11 +56,11 @@ def little_recent(attention: Floats, config: SearchConfig) -> NDArray[np.bool_]:
 
 
 def ends_with_a_word(alpha: Floats) -> bool:
-    """Whether the last word counted by the weights alpha (T,) of what has arrived ends in its last frames.
+    """Whether the last word counted by the weights alpha (T,) of the audio so far ends in its last frames.
 
-    The weights are scaled so that they add up to a whole number; word k ends where their running sum passes
-    k - 1/2, the middle of its rise from k - 1 to k. (The last k itself is reached at the very last frame,
-    however long ago the word ended.)
+    The weights are scaled to sum to a whole number; word k ends where their running sum passes k - 1/2, the
+    middle of its rise from k - 1 to k. (The last k itself is only reached at the very last frame, however
+    long ago the word ended.)
     """
     sums = np.cumsum(alpha, dtype=np.float64)
     if not len(sums) or np.rint(sums[-1]) < 1:
@@ -72,7 +71,7 @@ def ends_with_a_word(alpha: Floats) -> bool:
 
 
 def check_detection(scorer: Scorer) -> None:
-    """ConfigError where a model cannot be asked whether what has arrived ends with a word."""
+    """Raise ConfigError if a model cannot tell whether the audio so far ends with a complete word."""
     if not scorer.has_fire:
         raise ConfigError(
             "detect_truncation: this model has no head that counts words; train one with loss.quantity=0.01, "
@@ -83,7 +82,7 @@ def check_detection(scorer: Scorer) -> None:
 
 
 class Guided:
-    """The OnlineSearch of one utterance by a policy."""
+    """The OnlineSearch of one utterance under a policy."""
 
     def __init__(self, policy: Policy, scorer: Scorer, config: SearchConfig) -> None:
         self._policy, self._scorer, self._config = policy, scorer, config
@@ -92,12 +91,12 @@ class Guided:
         self._log_probs: list[Floats] = []
         self._written = self._before = NOTHING
         self._whole: bool | None = None
-        """Whether what has arrived ends with a word, where that is asked."""
+        """Whether the audio so far ends with a complete word; None unless `detect_truncation`."""
         if config.detect_truncation:
             check_detection(scorer)
 
     def advance(self, memory: Any, log_probs: Floats) -> None:
-        """As OnlineSearch.advance. As long as CTC heard nothing, nothing is searched."""
+        """As OnlineSearch.advance. There is no search before CTC emits its first token."""
         self._memory = memory
         self._log_probs.append(log_probs)
         self._ctc.advance(log_probs)
@@ -108,12 +107,12 @@ class Guided:
         return self._written
 
     def finish(self) -> list[Hypothesis]:
-        """As OnlineSearch.finish. What the last frames added is searched anew, with its alternatives."""
+        """As OnlineSearch.finish. What the last frames added is searched again, with its alternatives."""
         if self._memory is None:
             return [self._written]
         answers = self._search(self._before).finish()[0]
         written = self._written.tokens
-        if answers[0].tokens[: len(written)] != written:  # a guard spoke, that was not heard before
+        if answers[0].tokens[: len(written)] != written:  # a guard stopped the search this time
             answers = self._search(self._written).finish()[0]
         return answers
 
@@ -128,9 +127,9 @@ class Guided:
         return self._policy(attention[:, :-1], self._config)
 
     def _write(self) -> Hypothesis:
-        """What is written now: no more than before, or the allowed words of the best hypothesis.
+        """The text to commit now: no more than before, or the allowed words of the best hypothesis.
 
-        The search ends as soon as all hypotheses agree on them, mostly at its first step.
+        The search stops as soon as all hypotheses agree on them, mostly at its first step.
         """
         if self._config.detect_truncation:
             self._whole = ends_with_a_word(self._scorer.fire(self._memory))
@@ -146,15 +145,15 @@ class Guided:
         return self._placed(best) if self._cut(best) > len(self._written.tokens) else self._written
 
     def _agree(self, search: Search) -> bool:
-        """Whether all hypotheses, those that ended included, begin with the same allowed words."""
+        """Whether all hypotheses, including those that ended, begin with the same allowed words."""
         growing = _growing(search)
         if any(x.free == len(x.tokens) for x in growing):
             return False
         return len({x.tokens[: self._cut(x)] for x in (*search.answers[0].finished, *growing)}) == 1
 
     def _cut(self, found: Finished) -> int:
-        """How many tokens of a hypothesis may be written. One that ended, ended with a word, unless what has
-        arrived does not."""
+        """How many tokens of a hypothesis may be written. One that has ended counts as ending with a complete
+        word, unless the audio so far does not."""
         starts, end = self._scorer.word_starts, found.free
         has_ended = end == len(found.tokens)
         if self._whole or not starts.any() or (has_ended and self._whole is None):
@@ -173,7 +172,7 @@ class Guided:
 
 
 def _growing(search: Search) -> list[Finished]:
-    """What would be finished if it ended here."""
+    """The growing hypotheses, as if they ended here."""
     if search.live is None:
         return []
     live = search.live

@@ -1,15 +1,15 @@
 """The CTC probability of all token sequences that begin with a given prefix, for label-synchronous search.
 
 For a hypothesis g, `tokens[t]` and `blanks[t]` are the log-probabilities that the first t frames emit g and
-end in its last token, or in a blank. Psi(g c), the probability of everything that begins with g c, sums
-over the frame in which c begins:
+end in its last token, or in a blank. Psi(g c), the total probability of all sequences that begin with g c,
+sums over the frame in which c begins:
 
     Psi(g c) = sum over t of  phi[t] p_t(c),      phi = blanks + tokens, or blanks alone if g ends in c
 
-so that all candidates c of all hypotheses cost one product of phi with p, and only those the search keeps
-need the recursions for their own `tokens` and `blanks`. These are first-order linear, solved for all frames
-at once as cumulative sums. Psi(g eos), nothing after g, is tokens[T] + blanks[T]; sum over c of Psi(g c) +
-Psi(g eos) = Psi(g).
+so that all candidates c of all hypotheses cost one product of phi with p, and only those that the search
+keeps need the recursions for their own `tokens` and `blanks`. These are first-order linear recursions, solved
+for all frames at once as cumulative sums. Psi(g eos), nothing after g, is tokens[T] + blanks[T]; sum over c
+of Psi(g c) + Psi(g eos) = Psi(g).
 
 B hypotheses · K candidates of each · T frames of the longest utterance · V units, blank is 0. All float64,
 in nats.
@@ -27,7 +27,7 @@ from asr.decode.scorer import BLANK, Floats, Ints
 
 Doubles = NDArray[np.float64]
 
-# instead of -inf, where log-probabilities are subtracted; e to the power of it is exactly 0
+# instead of -inf, where log-probabilities are subtracted; its exponential is exactly 0
 LOG_ZERO = -1e4
 
 
@@ -39,7 +39,7 @@ class PrefixState:
     """The utterance of each (B,)."""
 
     last: Ints
-    """The last token of each (B,), blank of an empty one."""
+    """The last token of each (B,), blank for an empty one."""
 
     tokens: Doubles
     """(B, T + 1)"""
@@ -58,7 +58,7 @@ class CtcPrefixScorer:
     def __init__(self, log_probs: Sequence[Floats]) -> None:
         """log_probs (T_n, V) of each utterance."""
         self.lens = np.array([len(x) for x in log_probs])
-        # units first: a candidate's frames lie side by side
+        # units first: a candidate's frames are contiguous
         self.log_probs = np.full(
             (len(log_probs), log_probs[0].shape[1], int(self.lens.max())), LOG_ZERO, np.float32
         )
@@ -66,14 +66,14 @@ class CtcPrefixScorer:
             self.log_probs[n, :, : len(x)] = np.maximum(x.T, LOG_ZERO)
 
     def start(self, owner: Ints) -> PrefixState:
-        """Empty hypotheses; hypothesis b is of utterance owner[b] (B,)."""
+        """Empty hypotheses; hypothesis b belongs to utterance owner[b] (B,)."""
         blank = np.cumsum(self.log_probs[owner, BLANK], 1, np.float64)
         blanks = np.concatenate((np.zeros((len(owner), 1)), blank), 1)
         return PrefixState(owner, np.full(len(owner), BLANK), np.full(blanks.shape, -np.inf), blanks)
 
     def score(self, state: PrefixState, candidates: Ints) -> Doubles:
-        """Psi(g c) of each hypothesis with its candidates (B, K); -inf where it is less than exp(-700) of
-        Psi(g)."""
+        """log Psi(g c) of each hypothesis g with its candidates (B, K); -inf if Psi(g c) is less than
+        exp(-700) of Psi(g)."""
         phi = np.logaddexp(state.tokens, state.blanks)[:, :-1]
         top = np.maximum(phi.max(1, keepdims=True, initial=-np.inf), LOG_ZERO)
         emitted = np.exp(self.log_probs[state.owner[:, None], candidates].astype(np.float64))
@@ -86,7 +86,7 @@ class CtcPrefixScorer:
             return top + np.log(sums)
 
     def end(self, state: PrefixState) -> Doubles:
-        """Psi(g eos): the log-probability of exactly these tokens (B,)."""
+        """log Psi(g eos): the log-probability of exactly these tokens (B,)."""
         rows = np.arange(len(state.owner))
         last = self.lens[state.owner]
         return np.logaddexp(state.tokens[rows, last], state.blanks[rows, last])

@@ -1,6 +1,6 @@
-"""What the decoder is shown behind sos/eos before it writes: a language, a task, and the like.
+"""The decoder's prompt after sos/eos: a language, a task, and the like.
 
-A prompt is no part of an answer: neither its tokens nor their log-probabilities.
+A prompt is no part of an answer: neither its tokens nor their log-probabilities are.
 
 B hypotheses
 """
@@ -17,8 +17,8 @@ from asr.errors import ConfigError
 
 
 def with_prompt(scorer: Scorer, config: SearchConfig) -> SearchConfig:
-    """The same options with the prompt as ids; ConfigError where a unit is unknown, or not even one token
-    fits behind them."""
+    """The same options with the prompt as ids; ConfigError if a unit is unknown, or if the prompt leaves no
+    room for a token."""
     units = scorer.prompt if config.prompt is None else config.prompt
     ids = tuple(_id(unit, scorer.symbols, scorer.num_tokens) for unit in units)
     most = config.max_tokens
@@ -42,13 +42,13 @@ def _id(unit: int | str, symbols: Sequence[str], num_tokens: int) -> int:
 
 
 def prompt_ids(config: SearchConfig) -> tuple[int, ...]:
-    """The prompt of options that `with_prompt` has seen; of others, where it is of ids."""
+    """The prompt of options as ids, either from `with_prompt` or given as ids."""
     return tuple(int(unit) for unit in config.prompt or ())
 
 
 def begin(scorer: Scorer, memory: Any, owner: Ints, before: Sequence[int]) -> tuple[Any, int]:
-    """The decoder state of hypotheses of utterances owner (B,) behind sos/eos and the tokens `before`, and
-    the token that it is to be given next."""
+    """The decoder state of hypotheses of utterances owner (B,) after sos/eos and all but the last of the
+    tokens `before`, and the token to feed next."""
     shown = [scorer.sos_eos, *before]
     state = scorer.start(memory, owner)
     if before:

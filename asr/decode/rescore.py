@@ -1,8 +1,8 @@
-"""Two passes: what the CTC prefix beam found is scored again by the decoder, all hypotheses in one call.
+"""Two passes: the decoder rescores the hypotheses of the CTC prefix beam search, all in one call.
 
 Teacher forcing needs no search, so the cost is one pass of the decoder, whatever the length; and the answer
-is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481. A second
-decoder, from right to left, hears what follows a token as well (U2++, arXiv:2106.05642).
+is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481. A second,
+right-to-left decoder also takes what follows a token into account (U2++, arXiv:2106.05642).
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,8 @@ from asr.decode.scorer import Floats, Hypothesis, Scorer
 def rescore(
     scorer: Scorer, memory: Any, nbests: Sequence[Sequence[Hypothesis]], config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """The hypotheses of each utterance of `memory`, with their part "ctc", in the order of the blended score.
-
-    One without tokens is scored as the others, by its eos.
+    """Rescore the hypotheses of each utterance of `memory`, which have a part "ctc", and sort them by the
+    blended score. One without tokens is scored like the others, by its eos.
     """
     owner = np.array([n for n, nbest in enumerate(nbests) for _ in nbest], np.int64)
     hypotheses = [x for nbest in nbests for x in nbest]
@@ -38,7 +37,7 @@ def rescore(
 
 
 def _rescored(hypothesis: Hypothesis, log_probs: Floats, config: SearchConfig) -> Hypothesis:
-    """log_probs (U + 1,): the decoders', of the tokens and of eos."""
+    """log_probs (U + 1,): decoder log-probabilities of the tokens and of eos."""
     parts = {**hypothesis.parts, "attention": float(log_probs.sum(dtype=np.float64))}
     score = config.blend(np.array(parts["attention"]), np.array(parts["ctc"]))
     confidence = np.exp(

@@ -1,8 +1,8 @@
-"""What a search asks of a model, and what it answers.
+"""The interface between a search and a model, and the hypotheses that a search returns.
 
 A search is a plain function from a Scorer to hypotheses. `asr/model/torch_scorer.py` (a checkpoint, on any
 device) and `asr/runtime/onnx_scorer.py` (a bundle) implement the protocol, so every decoding mode runs on
-both with the same code. Arrays are NumPy; what stays on a device is opaque to the search.
+both with the same code. Arrays are NumPy; whatever stays on a device is opaque to the search.
 
 N utterances · T encoder frames · V units, blank is 0 · B hypotheses · k best continuations
 """
@@ -23,7 +23,7 @@ BLANK, UNK = 0, 2
 
 
 class Window(NamedTuple):
-    """Which encoder frames each of B hypotheses hears: from start up to, not including, end; (B,) each."""
+    """The encoder frames that each of B hypotheses attends to: start up to but excluding end; (B,) each."""
 
     start: Ints
     end: Ints
@@ -31,36 +31,36 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunking:
-    """The chunks of encoder frames that a decoder hears one by one, each until it has written end of chunk,
+    """The chunks of encoder frames that a decoder attends to one by one, each until it writes end of chunk,
     which is `sos_eos`.
 
-    Chunk k of K = ceil(T / step), from 0, is frames k * step - left up to, not including, k * step + window,
-    as far as there are such frames.
+    Chunk k of K = ceil(T / step), from 0, covers frames k * step - left up to but excluding
+    k * step + window, clipped to the utterance.
     """
 
     step: int
     window: int
     left: int
     hears_eoc: bool
-    """Whether it sees the ends of chunks among what it has written. If not, it is asked again about the next
-    chunk with its last label for input, from the state before that label."""
+    """Whether it sees end-of-chunk symbols in its history. If not, it starts the next chunk with its last
+    label as input again, from the state before that label."""
 
     def span(self, k: int, num_frames: int) -> tuple[int, int]:
-        """The first frame of chunk k, and the one behind its last, of num_frames."""
+        """The first frame of chunk k, and the frame after its last, of num_frames."""
         return max(k * self.step - self.left, 0), min(k * self.step + self.window, num_frames)
 
 
 class Step(NamedTuple):
-    """What the decoder says behind the last token of B hypotheses."""
+    """The decoder's prediction after the last token of B hypotheses."""
 
     ids: Ints
-    """The k likeliest next tokens (B, k), best first."""
+    """The k most likely next tokens (B, k), best first."""
 
     log_probs: Floats
-    """Theirs (B, k)."""
+    """Their log-probabilities (B, k)."""
 
     attention: Floats
-    """Where the guiding heads listened (B, T): frames of the window, counted from its start."""
+    """Attention of the guiding heads (B, T): frames of the window, counted from its start."""
 
     state: Any
 
@@ -78,41 +78,41 @@ class Scorer(Protocol):
     """Seconds of audio per encoder frame."""
 
     decoder_type: str
-    """Its kind: which modes it was trained for (modes.py)."""
+    """The type of decoder, which determines the modes it supports (modes.py)."""
 
     chunking: Chunking | None
-    """What a decoder of type "chunked" hears."""
+    """The chunks of a decoder of type "chunked"."""
 
     has_ctc: bool
-    """Whether there is a CTC head. If not, log-probabilities of CTC are (T, 0): frames, but no units."""
+    """Whether there is a CTC head. If not, CTC log-probabilities are (T, 0): frames, but no units."""
 
     max_tokens: int
-    """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
+    """The maximum length of the decoder's input, including sos/eos and a prompt; 0: no limit."""
 
     max_samples: int
-    """Samples of an utterance that are heard at once, at most; 0: any number."""
+    """The maximum number of samples that can be encoded at once; 0: no limit."""
 
     prompt: tuple[str, ...]
-    """Units that every text begins with, and that are no part of it, unless `SearchConfig.prompt` says so."""
+    """Units that precede every text but are no part of it, unless `SearchConfig.prompt` overrides them."""
 
     symbols: Sequence[str]
-    """The names of units; empty where they are not known."""
+    """The names of the units; empty if unknown."""
 
     has_reverse: bool
-    """Whether there is a second decoder, from right to left, to score with."""
+    """Whether there is a second, right-to-left decoder for rescoring."""
 
     has_fire: bool
     """Whether there is a head that counts words."""
 
     word_starts: NDArray[np.bool_]
-    """Units before which a word is complete (V,); where units do not say, none is."""
+    """Units before which a word is complete (V,); all False if the units do not mark words."""
 
     def encode(self, samples: Sequence[Floats], context: Context = WHOLE) -> tuple[list[Floats], Any]:
-        """N waveforms -> CTC log-probabilities (T_n, V) of each, and the decoder's memory of all of them."""
+        """N waveforms -> the CTC log-probabilities (T_n, V) of each, and the decoder's memory of all."""
         ...
 
     def grow(self, memory: Any, y: Any) -> Any:
-        """The memory of one utterance whose next encoder frames y (T, C) have arrived; None at its start."""
+        """The memory of one utterance extended by its next encoder frames y (T, C); None at its start."""
         ...
 
     def view(self, memory: Any, utterance: int, num_frames: int) -> Any:
@@ -120,26 +120,26 @@ class Scorer(Protocol):
         ...
 
     def start(self, memory: Any, owner: Ints) -> Any:
-        """The decoder state of B empty hypotheses; hypothesis b is of utterance owner[b] (B,)."""
+        """The decoder state of B empty hypotheses; hypothesis b belongs to utterance owner[b] (B,)."""
         ...
 
     def step(self, state: Any, tokens: Ints, k: int, window: Window | None = None) -> Step:
-        """Append tokens (B,), or several at once (B, U), `sos_eos` first of all; `window`: what they hear,
-        None for everything. The cost grows with the window, not with the utterance."""
+        """Append tokens (B,), or several at once (B, U), beginning with `sos_eos`. window: the frames that
+        they attend to, None for all. The cost grows with the window, not with the utterance."""
         ...
 
     def listen(self, memory: Any, utterance: int, tokens: Sequence[int]) -> Floats:
-        """Where guiding heads listened in one utterance before they wrote what follows each of the tokens,
+        """Attention of the guiding heads to one utterance when predicting what follows each of the tokens,
         `sos_eos` first: (H, U, T), of each head or, with H = 1, the mean of all."""
         ...
 
     def steps(self, state: Any, tokens: Ints, k: int) -> Step:
-        """As `step` with everything heard, and what the decoder says behind each of tokens (B, U), in one
-        call: ids and log_probs (B, U, k); attention (B, U, 0) is not asked for."""
+        """Like `step` without a window, with the predictions after each of tokens (B, U) in one call: ids and
+        log_probs (B, U, k); attention is empty (B, U, 0)."""
         ...
 
     def rewind(self, state: Any, num_tokens: int) -> Any:
-        """The state of the same hypotheses behind their first num_tokens, `sos_eos` counted."""
+        """The state of the same hypotheses after their first num_tokens, including `sos_eos`."""
         ...
 
     def select(self, state: Any, index: Ints) -> Any:
@@ -147,23 +147,23 @@ class Scorer(Protocol):
         ...
 
     def join(self, states: Sequence[Any], memory: Any) -> Any:
-        """The hypotheses of several states, all of equally many tokens, in one; from now on they hear
-        `memory`, in which more frames may have arrived."""
+        """The hypotheses of several states, all with the same number of tokens, in one; from now on they
+        attend to `memory`, which may have more frames than before."""
         ...
 
     def emit(self, memory: Any, frames: Ints, labels: Ints, durations: Ints) -> Floats:
         """The log-odds (R,) that segments of one utterance end at frames (R,), by the length model of a
-        segmental decoder; labels (R,): the tokens before them; durations (R,): their frames so far."""
+        segmental decoder; labels (R,): the preceding tokens; durations (R,): their frames so far."""
         ...
 
     def log_lengths(self) -> Floats:
-        """log p(length | token) (V, M) of segments of 1 to M frames, as counted in the training of a
-        segmental decoder. Of longer ones it hears the last M."""
+        """log p(length | token) (V, M) for segments of 1 to M frames, as counted in training of a segmental
+        decoder. It attends only to the last M frames of longer segments."""
         ...
 
     def fire(self, memory: Any) -> Floats:
-        """Weights alpha (T,) of the frames of one utterance, of which there is one at least: they add up to
-        the number of words that are complete in it."""
+        """Weights alpha (T,) of the frames of one utterance, T at least 1: they sum to the number of complete
+        words in it."""
         ...
 
     def score(
@@ -174,28 +174,28 @@ class Scorer(Protocol):
         reverse: bool = False,
         prompt: Sequence[int] = (),
     ) -> list[Floats]:
-        """Log-probabilities (U + 1,) of each token and of eos; hypothesis b is of utterance owner[b].
+        """Log-probabilities (U + 1,) of each token and of eos; hypothesis b belongs to utterance owner[b].
 
-        reverse: by the decoder from right to left, in the order of the tokens all the same.  prompt: what
-        stands before the tokens, in the other decoder nothing.
+        reverse: by the right-to-left decoder, but returned in the order of the tokens.  prompt: units before
+        the tokens; the right-to-left decoder takes none.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One answer of a search. Scores are natural logs, higher is better."""
+    """One result of a search. Scores are natural logs, higher is better."""
 
     tokens: tuple[int, ...]
     score: float
-    """What the search ranked by."""
+    """What the search ranks by."""
 
     parts: dict[str, float] = field(default_factory=dict)
     """Its unweighted terms: "ctc", "attention"."""
 
     frames: tuple[int, ...] = ()
-    """Encoder frame at which each token is emitted, by the CTC alignment; without CTC, the one that the
-    decoder listened to most when it wrote the token, or a later one of a token before it."""
+    """Encoder frame at which each token is emitted, by the CTC alignment; without CTC, the frame where the
+    attention for the token peaks, but none earlier than that of the token before it."""
 
     confidence: tuple[float, ...] = ()
     """Probability of each token, in [0, 1]."""
@@ -204,4 +204,4 @@ class Hypothesis:
     """Which guard ended or replaced the attention decoder's output: "length", "repetition", or none."""
 
     ends: tuple[int, ...] = ()
-    """The frame behind each token, where it is known; else a token lasts for one frame."""
+    """The frame after each token, if known; otherwise a token lasts for one frame."""

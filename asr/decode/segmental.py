@@ -1,16 +1,16 @@
 """Searches of a segmental decoder (asr/model/segmental.py): which tokens, and where their segments end.
 
-Every hypothesis ends at some frame, where its last segment is closed, or is open since. An open segment has
-not yet paid for its token, so hypotheses that are compared should be closed at the same frame.
+The last segment of a hypothesis closes at some frame; from there on a new one is open. An open segment has
+not yet paid for its token, so hypotheses should only be compared if they are closed at the same frame.
 
     segmental          at each frame t, hypotheses that were closed before are extended to t, and only those
-                       that are closed at t compete. Each of them is tried for M frames, which is as long as
-                       a segment is heard; those that wait longer, in silence, compete with each other.
+                       closed at t compete. Each is extended for M frames, the longest segment that is
+                       attended to as a whole; those that wait longer, in silence, compete with each other.
     segmental-simple   at each frame, hypotheses that go on and those that end a segment all compete.
-    segmental-label    all hypotheses of equally many tokens compete, wherever they end; for whole utterances.
+    segmental-label    all hypotheses with the same number of tokens compete; for whole utterances.
 
-With a wide beam all three find the best text. A search knows that a frame is not the last one when the next
-has come, so it is a frame late.
+With a wide beam all three find the best text. A search only knows that a frame is not the last one when the
+next arrives, so it is one frame late.
 
 "Monotonic segmental attention for automatic speech recognition", arXiv:2210.14742.
 """
@@ -25,12 +25,12 @@ from asr.decode.scorer import Floats, Hypothesis, Scorer
 from asr.decode.segments import Candidates, Closed, Ending, Segments
 
 ROUNDING = 12.0
-"""Nats by which a score must be worse to change another by nothing that matters."""
+"""A score that is worse than another by this many nats adds nothing that matters to it."""
 
 
 class SegmentalSearch:
-    """The time-synchronous ones. shelter: frames for which a hypothesis need not compete once it is closed;
-    None for M."""
+    """The time-synchronous searches. shelter: frames for which a hypothesis need not compete after it is
+    closed; None for M."""
 
     def __init__(self, scorer: Scorer, config: SearchConfig, shelter: int | None = None) -> None:
         self._segments = Segments(scorer, config)
@@ -55,7 +55,7 @@ class SegmentalSearch:
             self._next_frame()
 
     def best(self) -> Hypothesis:
-        """Of all hypotheses, open since whenever, the likeliest; so it is behind by an open segment."""
+        """The most probable of all hypotheses; it lags behind by the segment that is still open."""
         if not self._pool:
             return Hypothesis((), 0.0)
         best = max(self._pool, key=self._score)
@@ -76,7 +76,7 @@ class SegmentalSearch:
         self._drop()
 
     def _look_ahead(self) -> None:
-        """Score segments of as many frames as there are, so that there are few calls of many rows."""
+        """Score segments up to as many frames as have arrived, in few calls of many rows."""
         behind = [h for h in self._pool if h.until < self._time]
         last = min(self._time + max(self._shelter, 1), self._num_frames) - 1
         found = self._segments.extend(self._memory, behind, last)
@@ -95,13 +95,13 @@ class SegmentalSearch:
         self._pool = [h for h in self._pool if not h.is_dropped]
 
     def _score(self, hypothesis: Closed) -> float:
-        """Of a hypothesis and of having waited since it was closed."""
+        """The score of a hypothesis, including the wait since it was closed."""
         waited = float(hypothesis.waited[self._time - hypothesis.start])
         return hypothesis.score + self._config.length_scale * waited
 
 
 def segmental(scorer: Scorer, config: SearchConfig) -> SegmentalSearch:
-    """Hypotheses compete with those that are closed at the same frame."""
+    """Hypotheses compete with those closed at the same frame."""
     return SegmentalSearch(scorer, config)
 
 
@@ -113,8 +113,8 @@ def segmental_simple(scorer: Scorer, config: SearchConfig) -> SegmentalSearch:
 def label_synchronous(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """Hypotheses compete with those of as many tokens; an utterance is done when what has ended is better
-    than all that still grows. Of each utterance of `memory`, log_probs (T_n, V)."""
+    """Hypotheses compete with those of the same length in tokens; an utterance is done when those that have
+    ended beat all that still grow. log_probs (T_n, V) of each utterance of `memory`."""
     nbests = []
     for n, num_frames in enumerate(map(len, log_probs)):
         one = scorer.view(memory, n, num_frames)
@@ -136,7 +136,7 @@ def _by_label(scorer: Scorer, memory: Any, num_frames: int, config: SearchConfig
 
 
 def _rest(growing: Sequence[Closed], config: SearchConfig) -> float:
-    """What may still be added to a score, or be better than it, up to rounding."""
+    """A bound on what growing hypotheses can still reach, or add to the score of another, up to rounding."""
     if config.recombine == "max":
         return growing[0].score
     return float(np.logaddexp.reduce([h.score for h in growing])) + ROUNDING

@@ -1,9 +1,8 @@
-"""What the searches of segmental.py share: hypotheses whose last segment is closed, and their next segment.
+"""Shared by the searches of segmental.py: hypotheses whose last segment is closed, and their next segment.
 
 A hypothesis that is closed at frame t' is extended by the segment (t', t] for every end t that is likely
-enough, with the decoder's best tokens. Nothing is computed for a hypothesis that does not survive but its
-score: the states of survivors are computed anew, as keeping those of all candidates would take many times the
-memory.
+enough, with the decoder's best tokens. Candidates only get a score; the states of those that survive are
+recomputed, because keeping the states of all would take many times the memory.
 
 Frames are counted from 1 where they end a segment · R segments to be scored · k tokens considered of each ·
 M longest segment that is heard as a whole
@@ -24,7 +23,7 @@ from asr.decode.scorer import Hypothesis, Ints, Scorer, Step, Window
 Doubles = NDArray[np.float64]
 
 ROWS = 64
-"""Segments scored in one call of the decoder: bounds the memory of what they hear."""
+"""Segments scored in one decoder call: bounds the memory of the frames that they attend to."""
 
 
 class Node(NamedTuple):
@@ -33,7 +32,7 @@ class Node(NamedTuple):
     before: "Node | None"
     token: int
     frame: int
-    """The last of its segment, counted from 0."""
+    """The last frame of its segment, counted from 0."""
 
     log_prob: float
     length: float
@@ -42,7 +41,7 @@ class Node(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """The decoder state of some hypotheses of equally many tokens."""
+    """The decoder state of some hypotheses with the same number of tokens."""
 
     state: Any
     num_tokens: int
@@ -58,36 +57,36 @@ class Closed:
 
     node: Node | None
     label: int
-    """The last token, which the decoder has not yet heard; sos/eos if there is none."""
+    """The last token, which the decoder has not read yet; sos/eos if there is none."""
 
     start: int
-    """The frame where its last segment ends: the next one begins behind it."""
+    """The frame where its last segment ends: the next one begins after it."""
 
     batch: Batch
     row: int
-    """Where in the batch it is."""
+    """Its row in the batch."""
 
     waited: Doubles = field(default_factory=lambda: np.zeros(1))
-    """Log-probability that no segment ended in the first 0, 1, 2, ... frames behind `start`."""
+    """Log-probability that no segment ended in the first 0, 1, 2, ... frames after `start`."""
 
     is_dropped: bool = False
 
     @property
     def until(self) -> int:
-        """The last frame that was looked at."""
+        """The last frame considered so far."""
         return self.start + len(self.waited) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Segments, and the tokens that they may be."""
+    """Segments, and their candidate tokens."""
 
     parents: list[Closed]
     """(R)"""
     ends: Ints
     """(R,)"""
     lengths: Doubles
-    """Log-probability of each by the neural length model (R,), 0 with another."""
+    """Log-probability of each by the neural length model (R,), 0 with another model."""
     ids: Ints
     """(R, k)"""
     log_probs: Doubles
@@ -131,12 +130,12 @@ class Segments:
         return Closed(0.0, ROOT_HASH, None, self._scorer.sos_eos, 0, Batch(state, 0), 0)
 
     def hear(self, hypotheses: Sequence[Closed], memory: Any) -> None:
-        """More frames have arrived. What hypotheses knew is forgotten, so that it need not be kept."""
+        """Point the hypotheses to a memory with more frames, so that the old one can be freed."""
         for batch in dict.fromkeys(h.batch for h in hypotheses):
             batch.state = self._scorer.join([batch.state], memory)
 
     def extend(self, memory: Any, hypotheses: Sequence[Closed], last: int) -> Candidates:
-        """Their segments that end behind what was looked at, up to frame `last`, if likely enough."""
+        """Their segments that end after the frames considered so far, up to `last`, if likely enough."""
         hypotheses = [h for h in hypotheses if h.until < last]
         counts = np.array([last - h.until for h in hypotheses], np.int64)
         owner = np.repeat(np.arange(len(counts)), counts)
@@ -157,7 +156,7 @@ class Segments:
         return Candidates(parents, ends[rows], lengths[rows], ids, log_probs)
 
     def close(self, memory: Any, found: Candidates) -> list[Closed]:
-        """The best `beam` of the candidates, best first. Equal texts that end at the same frame are one."""
+        """The best `beam` candidates, best first. Equal texts that end at the same frame are merged."""
         k = found.ids.shape[1]
         durations = found.ends - np.array([h.start for h in found.parents], np.int64)
         lengths = self._length_terms(found.lengths, durations, found.ids)
@@ -177,7 +176,7 @@ class Segments:
         return closed
 
     def conclude(self, memory: Any, hypotheses: Sequence[Closed], num_frames: int) -> list[Ending]:
-        """The last segments, up to the last frame, by a token or by sos/eos: the best, best first."""
+        """Close the hypotheses at the last frame, by a token or by sos/eos: the best, best first."""
         waited = np.array([h.waited[num_frames - 1 - h.start] for h in hypotheses])
         likely = waited >= min(_log(self.config.min_emit), waited.max())
         parents, waited = list(itertools.compress(hypotheses, likely)), waited[likely]
@@ -203,8 +202,8 @@ class Segments:
         return endings
 
     def recombine(self, keys: Ints, scores: Doubles, count: int) -> tuple[Ints, Doubles]:
-        """Scores (R,), equal keys (R,) being the same -> where the best of each is, and the score of all of
-        them together or of the best; the `count` best, best first."""
+        """Merge scores (R,) with equal keys (R,): the index of the best one per key, and its score or that of
+        all of them together; the `count` best, best first."""
         order = np.flatnonzero(scores > -np.inf)
         order = order[np.lexsort((-scores[order], keys[order]))]
         if not len(order):
@@ -237,7 +236,7 @@ class Segments:
     def _hazards(
         self, memory: Any, hypotheses: Sequence[Closed], owner: Ints, frames: Ints, durations: Ints
     ) -> tuple[Doubles, Doubles]:
-        """Log-probabilities that segments end at a frame, having lasted until then, and that they go on."""
+        """Log-probabilities that segments that have lasted until a frame end there, and that they go on."""
         if self.config.length_model != "neural" or not len(owner):
             return np.zeros(len(owner)), np.zeros(len(owner))
         labels = np.array([h.label for h in hypotheses], np.int64)[owner]
@@ -246,19 +245,19 @@ class Segments:
 
     def _likely(self, ending: Doubles, durations: Ints) -> NDArray[np.bool_]:
         """Which segments (R,) are worth trying. However long one has lasted, it may end where that is likely
-        now: else a search would fall silent for ever behind a pause, or an end that it has missed."""
+        now: otherwise a search would fall silent for good after a pause, or after a missed end."""
         if self.config.length_model == "static":
             ending = self._log_lengths.max(0)[np.minimum(durations, self.max_frames) - 1]
         return ending >= _log(self.config.min_emit)
 
     def _length_terms(self, lengths: Doubles, durations: Ints, ids: Ints) -> Doubles:
-        """Log-probabilities of the lengths of segments with tokens ids (R, k)."""
+        """Log-probabilities of the lengths of segments with the tokens ids (R, k)."""
         if self.config.length_model == "static":
             return self._log_lengths[ids, np.minimum(durations, self.max_frames)[:, None] - 1]
         return np.broadcast_to(lengths[:, None], ids.shape)
 
     def _label(self, memory: Any, parents: Sequence[Closed], ends: Ints, count: int) -> tuple[Ints, Doubles]:
-        """The likeliest `count` tokens of segments, and their log-probabilities (R, count)."""
+        """The `count` most likely tokens of segments, and their log-probabilities (R, count)."""
         ids = np.zeros((len(parents), count), np.int64)
         log_probs = np.zeros(ids.shape)
         for rows, step in self._steps(memory, parents, ends, count):
@@ -266,7 +265,7 @@ class Segments:
         return ids, log_probs
 
     def _states(self, memory: Any, found: Candidates, rows: Ints) -> dict[int, tuple[Batch, int]]:
-        """Row of a candidate -> the state of what it becomes, and where in it."""
+        """Row of a candidate -> the decoder state after it, and its row there."""
         needed = np.unique(rows)
         parents = [found.parents[r] for r in needed.tolist()]
         states: dict[int, tuple[Batch, int]] = {}
@@ -278,8 +277,8 @@ class Segments:
     def _steps(
         self, memory: Any, parents: Sequence[Closed], ends: Ints, count: int
     ) -> Iterator[tuple[list[int], Step]]:
-        """The decoder's steps over segments (parent, end), of equally many tokens at a time: which, and what
-        it says."""
+        """The decoder's steps over segments (parent, end), batched by number of tokens: the segments of each
+        batch, and the step."""
         order = sorted(range(len(parents)), key=lambda r: parents[r].batch.num_tokens)
         for _, same in itertools.groupby(order, key=lambda r: parents[r].batch.num_tokens):
             while rows := list(itertools.islice(same, ROWS)):

@@ -1,14 +1,14 @@
-"""Greedy search by the attention decoder in few calls of it: the best CTC path is a draft that it checks.
+"""Greedy attention decoding in few decoder calls: the decoder verifies the best CTC path as a draft.
 
-One call says what the decoder would write behind every token of a draft. Where that is the draft itself, it
-is written; the first token that is not is the decoder's own, and what is left of the draft is aligned anew
-behind it. Every token is the decoder's likeliest behind those before it, so the answer is that of beam search
-with a beam of 1, token by token, whatever the draft says; a bad draft only costs time. One thing is left to
-chance: a product of one token and one of several may be rounded differently, which decides where two units
-are equally likely, and with 8-bit activations, whose scale is of the call, where they are nearly so.
+One call gives the decoder's prediction after every token of a draft. The draft is accepted as far as it
+agrees; at the first mismatch the decoder's own token is written, and the rest of the draft is realigned after
+it. Every token is thus the decoder's most likely one given those before it, so the answer is that of beam
+search with a beam of 1, whatever the draft says; a bad draft only costs time. There is one exception: matrix
+products over one token and over several may round differently, which matters where two units are equally
+likely, or, with 8-bit activations, whose scale is set per call, nearly so.
 
 Blockwise parallel decoding (Stern et al., arXiv:1811.03115) and aggressive decoding (Ge et al.,
-arXiv:2205.10350), with CTC for a draft.
+arXiv:2205.10350), with CTC as the draft.
 """
 
 import sys
@@ -26,13 +26,13 @@ from asr.decode.scorer import BLANK, Floats, Hypothesis, Ints, Scorer, Step
 from asr.decode.step import steps
 
 ROWS = 8
-"""Utterances checked in one call: bounds the memory of the logits of their drafts."""
+"""Utterances verified in one call: bounds the memory for the logits of their drafts."""
 
 
 def greedy(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """The answers of joint.search with a beam of 1 and no weight on CTC, which the model has to have."""
+    """The answers of joint.search with a beam of 1 and a CTC weight of 0; the model must have a CTC head."""
     texts = [Text.begin(n, x, config) for n, x in enumerate(log_probs)]
     heard = [text for text, x in zip(texts, log_probs, strict=True) if len(x)]
     for start in range(0, len(heard), ROWS):
@@ -41,16 +41,16 @@ def greedy(
 
 
 class Draft:
-    """What CTC heard, and how far what is written has come in it."""
+    """The CTC tokens of an utterance, and how far the written text has advanced in them."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = np.array(tokens, np.int64)
         self._distances = np.arange(len(tokens) + 1)
-        """Edits between what is written and each beginning of the draft."""
+        """Edit distance between the written text and each prefix of the draft."""
         self._is_last = np.zeros(len(tokens) + 1, bool)
-        """Whether such a beginning ends with the token that was written last, and nothing else is nearer."""
+        """Whether a prefix ends with the last written token on a shortest edit path."""
         self._next = 0
-        """Where what is left begins, if the draft has been right since it was last asked for."""
+        """Where the rest begins, if the draft has been right since `rest` was last called."""
 
     def write(self, token: int) -> None:
         """Align to one more token."""
@@ -61,8 +61,8 @@ class Draft:
         self._next += 1
 
     def rest(self) -> list[int]:
-        """What is left of it: behind the beginning that is nearest to what is written, of those that are
-        equally near one that ends as it does, of these that which goes on as before."""
+        """The draft after the prefix nearest to the written text; ties prefer a prefix that ends in the same
+        token, then the one closest to where the draft was expected to go on."""
         far = np.abs(np.arange(len(self._distances)) - self._next)
         self._next = int(np.lexsort((far, ~self._is_last, self._distances))[0])
         return self._tokens[self._next :].tolist()
@@ -70,7 +70,7 @@ class Draft:
 
 @dataclass
 class Text:
-    """What is written of one utterance."""
+    """The text written so far for one utterance."""
 
     utterance: int
     answers: Answers
@@ -78,7 +78,7 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     most_drafted: int = sys.maxsize
-    """Of what CTC heard: where it is often wrong, long drafts are read for nothing."""
+    """Maximum length of a draft: where CTC is often wrong, long drafts are verified for nothing."""
 
     @classmethod
     def begin(cls, utterance: int, log_probs: Floats, config: SearchConfig) -> "Text":
@@ -86,12 +86,12 @@ class Text:
         return cls(utterance, answers, Draft(answers.ctc_tokens))
 
     def drafted(self) -> list[int]:
-        """What the decoder is to check next, as far as there is room for it."""
+        """What the decoder is to verify next, as far as there is room for it."""
         return self.draft.rest()[: min(self.answers.max_tokens - len(self.tokens), self.most_drafted)]
 
     def check(self, said: Step, drafted: list[int], sos_eos: int, config: SearchConfig) -> bool:
-        """Write what the decoder says while it says what was drafted, and its next token; whether the text
-        goes on.  said: behind the last token and each of those drafted, the likeliest units (U + 1, k)."""
+        """Write what the decoder predicts while it agrees with the draft, and one token more; return whether
+        the text goes on.  said: the best units after the last token and each drafted one (U + 1, k)."""
         for u, (ids, values) in enumerate(zip(said.ids, said.log_probs, strict=True)):
             best = int(ids[0] == BLANK and len(ids) > 1)
             token, value = int(ids[best]), float(values[best])
@@ -104,7 +104,7 @@ class Text:
         return True
 
     def _append(self, token: int, value: float, sos_eos: int, config: SearchConfig) -> bool:
-        """Write one token; whether the text goes on, by what ends it and by the guards."""
+        """Write one token. Returns whether the text goes on: not after sos/eos, nor once a guard stops it."""
         self.log_probs.append(value)
         values = np.array(self.log_probs)
         score = float(values.sum())
@@ -121,8 +121,8 @@ class Text:
 
 
 def write(scorer: Scorer, texts: list[Text], memory: Any, config: SearchConfig) -> None:
-    """Write several texts to their ends. The state is kept as far as the shortest has come: of longer ones
-    the rest is read again in the next call, where it costs little."""
+    """Write several texts to their ends. The state is kept up to the length of the shortest; the decoder
+    rereads the rest of longer ones in the next call, where it costs little."""
     shown = [scorer.sos_eos, *prompt_ids(config)]
     state, num_known = scorer.start(memory, np.array([x.utterance for x in texts])), 0
     while texts:

@@ -1,8 +1,8 @@
-"""What the decoder says next, as a search wants to hear it.
+"""Decoder steps with temperature and a scaled eos.
 
-A temperature above 1 makes a decoder less sure of itself, so that hypotheses differ later; one that was
-trained on short texts is heard to end earlier where sos/eos costs less. Both are as in FireRedASR-AED
-(arXiv:2501.14350), where they are called softmax smoothing and eos penalty.
+A temperature above 1 flattens the decoder's distribution, so that hypotheses differ later; scaling down the
+log-probability of sos/eos lets a decoder that was trained on short texts end earlier. Both are as in
+FireRedASR-AED (arXiv:2501.14350), where they are called softmax smoothing and eos penalty.
 
 B hypotheses · U tokens · V units · k best continuations of each
 """
@@ -16,15 +16,15 @@ from asr.decode.scorer import Ints, Scorer, Step
 
 
 def step(scorer: Scorer, state: Any, tokens: Ints, k: int, config: SearchConfig) -> Step:
-    """As Scorer.step, at `config.temperature`, with `config.eos_scale`. With either, all V units are asked
-    for, since sos/eos may then be among the k best where it was not."""
+    """Like Scorer.step, with `config.temperature` and `config.eos_scale`. With either, all V units are
+    requested, since sos/eos may then enter the k best."""
     if _is_plain(config):
         return scorer.step(state, tokens, k)
     return _smoothed(scorer.step(state, tokens, scorer.num_tokens), scorer.sos_eos, k, config)
 
 
 def steps(scorer: Scorer, state: Any, tokens: Ints, k: int, config: SearchConfig) -> Step:
-    """As Scorer.steps, in the same way."""
+    """Like Scorer.steps, in the same way."""
     if _is_plain(config):
         return scorer.steps(state, tokens, k)
     return _smoothed(scorer.steps(state, tokens, scorer.num_tokens), scorer.sos_eos, k, config)
@@ -35,7 +35,7 @@ def _is_plain(config: SearchConfig) -> bool:
 
 
 def _smoothed(said: Step, sos_eos: int, k: int, config: SearchConfig) -> Step:
-    """said: of all V units, (B, V) or (B, U, V)."""
+    """said: for all V units, (B, V) or (B, U, V)."""
     values = said.log_probs.astype(np.float64) / config.temperature
     values -= np.logaddexp.reduce(values, axis=-1, keepdims=True)
     values = np.where(said.ids == sos_eos, values * config.eos_scale, values)

@@ -1,12 +1,12 @@
-"""CTC says when, the attention decoder what: each spike of the CTC best path triggers one token.
+"""CTC decides when, the attention decoder what: each spike of the CTC best path triggers one token.
 
-The k-th token hears the frames up to `trigger_frames` behind the k-th spike, and waits until these have
-arrived; so what is written depends on the spikes alone, not on how the frames arrive. There are as many
-tokens as spikes. Hypotheses of the beam are ranked by
+The k-th token attends to the frames up to `trigger_frames` after the k-th spike, and waits until these have
+arrived; so the text depends on the spikes alone, not on how the frames arrive. There are as many tokens as
+spikes. Hypotheses of the beam are ranked by
 
     score(g) = (1 - w) log p_attention(g) + w sum over k of log p_ctc(g_k, at spike k)
 
-and what all of them begin with is written for good.
+and their common prefix is final.
 
 B hypotheses · U tokens so far · T frames · V units
 
@@ -37,7 +37,7 @@ class _Beam:
     attention: Doubles
     """The decoder's log-probability of each token (B, U)."""
     ctc: Doubles
-    """That of CTC at its spike (B, U)."""
+    """The CTC log-probability of each token at its spike (B, U)."""
     state: Any
 
 
@@ -62,14 +62,14 @@ class Triggered:
         self._write(frames[:arrived])
 
     def best(self) -> Hypothesis:
-        """What all hypotheses begin with."""
+        """The common prefix of all hypotheses."""
         if self._beam is None:
             return NOTHING
         same = (self._beam.tokens == self._beam.tokens[0]).all(0)
         return self._hypothesis(0, len(same) if same.all() else int(same.argmin()))
 
     def finish(self) -> list[Hypothesis]:
-        """The spikes that still wait are answered with what there is."""
+        """As OnlineSearch.finish. Spikes still waiting are decoded with what has arrived."""
         frames = self._ctc.best().frames
         self._write(frames)
         if self._beam is None:
@@ -87,7 +87,7 @@ class Triggered:
         return Hypothesis(tuple(tokens.tolist()), float(score), parts, frames, tuple(confidence.tolist()))
 
     def _write(self, frames: tuple[int, ...]) -> None:
-        """Answer the spikes at `frames`, of which the first are already answered."""
+        """Decode the spikes at `frames`, the first of which are already decoded."""
         beam = self._beam
         done = beam.tokens.shape[1] if beam else 0
         if done == len(frames):
@@ -104,7 +104,7 @@ class Triggered:
         self._beam = beam
 
     def _extend(self, beam: _Beam, spike: Floats, heard: int) -> _Beam:
-        """One token more, made of the first `heard` frames; `spike` (V,) is what CTC says of it."""
+        """Add one token from the first `heard` frames; spike (V,): the CTC log-probabilities at its spike."""
         scorer, config, count = self._scorer, self._config, len(beam.tokens)
         last = beam.tokens[:, -1] if beam.tokens.shape[1] else np.full(count, scorer.sos_eos)
         pool = min(scorer.num_tokens, config.beam + config.beam // 2 + 2)

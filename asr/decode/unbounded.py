@@ -1,10 +1,10 @@
-"""Beam search by the attention decoder with nothing that bounds it, as published results of it are made.
+"""Beam search by the attention decoder without any guards, as used for published results.
 
 A hypothesis that has ended stays in the beam at its score, where it competes with those that grow; blank is
-a unit like the others. The search goes on until all of the beam have ended, or for as many tokens as there
-are encoder frames (`extra_tokens`, `max_tokens` change that): an answer need not have an end. A length
-penalty counts at the very end only. For comparison (arXiv:2012.05481, section 3.3); what to use is mode
-attention, in joint.py.
+a unit like any other. The search goes on until the whole beam has ended, or for as many tokens as there are
+encoder frames (`extra_tokens` and `max_tokens` change that), so an answer may lack an end. A length penalty
+applies only at the very end. For comparison (arXiv:2012.05481, section 3.3); in practice use mode attention
+(joint.py).
 
 T frames · B hypotheses of one utterance · k candidates of each · U tokens so far
 """
@@ -25,7 +25,7 @@ from asr.decode.step import step
 def unbounded(
     scorer: Scorer, log_probs: Sequence[Floats], memory: Any, config: SearchConfig
 ) -> list[list[Hypothesis]]:
-    """The decoder's answers; the CTC log_probs (T_n, V), if any, only say when each token is emitted."""
+    """The decoder's answers; the CTC log_probs (T_n, V), if any, only time the tokens."""
     config = replace(config, ctc_weight=0.0)
     return [_search(scorer, x, memory, n, config) for n, x in enumerate(log_probs)]
 
@@ -66,6 +66,6 @@ def _search(
 
 
 def _finished(tokens: Ints, places: Ints, score: float, log_probs: Doubles, num_tokens: int) -> Finished:
-    """A hypothesis up to its end; log_probs (U,), of the end and what is behind it, too."""
+    """A hypothesis up to its end; log_probs (U,) include the end and anything after it."""
     kept = tuple(tokens[:num_tokens].tolist())
     return Finished(score, kept, log_probs[: num_tokens + 1], 0, tuple(places[:num_tokens].tolist()))

@@ -1,7 +1,7 @@
-"""What Whisper is asked, and what it may answer (Radford et al., arXiv:2212.04356, sections 2.3 and 4.5).
+"""The prompt of Whisper, and what it may answer (Radford et al., arXiv:2212.04356, sections 2.3 and 4.5).
 
-The decoder is shown what was said before, if anything, then the start of the transcript, the language, the
-task and whether there are to be times. It answers with text and, if asked, with pairs of times around each
+The decoder is given the preceding text, if any, then the start of the transcript, the language, the task and
+whether to write timestamps. It answers with text and, if requested, with a pair of timestamps around each
 stretch of it:
 
     <|startofprev|> ... <sos/eos> <|en|> <|transcribe|>
@@ -24,7 +24,7 @@ from asr.errors import ConfigError
 Doubles = NDArray[np.float64]
 
 SOS_EOS = 1
-"""Goes in as the start of the transcript, comes out as the end of the text."""
+"""As input the start of the transcript, as output the end of the text."""
 
 SPACE = "▁"
 
@@ -36,21 +36,21 @@ NO_SPEECH = tuple(
         "((( ))) [[ ]] {{ }} ♪♪ ♪♪♪",
     )
 )
-"""What marks speakers, noises and music in subtitles."""
+"""Signs that mark speakers, noises and music in subtitles."""
 
 MUSIC = tuple("♩♪♫♬♭♮♯")
-"""Their first pieces are of no letters that are spoken."""
+"""Signs whose first byte pieces begin no spoken letter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Specials:
-    """The units that are no text."""
+    """The units that are not text."""
 
     start: int
-    """Of the transcript: what the decoder may write in the place of `SOS_EOS`, and never should."""
+    """Start of the transcript: the decoder may predict it instead of `SOS_EOS`, but never should."""
 
     languages: dict[str, int]
-    """By code, as in "en"; none in models of English alone."""
+    """By code such as "en"; empty in English-only models."""
 
     translate: int
     transcribe: int
@@ -60,14 +60,14 @@ class Specials:
     no_timestamps: int
 
     timestamps: int
-    """The first of those that are times; all behind it are, too."""
+    """The first timestamp unit; all units after it are timestamps, too."""
 
     space: int | None
     """The unit that is a space, if there is one."""
 
     @classmethod
     def of(cls, symbols: Sequence[str]) -> "Specials":
-        """By their names; raises ConfigError where the units are not Whisper's."""
+        """Find them by name; raises ConfigError if the units are not Whisper's."""
         ids = {symbol: i for i, symbol in enumerate(symbols)}
         try:
             start, translate = ids["<|startoftranscript|>"], ids["<|translate|>"]
@@ -92,7 +92,7 @@ class Specials:
 
     @property
     def others(self) -> tuple[int, ...]:
-        """What is never part of an answer."""
+        """Units that are never part of an answer."""
         tasks = (self.translate, self.transcribe, self.start_lm, self.start_previous, self.start)
         return (*tasks, self.no_speech)
 
@@ -105,10 +105,10 @@ class Specials:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WhisperOptions:
-    """How a window is asked about, and how its answer is searched."""
+    """How the decoder is prompted for a window, and how its answer is searched."""
 
     language: str | None = "auto"
-    """A code, as in "en"; "auto" asks the model; None for models of English alone, which are not told."""
+    """A code such as "en"; "auto" lets the model detect it; None for English-only models, which take none."""
 
     task: Literal["transcribe", "translate"] = "transcribe"
     """translate: into English."""
@@ -116,28 +116,28 @@ class WhisperOptions:
     timestamps: bool = True
 
     prompt: tuple[int, ...] = ()
-    """What was said before, or how it is to be written: the end of it, of half of the decoder's context."""
+    """Preceding text, or a sample of the style; only the end is used, up to half of the context."""
 
     prefix: tuple[int, ...] = ()
-    """How the answer begins."""
+    """The beginning of the answer."""
 
     suppress_space: bool = True
-    """The answer neither begins with a unit that is a space, nor is it empty."""
+    """The answer neither begins with a space unit nor is it empty."""
 
     suppress: tuple[int, ...] | None = ()
-    """Units that are not written, besides those that are no text; None: no unit at all is kept out."""
+    """Units to suppress, besides those that are not text; None: suppress no unit at all."""
 
     max_first_time: int | None = 50
-    """The latest first time, in steps of the times, which are frames of the encoder; None for any."""
+    """The latest first timestamp, in encoder frames; None: no limit."""
 
     max_tokens: int | None = None
-    """Tokens of an answer, None for half of the decoder's context."""
+    """Maximum tokens of an answer; None: half of the decoder's context."""
 
     beam: int = 5
     """Hypotheses kept; 1 takes the best token each time."""
 
     patience: float = 1.0
-    """The search ends when so many times `beam` hypotheses have ended (arXiv:2204.05424)."""
+    """The search stops once patience * beam hypotheses have ended (arXiv:2204.05424)."""
 
     length_penalty: float | None = None
     """Scores are divided by ((5 + tokens) / 6) to this power (arXiv:1609.08144); None: by the tokens."""
@@ -154,8 +154,8 @@ class WhisperOptions:
 
 
 def unspoken(symbols: Sequence[str]) -> tuple[int, ...]:
-    """Units that are kept out of transcripts: signs that subtitles have and speech has not. Hyphens and
-    single quotes may stand within a word and not before it."""
+    """Units that are kept out of transcripts: signs that occur in subtitles but not in speech. Hyphens and
+    single quotes may occur within a word but not before it."""
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     found = [_first(ids, [f"{SPACE}{sign}", SPACE]) for sign in "-'"]
     for before in ("", SPACE):
@@ -168,19 +168,19 @@ def unspoken(symbols: Sequence[str]) -> tuple[int, ...]:
 
 
 def _first(ids: Mapping[str, int], names: Sequence[str]) -> int | None:
-    """The id of the first of some names that is there."""
+    """The id of the first name that exists."""
     return next((ids[name] for name in names if name in ids), None)
 
 
 def language_unit(specials: Specials, language: str) -> int:
-    """Raises ConfigError for one that the model does not know."""
+    """The unit of a language; raises ConfigError for one that the model does not know."""
     if language not in specials.languages:
         raise ConfigError(f"language is {language}, expected one of {', '.join(specials.languages)}")
     return specials.languages[language]
 
 
 def before_start(specials: Specials, options: WhisperOptions, context: int) -> list[int]:
-    """What is shown up to the start of the transcript, to a decoder of `context` tokens."""
+    """The prompt up to the start of the transcript, for a decoder of `context` tokens."""
     if not options.prompt:
         return [SOS_EOS]
     return [specials.start_previous, *options.prompt[-(context // 2 - 1) :], SOS_EOS]
@@ -189,7 +189,7 @@ def before_start(specials: Specials, options: WhisperOptions, context: int) -> l
 def behind_start(
     specials: Specials, options: WhisperOptions, language: str | None, context: int
 ) -> list[int]:
-    """What is shown behind it, in a language, up to where the answer goes on."""
+    """The prompt after the start of the transcript, in a language, up to where the answer continues."""
     tokens = []
     if language is not None:
         task = specials.translate if options.task == "translate" else specials.transcribe
@@ -201,7 +201,7 @@ def behind_start(
 
 
 class Rules:
-    """Which tokens may come next, and how probable they are among themselves."""
+    """Which tokens may come next, and their probabilities normalised over these."""
 
     def __init__(self, specials: Specials, options: WhisperOptions, num_tokens: int) -> None:
         self.specials, self.options = specials, options
@@ -217,8 +217,8 @@ class Rules:
             self._late[specials.timestamps + options.max_first_time + 1 :] = True
 
     def __call__(self, log_probs: Doubles, written: Ints) -> Doubles:
-        """log_probs (B, V) of what is next behind the answers so far, written (B, U) -> log-probabilities
-        (B, V), -inf for what may not be."""
+        """log_probs (B, V) of the next token after the answers so far, written (B, U) -> log-probabilities
+        (B, V), -inf for tokens that are not allowed."""
         out = np.where(self._never, -np.inf, log_probs)
         if not written.shape[1] and self.options.suppress_space:
             out[:, self._empty] = -np.inf
@@ -228,8 +228,8 @@ class Rules:
         return log_softmax(out)
 
     def _keep_times(self, row: Doubles, tokens: Ints) -> None:
-        """Times come first, in pairs but for the first and the last, never go back, and are written where all
-        of them together are likelier than any other token."""
+        """Timestamps come first, in pairs except for the first and the last, never go back, and are forced
+        where all of them together are more likely than any other token."""
         first = self.specials.timestamps
         is_time = tokens >= first
         if not len(tokens):
@@ -241,7 +241,7 @@ class Rules:
             row[self._text] = -np.inf
         if is_time.any():
             ends = is_time[-1] and not is_time[-2:-1].all()
-            # text lasts for some time, and what is behind it may begin where it ends
+            # text has a duration, and what follows it may begin where it ends
             row[first : tokens[is_time][-1] + (not ends)] = -np.inf
         chances = log_softmax(row)
         if np.logaddexp.reduce(chances[first:]) > chances[:first].max():
@@ -249,7 +249,7 @@ class Rules:
 
 
 def log_softmax(x: Doubles) -> Doubles:
-    """Over the last axis; what is -inf stays so."""
+    """Over the last axis; -inf stays -inf."""
     highest = x.max(-1, keepdims=True)
     return x - highest - np.log(np.exp(x - highest).sum(-1, keepdims=True))
 

@@ -1,10 +1,10 @@
-"""Beam search for what Whisper hears in one window, by the rules of whisper.py.
+"""Beam search over one window of Whisper, under the rules of whisper.py.
 
-All hypotheses have the same number of tokens. Of each the beam + 1 likeliest continuations are candidates.
-Those that end are put aside, as many as beam * patience, and the best of the others grow. The search is over
-when that many have ended, or nothing may grow further: then what has not ended is an answer, too, as far as
-fewer than `beam` have. The best answer is that with the highest log-probability by length. Or else tokens are
-drawn, as many answers as `beam`, of which the best is taken.
+All hypotheses have the same number of tokens. The beam + 1 most likely continuations of each are candidates.
+Those that end are set aside, up to beam * patience of them, and the best of the others grow. The search stops
+when that many have ended, or when nothing may grow further; if fewer than `beam` have ended, unfinished
+hypotheses fill up the answers. The best answer has the highest length-normalised log-probability.
+Alternatively `beam` answers are sampled, and the best of them is taken.
 
 B hypotheses · U tokens · V units
 """
@@ -31,28 +31,28 @@ from asr.decode.whisper import (
 from asr.errors import ConfigError
 
 LATEST_START_S = 1.0
-"""No first time is later."""
+"""The latest first timestamp."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was heard in a window."""
+    """The answer for one window."""
 
     tokens: tuple[int, ...]
-    """Times included, where they were asked for; without the prefix."""
+    """With timestamps, if requested; without the prefix."""
 
     log_probs: tuple[float, ...]
-    """Of the tokens and, where it has ended, of the end, among what was allowed."""
+    """Of the tokens and, if it has ended, of the end, normalised over the allowed units."""
 
     places: tuple[int, ...]
-    """The frame that was listened to most before each token."""
+    """The frame with the most attention for each token."""
 
     language: str | None
     no_speech: float
     """The probability that nobody speaks, in [0, 1]."""
 
     temperature: float = 0.0
-    """At which it was drawn; 0: searched for."""
+    """The temperature of sampling; 0: found by beam search."""
 
     @property
     def mean_log_prob(self) -> float:
@@ -61,7 +61,7 @@ class Answer:
 
 
 def whisper_options(scorer: Scorer, specials: Specials, config: SearchConfig) -> WhisperOptions:
-    """What mode whisper is asked for; ConfigError for what it has not, or this model does not know."""
+    """The options of mode whisper; ConfigError for options that it or this model does not support."""
     if config.prompt:
         raise ConfigError("prompt: mode whisper makes its own; choose with language, task and timestamps")
     if not specials.languages and (config.language not in ("auto", "en") or config.task != "transcribe"):
@@ -99,8 +99,8 @@ def search_window(
     context: int,
     draw: "Draw | None" = None,
 ) -> Answer:
-    """The best answer of a decoder of `context` tokens, or of some that are drawn; ConfigError where the
-    language is unknown."""
+    """The best answer of a decoder of `context` tokens, found by beam search or sampled with `draw`;
+    ConfigError if the language is unknown."""
     language = options.language
     if language == "auto":
         chances = detect_language(scorer, memory, utterance, specials)
@@ -121,21 +121,21 @@ def search_window(
 
 
 class Draw(NamedTuple):
-    """How tokens are drawn instead of searched for."""
+    """How to sample tokens instead of searching for them."""
 
     temperature: float
-    """Log-probabilities are divided by it."""
+    """Divides the log-probabilities."""
 
     random: np.random.Generator
 
 
 class Said(NamedTuple):
-    """What the decoder says behind the last token of B hypotheses."""
+    """The decoder's prediction after the last token of B hypotheses."""
 
     log_probs: Doubles
     """(B, V)"""
     places: Ints
-    """The frame listened to most (B,)."""
+    """The frame with the most attention (B,)."""
     state: Any
 
 
@@ -145,7 +145,7 @@ class Rows(NamedTuple):
     tokens: Ints
     """(B, U)"""
     log_probs: Doubles
-    """(B, U), or (B, U + 1) with that of the end."""
+    """(B, U), or (B, U + 1) with the end."""
     places: Ints
     """(B, U) or (B, U + 1)"""
 
@@ -154,7 +154,7 @@ class Rows(NamedTuple):
         return cls(np.zeros((count, 0), np.int64), np.zeros((count, 0)), np.zeros((count, 0), np.int64))
 
     def grown(self, row: Ints, token: Ints, values: Doubles, places: Ints) -> "Rows":
-        """Rows `row`, each with one token more, which has its log-probability among values (B, V)."""
+        """Rows `row`, each with one more token, whose log-probability is taken from values (B, V)."""
         return Rows(
             np.concatenate((self.tokens[row], token[:, None]), 1),
             np.concatenate((self.log_probs[row], values[row, token, None]), 1),
@@ -167,7 +167,7 @@ class Rows(NamedTuple):
 
 
 def _search(scorer: Scorer, said: Said, rules: Rules, most: int) -> Rows:
-    """The best answer of up to `most` tokens, given what is said before the first one."""
+    """The best answer of up to `most` tokens, given the prediction `said` of the first one."""
     options = rules.options
     width = options.beam
     enough = round(width * options.patience)
@@ -192,7 +192,7 @@ def _search(scorer: Scorer, said: Said, rules: Rules, most: int) -> Rows:
 
 
 def _draw(scorer: Scorer, said: Said, rules: Rules, most: int, draw: Draw) -> Rows:
-    """The best of as many answers as a search keeps, whose tokens are drawn."""
+    """The best of `beam` sampled answers."""
     all_ = np.zeros(rules.options.beam, np.int64)
     live, ended = Rows.empty(len(all_)), []
     said = Said(said.log_probs[all_], said.places[all_], scorer.select(said.state, all_))
@@ -200,7 +200,7 @@ def _draw(scorer: Scorer, said: Said, rules: Rules, most: int, draw: Draw) -> Ro
         if live.tokens.shape[1]:
             said = _step(scorer, said.state, live.tokens[:, -1:])
         values = rules(said.log_probs, live.tokens)
-        # the largest of log-probabilities with Gumbel's noise is a draw
+        # Gumbel-max trick: the argmax of log-probabilities plus Gumbel noise is a sample
         token = (values / draw.temperature + draw.random.gumbel(size=values.shape)).argmax(1)
         grown = live.grown(np.arange(len(token)), token, values, said.places)
         ended += [grown.without_end(b) for b in np.flatnonzero(token == SOS_EOS).tolist()]
@@ -217,7 +217,7 @@ def _best(ended: list[Rows], options: WhisperOptions) -> Rows:
 
 
 def _candidates(scores: Doubles, count: int) -> tuple[Ints, Ints]:
-    """Row and column of the `count` best scores of each row of (B, V), all of them best first; no -inf."""
+    """Row and column of the `count` best scores of each row of (B, V), all sorted best first; no -inf."""
     column = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     row = np.repeat(np.arange(len(scores)), column.shape[1])
     column = column.ravel()
@@ -233,7 +233,7 @@ def by_length(log_prob: float, num_tokens: int, penalty: float | None) -> float:
 
 
 def _step(scorer: Scorer, state: Any, tokens: Ints) -> Said:
-    """Show tokens (B, U) to the decoder."""
+    """Feed tokens (B, U) to the decoder."""
     step = scorer.step(state, tokens, scorer.num_tokens)
     log_probs = np.empty(step.log_probs.shape)
     np.put_along_axis(log_probs, step.ids, step.log_probs, axis=1)

@@ -1,7 +1,7 @@
-"""When Whisper's tokens are said: by where heads of cross-attention listen, or by the times it writes.
+"""When Whisper's tokens are spoken, from its cross-attention heads or from the timestamps it writes.
 
-The weights of heads that follow the speech are normalised over the tokens, smoothed along time, and averaged;
-the best path through them gives every token its frames (dynamic time warping; Giorgino, 2009).
+The attention weights of the alignment heads are normalised over the tokens, smoothed along time, and
+averaged; the best path through them gives every token its frames (dynamic time warping; Giorgino, 2009).
 
 H heads · U tokens · T encoder frames
 """
@@ -18,9 +18,9 @@ Doubles = NDArray[np.float64]
 
 
 def token_starts(attention: Floats, num_frames: int, first: int = 0, width: int = 7) -> Ints:
-    """The first frame of each token from `first` on, (U - first,), given where some heads listened before
-    each, (H, U, T): only to the first num_frames, which are audio and not silence. Tokens before `first` say
-    what is normal for a head. width: of the median along time, an odd number."""
+    """The first frame of each token from `first` on, (U - first,), from the attention of some heads when they
+    predicted each token, (H, U, T). Only the first num_frames count: the rest is padding. Tokens before
+    `first` only help to normalise a head. width: of the median filter along time, an odd number."""
     weights = np.asarray(attention[..., :num_frames], np.float64)
     weights = weights / weights.sum(-1, keepdims=True)
     spread = weights.std(1, keepdims=True)
@@ -30,8 +30,8 @@ def token_starts(attention: Floats, num_frames: int, first: int = 0, width: int 
 
 
 def median_filter(x: NDArray, width: int) -> NDArray:
-    """The median of `width` neighbours, an odd number, along the last axis, which is mirrored at its ends;
-    what is not longer than half of it stays as it is."""
+    """The median over `width` neighbours, an odd number, along the last axis, which is mirrored at its ends;
+    an axis no longer than half of `width` is left unchanged."""
     sides = width // 2
     if x.shape[-1] <= sides:
         return x
@@ -40,16 +40,16 @@ def median_filter(x: NDArray, width: int) -> NDArray:
 
 
 def warp(cost: NDArray) -> tuple[Ints, Ints]:
-    """The path of the lowest total through cost (U, T), from corner to corner, one step along either axis or
-    both at a time: its places on both axes."""
+    """The path of lowest total cost through cost (U, T), from corner to corner, one step along either axis or
+    both at a time: its indices on both axes."""
     total = np.full((cost.shape[0] + 1, cost.shape[1] + 1), np.inf)
     total[0, 0] = 0
     move = np.zeros(total.shape, np.int64)
-    for k in range(sum(cost.shape) - 1):  # places (i, k - i) depend on those of smaller k alone
+    for k in range(sum(cost.shape) - 1):  # cells (i, k - i) depend only on cells of smaller k
         i = np.arange(max(0, k - cost.shape[1] + 1), min(k + 1, cost.shape[0]))
         j = k - i
         both, down, along = total[i, j], total[i, j + 1], total[i + 1, j]
-        # where two are equal it goes along time
+        # ties go along time
         is_both = (both < down) & (both < along)
         move[i + 1, j + 1] = np.where(is_both, 0, np.where((down < both) & (down < along), 1, 2))
         least = np.where(is_both, both, np.where(move[i + 1, j + 1] == 1, down, along))
@@ -65,19 +65,19 @@ def warp(cost: NDArray) -> tuple[Ints, Ints]:
 
 
 class Stretch(NamedTuple):
-    """A stretch of text, as the model has cut it, in frames of its window."""
+    """A stretch of text between two timestamps of the model, in frames of its window."""
 
     start: int
     end: int
     tokens: tuple[int, ...]
-    """Without times."""
+    """Without timestamps."""
 
 
 def cut(tokens: Sequence[int], first_time: int, window: int) -> tuple[list[Stretch], int]:
-    """The answer for a window of so many frames -> its stretches of text, and the frames to go on by, in a
-    recording that is longer: up to where a text began that the window had no room for, or to its end.
+    """The tokens of a window of `window` frames -> its stretches of text, and how many frames to advance in a
+    longer recording: to the start of a stretch that the window cuts off, or to the end of the window.
 
-    first_time: the unit that is time 0; those behind it are later by a frame each.
+    first_time: the unit of time 0; each unit after it is one frame later.
     """
     times = [x >= first_time for x in tokens]
     ends = [i for i in range(1, len(tokens)) if times[i - 1] and times[i]]

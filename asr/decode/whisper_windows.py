@@ -1,11 +1,11 @@
-"""Recordings of any length, as Whisper hears them: window after window (arXiv:2212.04356, section 4.5).
+"""Whisper on recordings of any length, window by window (arXiv:2212.04356, section 4.5).
 
-The decoder is shown what was said before. It answers with times, and where they say that a text began for
-which the window had no room, the next window begins there. An answer that repeats itself or is improbable is
-drawn again at higher and higher temperatures; one that is improbable where probably nobody speaks is none.
+The decoder is prompted with the preceding text and answers with timestamps. If these show that the window
+cuts off a stretch of text, the next window begins where that stretch does. A repetitive or improbable answer
+is sampled again at increasing temperatures; an improbable one where probably nobody speaks is dropped.
 
-What fits into one window is asked about once, as the configuration says. Words have their times by where the
-heads of the decoder listen (whisper_times.py).
+A recording that fits into one window is decoded once, as configured. Words get their times from the
+attention heads of the decoder (whisper_times.py).
 
 S samples · T encoder frames of a window
 """
@@ -26,25 +26,25 @@ from asr.decode.whisper_search import Answer, Draw, by_length, search_window, wh
 from asr.decode.whisper_times import Stretch, cut, token_starts
 
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""At which an answer is drawn, one after the other, while it is no good."""
+"""Sampling temperatures, tried in turn until an answer is good."""
 
 LEAST_LOG_PROB = -1.0
-"""Of a good answer, per token."""
+"""Minimum of a good answer, per token."""
 
 MOST_REPETITIVE = 2.4
-"""Bytes of the text of a good answer, over those that it is compressed to."""
+"""Maximum compression ratio of the text of a good answer."""
 
 SILENT = 0.6
-"""The probability that nobody speaks, above which an improbable answer is none."""
+"""An improbable answer is dropped if the probability that nobody speaks is higher."""
 
 FORGETFUL = 0.5
-"""An answer that was drawn at a higher temperature is not shown to the next window."""
+"""An answer sampled at a higher temperature does not become the prompt of the next window."""
 
 
 def hear(
     scorer: Scorer, samples: Sequence[Floats], config: SearchConfig, context: Context = WHOLE
 ) -> list[list[Hypothesis]]:
-    """Mode whisper: what is said in each of some recordings, one hypothesis."""
+    """Mode whisper: one hypothesis for each recording."""
     specials = Specials.of(scorer.symbols)
     options = whisper_options(scorer, specials, config)
     found = []
@@ -59,19 +59,19 @@ def hear(
 
 
 class Recording:
-    """One recording, whose windows are heard in turn."""
+    """One recording, decoded window by window."""
 
     def __init__(self, scorer: Scorer, config: SearchConfig) -> None:
-        """ConfigError where the mode is not possible."""
+        """Raises ConfigError if the model does not support the mode."""
         self._scorer = scorer
         self._specials = Specials.of(scorer.symbols)
         self._options = replace(whisper_options(scorer, self._specials, config), timestamps=True)
         self.first_frame = 0
-        """Of the next window."""
+        """First frame of the next window."""
 
     def hear(self, samples: Floats) -> tuple[list[Hypothesis], int]:
-        """The stretches of text in the next window, in frames of the recording, and how many samples later
-        the one behind it begins. samples (S,): scorer.max_samples, or less at the end of the recording."""
+        """The stretches of text in the next window, in frames of the recording, and by how many samples to
+        advance to the one after it. samples (S,): scorer.max_samples, or fewer at the recording's end."""
         scorer, specials = self._scorer, self._specials
         (frames,), memory = scorer.encode([samples])
         num_frames = _heard(scorer, samples, frames)
@@ -89,7 +89,7 @@ class Recording:
         return found, len(samples) if is_end else frames_on * scorer.max_samples // len(frames)
 
     def _stretches(self, whole: Hypothesis, stretches: Sequence[Stretch]) -> list[Hypothesis]:
-        """Those of the answer that have a text, which is shown to the next window."""
+        """The stretches of the answer that have a text, which becomes the prompt of the next window."""
         first_time = self._specials.timestamps
         text = [i for i, token in enumerate(whole.tokens) if token < first_time]
         found, said = [], list(self._options.prompt)
@@ -123,7 +123,7 @@ def _is_silence(answer: Answer) -> bool:
 
 
 def _heard(scorer: Scorer, samples: Floats, frames: Floats) -> int:
-    """Frames of a window, of all (T, 0), that are samples and not the silence behind them."""
+    """How many frames of a window, of all (T, 0), hold samples rather than padding."""
     if not scorer.max_samples:
         return len(frames)
     return min(-(-len(samples) * len(frames) // scorer.max_samples), len(frames))
@@ -137,7 +137,7 @@ def _hypothesis(
     answer: Answer,
     num_frames: int,
 ) -> Hypothesis:
-    """The answer about a window, and when its tokens are said; those that are times, with the one before."""
+    """The answer for a window with the times of its tokens; a timestamp takes that of the token before."""
     tokens = np.array(answer.tokens, np.int64)
     is_text = tokens < specials.timestamps
     starts, ends = np.zeros_like(tokens), np.ones_like(tokens)
@@ -145,7 +145,7 @@ def _hypothesis(
     shown = [SOS_EOS, *behind_start(specials, asked, answer.language, scorer.max_tokens)]
     if is_text.any():
         attention = scorer.listen(memory, 0, [*shown, *tokens[is_text].tolist()])
-        found = token_starts(attention, num_frames, first=len(shown) - 1)  # the last: of the end
+        found = token_starts(attention, num_frames, first=len(shown) - 1)  # the last one belongs to the end
         starts[is_text], ends[is_text] = found[:-1], np.maximum(found[1:], found[:-1] + 1)
         starts, ends = np.maximum.accumulate(starts), np.maximum.accumulate(ends)
     log_prob = sum(answer.log_probs)
@@ -160,8 +160,8 @@ def _hypothesis(
 
 
 def _part(whole: Hypothesis, places: Sequence[int], start: int, end: int, first_frame: int) -> Hypothesis:
-    """Some tokens of a hypothesis about a window that begins with a frame: what is said from `start` to
-    `end`. The path begins with the window, and so before the first token, and ends with it."""
+    """Some tokens of the hypothesis `whole` for a window that begins at first_frame: the text from `start` to
+    `end`. The alignment path spans the whole window, so the frames are clipped to that range."""
     confidence = tuple(whole.confidence[i] for i in places)
     log_prob = float(np.log(confidence).sum())
     tokens = tuple(whole.tokens[i] for i in places)
@@ -171,7 +171,7 @@ def _part(whole: Hypothesis, places: Sequence[int], start: int, end: int, first_
 
 
 def _joined(recording: Recording, samples: Floats, most: int) -> Hypothesis:
-    """All that is said in samples (S,), of which a window has so many."""
+    """The whole text of samples (S,), of which a window takes `most`."""
     found: list[Hypothesis] = []
     while len(samples):
         parts, used = recording.hear(samples[:most])
@@ -184,6 +184,6 @@ def _joined(recording: Recording, samples: Floats, most: int) -> Hypothesis:
 
 
 def _spelt(symbols: Sequence[str], tokens: Sequence[int]) -> bytes:
-    """The text of tokens, in UTF-8, without space around it."""
+    """The text of tokens, in UTF-8, without surrounding space."""
     text = "".join(symbols[x] for x in tokens).replace(SPACE, " ").encode()
     return re.sub(rb"<0x([0-9A-F]{2})>", lambda found: bytes.fromhex(found[1].decode()), text).strip()

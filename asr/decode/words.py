@@ -1,4 +1,4 @@
-"""The words that tokens spell: where one begins, and when each was said.
+"""The words that tokens spell: where one begins, and when each was spoken.
 
 V units
 """
@@ -13,26 +13,26 @@ from asr.decode.scorer import UNK, Hypothesis
 
 
 class Word(NamedTuple):
-    """A word, and where it is."""
+    """A word and its time."""
 
     word: str
     start_s: float
     end_s: float
     confidence: float
-    """That of its least certain token."""
+    """The confidence of its least certain token."""
 
 
 Spell = Callable[[Sequence[int]], list[tuple[str, int, int]]]
-"""Token ids -> (word, its first token, the one behind its last), as Tokenizer.words."""
+"""Token ids -> (word, index of its first token, index after its last), like Tokenizer.words."""
 
 
 def word_starts(spell: Spell, num_tokens: int) -> NDArray[np.bool_]:
-    """Units before which a word is complete (V,): they part two others."""
+    """Units before which a word is complete (V,): placed between two other units, they split them."""
     return np.array([len(spell((UNK, unit, UNK))) > 1 for unit in range(num_tokens)])
 
 
 def words(hypothesis: Hypothesis, spell: Spell, frame_s: float) -> list[Word]:
-    """The words of a hypothesis, from the frame of the first token to the end of that of the last.
+    """The words of a hypothesis, each from the frame of its first token to the end of its last.
 
     frame_s: seconds per encoder frame.
     """
