@@ -1,4 +1,4 @@
-"""Real time: a bundle, streams over it, and their events. onnxruntime and NumPy, never torch.
+"""Real-time recognition: a bundle, its streams, and their events. onnxruntime and NumPy, never torch.
 
 stream = open_stream(Bundle.load("bundle"))
 for samples in microphone_blocks(device, 16000, block_ms=100):

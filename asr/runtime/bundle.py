@@ -1,21 +1,21 @@
-"""The exported folder: model.json, its ONNX graphs, its units; every byte is checked when it is loaded.
+"""The exported folder: model.json, ONNX graphs and units. Every byte is checked on loading.
 
-    model.json      what the model is, and size and SHA-256 of every other file
+    model.json      description of the model, and size and SHA-256 of every other file
     encoder.onnx    (window of samples, context, state) -> (y, CTC log-probabilities, state): features are in
-                    the graph; of encoders that cannot stream (window of samples) -> (y, log-probabilities),
-                    and where features are of the whole utterance, (samples) instead
+                    the graph; for encoders that cannot stream (window of samples) -> (y, log-probabilities),
+                    or (samples) as input if features depend on the whole utterance
     memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
-    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, where the heads
-                    that guide streaming listened, state)
-    reverse.onnx    (tokens from right to left, y, its frames) -> log-probabilities; of models with a second
+    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, attention of the
+                    heads that guide streaming, state)
+    reverse.onnx    (tokens from right to left, y, its frames) -> log-probabilities; for models with a second
                     decoder
-    length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and counted
-                    lengths; of segmental decoders
-    fire.onnx       y -> weights of its frames, that add up to the number of words; of models that count them
-    tokens.txt      the units; tokens.model or lexicon.txt beside it where text is to be encoded
+    length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and length
+                    counts; for segmental decoders
+    fire.onnx       y -> weights of its frames that sum to the number of words; for models that count words
+    tokens.txt      the units; with tokens.model or lexicon.txt beside it if text is to be encoded
 
 A flipped byte in the weights would load without complaint and only cost accuracy, hence the hashes. Graphs
-are opened from the bytes that were checked, so a graph that keeps weights in another file cannot be opened.
+are opened from the checked bytes, so a graph that keeps weights in another file cannot be opened.
 """
 
 import hashlib
@@ -44,26 +44,26 @@ INPUT = {
     "length": ("durations",),
     "fire": ("y",),
 }
-"""By which input each graph is known: it has one of these."""
+"""The inputs by which each graph is recognised: it has one of these."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. Sessions are made when first asked for, and shared by all streams."""
+    """A loaded bundle. Sessions are created on first use, and shared by all streams."""
 
     folder: Path
     info: ModelInfo
     tokenizer: Tokenizer
     threads: int
     providers: tuple[str, ...]
-    """Of onnxruntime: what runs the graphs, the best first."""
+    """The execution providers of onnxruntime, best first."""
     _graphs: dict[str, bytes]
 
     @classmethod
     def load(cls, folder: str | Path, threads: int = 1, device: str = "") -> Self:
         """Read and check a bundle. BundleError says which file is missing, damaged or of another version.
 
-        device: cpu or cuda; that of the bundle's target if not given. A CPU runs all, not all of it fast.
+        device: cpu or cuda; by default that of the bundle's target. A CPU runs any, though not all fast.
         """
         folder = Path(folder)
         if threads < 0:
@@ -90,7 +90,7 @@ class Bundle:
 
     @cached_property
     def encoder_state(self) -> tuple[Field, ...]:
-        """The state of one stream. BundleError where model.json says another than the graph has."""
+        """The state of one stream. BundleError if model.json and the graph disagree about it."""
         if problem := _unlike(self.encoder, self.info):
             raise BundleError(
                 f"{self.folder}/encoder.onnx: {problem}, and not as model.json says; export again"
@@ -142,7 +142,7 @@ class Bundle:
 
 
 def _unlike(session: ort.InferenceSession, info: ModelInfo) -> str:
-    """Which input of the encoder is not what a state of `info` gives it; nothing where all are."""
+    """Which input of the encoder does not match the state in `info`; empty if all do."""
     fields = {field.name: [None, *field.shape] for field in info.encoder_state}
     others = {"window", "num_frames", *info.context_inputs}
     shapes = {x.name: x.shape for x in session.get_inputs() if x.name not in others}
@@ -159,7 +159,7 @@ def _unlike(session: ort.InferenceSession, info: ModelInfo) -> str:
 
 
 def _providers(folder: Path, target: str, device: str) -> tuple[str, ...]:
-    """What runs a bundle; BundleError where it needs a GPU, and this onnxruntime has none."""
+    """The execution providers for a bundle; BundleError if it needs a GPU and this onnxruntime has none."""
     device = device or target.partition("-")[0]
     if device != "cuda":
         return (CPU,)
@@ -172,7 +172,7 @@ def _providers(folder: Path, target: str, device: str) -> tuple[str, ...]:
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """One call at a time, and no memory that grows with the number of different shapes seen."""
+    """Options for one call at a time, without memory that grows with the number of different shapes."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -185,7 +185,7 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def hash_file(path: Path) -> FileHash:
-    """Size and SHA-256 of a file, as model.json has them."""
+    """Size and SHA-256 of a file, as in model.json."""
     data = path.read_bytes()
     return FileHash(len(data), hashlib.sha256(data).hexdigest())
 

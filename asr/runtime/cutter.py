@@ -1,14 +1,14 @@
-"""A recording of any length -> pieces that a model can hear at once, by where somebody speaks.
+"""Voice activity -> pieces of a recording of any length that a model can process at once.
 
-Stretches of speech are put together until a piece would be too long, and then it is cut in the longest pause
-of its second half. Pieces take some of the silence on both sides, never more than half of a pause between
-two. Only where there is no pause at all is a piece cut in speech: where it is quietest, both pieces hear
-what is around the cut, and a word is of the one in which its middle lies. So every sample in which somebody
-speaks is in a piece, and every word in one.
+Stretches of speech are joined until a piece would be too long; it is then cut in the longest pause of its
+second half. Pieces include some of the silence on both sides, never more than half of the pause between two.
+Only if there is no pause at all is a piece cut within speech: at its quietest place, with some overlap, and
+a word belongs to the piece in which its middle lies. So every sample of speech is in a piece, and every word
+in exactly one.
 
-What is kept of a recording is the piece that is not yet complete. How samples arrive changes nothing.
+Only the incomplete piece of a recording is kept in memory. How samples arrive changes nothing.
 
-S samples. Times within are windows, as the probabilities of speech come.
+S samples. Internal times count windows of the voice activity detector.
 """
 
 import math
@@ -21,10 +21,10 @@ from asr.decode.scorer import Floats
 from asr.errors import ConfigError
 
 PAUSE_S = 0.1
-"""Less than this without speech is no pause: plosives are silent for so long."""
+"""A shorter gap in speech is no pause: plosives are silent for that long."""
 
 HEARD_ACROSS_S = 1.0
-"""Where speech is cut, each piece hears so much of the other."""
+"""Where speech is cut, each piece includes this much of the other."""
 
 QUIETEST_S = 0.1
 """A cut in speech is in the middle of the quietest stretch of this length."""
@@ -35,19 +35,19 @@ class CutConfig:
     """Where to cut."""
 
     max_s: float = 20.0
-    """No piece is longer."""
+    """Maximum length of a piece."""
 
     silence_s: float = 2.0
-    """So much silence ends a piece, and what is more is in none."""
+    """Silence that ends a piece; the rest of a longer silence belongs to no piece."""
 
     padding_s: float = 0.3
-    """Silence before and behind the speech of a piece, where there is as much."""
+    """Silence kept before and after the speech of a piece, if there is that much."""
 
     begins: float = 0.4
-    """Probability from which somebody speaks, ..."""
+    """Speech probability at which speech begins, ..."""
 
     goes_on: float = 0.25
-    """... and above which it goes on."""
+    """... and at which it continues."""
 
     def __post_init__(self) -> None:
         if self.max_s < 5:
@@ -71,17 +71,17 @@ class Piece:
     """Sample of the recording at which it begins."""
 
     own_from_s: float = -math.inf
-    """Words whose middle lies before this, on the clock of the recording, are of the piece before, ..."""
+    """Words whose middle lies before this time in the recording belong to the previous piece, ..."""
 
     own_to_s: float = math.inf
-    """... and from this on, of the next."""
+    """... and those from this time on to the next."""
 
 
 class Cutter:
     """Cuts one recording."""
 
     def __init__(self, config: CutConfig, sample_rate: int, window: int, unit: int) -> None:
-        """window: samples of a probability. unit: pieces begin at multiples of so many samples."""
+        """window: samples per speech probability. unit: pieces begin at multiples of this many samples."""
         seconds = window / sample_rate
         self._config, self._rate, self._window, self._unit = config, sample_rate, window, unit
         self._padding = round(config.padding_s / seconds)
@@ -89,24 +89,24 @@ class Cutter:
         self._pause = max(round(PAUSE_S / seconds), 1)
         self._across = round(HEARD_ACROSS_S / seconds)
         self._quietest = max(round(QUIETEST_S / seconds), 1)
-        # a piece also has the samples up to a multiple of the unit
+        # a piece also includes the samples from a multiple of the unit on
         self._longest = int(config.max_s / seconds) - 2 * self._padding - math.ceil(unit / window)
         self._buffer = np.zeros(0, np.float32)
-        self._first = 0  # sample of the recording with which the buffer begins
+        self._first = 0  # sample of the recording at which the buffer begins
         self._num_windows = 0
-        self._stretches: list[list[int]] = []  # of speech: first window, and the one behind the last
+        self._stretches: list[list[int]] = []  # of speech: the first window, and the one after the last
         self._floor = 0  # the next piece begins no earlier
         self._own_from_s = -math.inf
 
     def accept(self, samples: Floats, speech: Sequence[float]) -> list[Piece]:
-        """Samples (S,), and the probabilities of the windows that they complete -> complete pieces."""
+        """Samples (S,), and the speech probabilities of the windows that they complete -> complete pieces."""
         self._buffer = np.concatenate([self._buffer, samples])
         pieces = [piece for probability in speech for piece in self._hear(probability)]
         self._forget()
         return pieces
 
     def finish(self, speech: Sequence[float]) -> list[Piece]:
-        """There is no more, but for the probability of a last window that is not whole: the last pieces."""
+        """End the recording: the last pieces. speech: the probability of a last, partial window, if any."""
         pieces = [piece for probability in speech for piece in self._hear(probability)]
         return [*pieces, self._take(len(self._stretches), self._padding)] if self._stretches else pieces
 
@@ -126,7 +126,7 @@ class Cutter:
         return []
 
     def _cut(self) -> Piece:
-        """The piece before the longest pause of the second half, or if there is none, before any."""
+        """The piece before the longest pause of the second half, or else before the longest of all."""
         ends = [end for _, end in self._stretches]
         begins = [begin for begin, _ in self._stretches[1:]] + [self._num_windows]
         pauses = [(b - a, n) for n, (a, b) in enumerate(zip(ends, begins, strict=True), 1)]
@@ -139,7 +139,7 @@ class Cutter:
         return self._take(number, min(self._padding, length // 2))
 
     def _take(self, number: int, padding: int) -> Piece:
-        """The piece of the first stretches, with so much of the silence behind them."""
+        """The piece of the first `number` stretches, with `padding` windows of the silence after them."""
         end = self._stretches[number - 1][1] + padding
         piece = self._piece(end, math.inf)
         del self._stretches[:number]
@@ -147,7 +147,7 @@ class Cutter:
         return piece
 
     def _split(self) -> Piece:
-        """The piece up to the quietest place in speech without a pause."""
+        """The piece up to the quietest place within speech that has no pause."""
         start = self._stretches[0][0]
         first = start + self._longest // 2
         places = range(first, self._num_windows - self._across - self._quietest)
@@ -178,6 +178,6 @@ class Cutter:
         return self._buffer[start * self._window - self._first : end * self._window - self._first]
 
     def _forget(self) -> None:
-        """Drop what no piece will have."""
+        """Drop samples that no piece will include."""
         start = max(self._start(), self._first)
         self._buffer, self._first = self._buffer[start - self._first :], start

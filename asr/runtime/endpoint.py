@@ -1,7 +1,7 @@
-"""When an utterance has ended, from the blanks of CTC.
+"""Endpointing by the blanks of CTC.
 
-A frame whose likeliest unit is blank counts as silence: between two words of fluent speech CTC gives some
-tenths of a second of blanks, at a pause more. The rules look at single frames, so that where an utterance
+A frame whose most likely unit is blank counts as silence: between two words of fluent speech CTC emits some
+tenths of a second of blanks, in a pause more. The rules work on single frames, so that where an utterance
 ends does not depend on chunks.
 """
 
@@ -20,11 +20,11 @@ class EndpointConfig:
     """Silence after speech that ends an utterance."""
 
     silence_s: float = 2.4
-    """Silence without speech after which an utterance starts anew."""
+    """Silence without any speech after which an utterance restarts."""
 
     max_s: float = 20.0
-    """Length from which the next blank ends an utterance, so that no unit is cut in two; without a blank, a
-    quarter more does. This bounds memory."""
+    """Length after which the next blank ends an utterance, so that no unit is cut in two; without a blank it
+    ends a quarter later. This bounds memory."""
 
     def __post_init__(self) -> None:
         for name in ("trailing_s", "silence_s", "max_s"):
@@ -51,13 +51,13 @@ class Endpointer:
 
     def reset(self) -> None:
         self._num_frames = 0
-        self._num_blanks = 0  # at the end
+        self._num_blanks = 0  # trailing blanks
         self.has_speech = False
 
     def advance(self, is_blank: Iterable[bool]) -> tuple[int, Ending] | None:
         """Take the next frames, up to the one at which a rule ends the utterance.
 
-        Returns how many were taken, and the rule; None if all were and the utterance goes on.
+        Returns how many were taken, and the rule; None if all were taken and the utterance goes on.
         """
         for taken, blank in enumerate(is_blank, start=1):
             self._num_frames += 1

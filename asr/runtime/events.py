@@ -1,4 +1,4 @@
-"""What a stream tells: texts, and when their words were said."""
+"""The events of a stream: texts, and when their words were spoken."""
 
 from dataclasses import dataclass, replace
 
@@ -14,10 +14,10 @@ class Event:
     text: str
     final: bool
     start_s: float
-    """Of the first word, from the start of the stream."""
+    """Start of the first word, from the start of the stream."""
 
     end_s: float
-    """Of the last word."""
+    """End of the last word."""
 
     words: tuple[Word, ...]
 

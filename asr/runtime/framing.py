@@ -1,11 +1,11 @@
 """Samples of any block length -> windows of whole feature frames.
 
 Frame f covers samples f * shift - lead to f * shift - lead + length, where lead = length / 2 - shift / 2
-centres it. Samples before the start and behind the end are mirrored (-1 -> 0, n -> n - 1), as
+centres it. Samples before the start and after the end are mirrored (-1 -> 0, n -> n - 1), as
 `asr/features.py` does for whole utterances, so that n samples always become (n + shift / 2) // shift frames,
 however they arrive.
 
-Or, for `asr/nemo_features.py`, there is silence before the start and a fading sound behind the end, frame f
+For `asr/nemo_features.py`, the signal is instead zero before the start and decays after the end, frame f
 begins at f * shift - length / 2 - 1, and n samples become n // shift frames.
 """
 
@@ -15,7 +15,7 @@ from asr.decode.scorer import Floats, Ints
 
 
 class Framer:
-    """The samples of one stream that its frames still need; nothing older is kept."""
+    """Holds the samples of one stream that its frames still need, and nothing older."""
 
     def __init__(self, shift: int, length: int, snip_edges: bool = False, fading: float = 0.0) -> None:
         self.shift, self.length = shift, length
@@ -25,9 +25,9 @@ class Framer:
         if fading:
             self._lead = length // 2 + 1
         self._buffer = np.zeros(0, np.float32)
-        self._first = 0  # of the buffer, counted from the start of the stream
+        self._first = 0  # sample of the stream at which the buffer begins
         self.num_taken = 0
-        """Frames, without those that will be given again."""
+        """Frames taken, without those that will be given again."""
 
         self._finished = False
 
@@ -37,7 +37,7 @@ class Framer:
         self.num_samples += len(samples)
 
     def finish(self) -> None:
-        """There are no more samples: the frames at the end may now be taken."""
+        """End the stream: the frames at the end may now be taken."""
         self._finished = True
 
     def ready(self) -> int:
@@ -75,7 +75,7 @@ class Framer:
         return self._buffer[inside] * parts if len(self._buffer) else np.zeros(len(position), np.float32)
 
     def _forget(self) -> None:
-        """Drop what is before the next frame; what the mirrored end may need is not, as it is nearer."""
+        """Drop the samples before the next frame, but keep those that mirroring the end may need."""
         keep_from = max(self.num_taken * self.shift - self._lead, self._first)
         if self.num_samples > self.length:
             keep_from = min(keep_from, self.num_samples - self.length)

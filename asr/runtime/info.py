@@ -1,4 +1,4 @@
-"""model.json: what a model is, what it must be given, and the hashes of the files beside it."""
+"""model.json: what a model is, what inputs it takes, and the hashes of the files beside it."""
 
 import json
 import re
@@ -18,14 +18,14 @@ from asr.errors import BundleError
 FORMAT = 4
 STRICT = ConfigDict(extra="forbid")
 SIZE = re.compile(r"([1-9]\d*\*)?[WRU](/[1-9]\d*)?")
-"""Of a dimension that varies, as `parse_size` reads it."""
+"""A variable dimension, as `parse_size` reads it."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "bool")
 
 
 @checked(frozen=True, config=STRICT)
 class Features:
-    """What the samples must be, and how windows of them are cut. The maps themselves are in the graph."""
+    """The format of samples, and how windows of them are cut. The features themselves are in the graph."""
 
     sample_rate: int
     num_bins: int
@@ -33,13 +33,13 @@ class Features:
     shift_samples: int
     snip_edges: bool
     fading: float
-    """Not 0: before an utterance samples are 0, behind it each is this part of the one before."""
+    """If not 0, samples are 0 before an utterance, and after it each is this fraction of the one before."""
 
     framed: bool
-    """Whether windows of samples have the frames of the whole; if not, the graph takes whole utterances."""
+    """Whether features can be computed from windows of samples; if not, the graph takes whole utterances."""
 
     max_samples: int
-    """Of an utterance, at most; 0: any number."""
+    """Maximum samples of an utterance; 0: no limit."""
 
     def __post_init__(self) -> None:
         _expect_at_least(1, self, "sample_rate", "num_bins", "frame_samples", "shift_samples")
@@ -50,8 +50,8 @@ class Features:
 class Field:
     """One tensor of a state: its shape for one stream, or one hypothesis.
 
-    A size is a number, or "W", encoder frames cached as left context, or "R", those that wait for their
-    look-ahead, or "U", tokens so far; or a multiple or a part of one, such as "2*W" or "W/4".
+    A size is a number; or "W", encoder frames cached as left context, "R", those that wait for their
+    look-ahead, or "U", tokens so far; or a multiple or a fraction of one, such as "2*W" or "W/4".
     """
 
     name: str
@@ -66,34 +66,33 @@ class Field:
                 raise ValueError(f"{size!r} in the shape of {self.name}, expected a size")
 
     def sizes(self, variables: Mapping[str, int]) -> list[int]:
-        """The shape where the variables have values."""
+        """The shape for given values of the variables."""
         return [x if isinstance(x, int) else _evaluate(x, variables) for x in self.shape]
 
 
 @checked(frozen=True, config=STRICT)
 class Streaming:
-    """The context of a stream, unless the caller chooses another: the graph takes any."""
+    """The default context of a stream; the graph takes any."""
 
     chunk_ms: int
     left_chunks: int
     chunk_choices_ms: tuple[int, ...]
-    """Those that the model was trained on and the bundle was verified with."""
+    """The chunks that the model was trained on and the bundle was verified with."""
 
     chunk_unit: int
-    """A chunk is a multiple of so many encoder frames."""
+    """A chunk is a multiple of this many encoder frames."""
 
     max_look_ahead: int
-    """Chunks of look-ahead of every layer that the model was trained on, at most. More is possible, but new
-    to it."""
+    """Maximum look-ahead of every layer in training, in chunks. More is possible, but untrained."""
 
     look_ahead_layers: int
-    """Layers that wait for their look-ahead, one after another; 0 where none was trained to look ahead."""
+    """Layers that wait for their look-ahead, one after another; 0 if none was trained to look ahead."""
 
     flush_frames: int
-    """Feature frames that the last call needs behind its own, besides those for look-ahead."""
+    """Feature frames that the last call needs after its own, besides those for look-ahead."""
 
     flush_samples: int
-    """Mirrored samples behind the end that complete the last frame; `Stream.finish` makes them."""
+    """Mirrored samples after the end that complete the last frame; `Stream.finish` adds them."""
 
     def __post_init__(self) -> None:
         _expect_at_least(1, self, "chunk_ms", "chunk_unit")
@@ -103,7 +102,7 @@ class Streaming:
 
 @checked(frozen=True, config=STRICT)
 class FileHash:
-    """Of one file beside model.json."""
+    """Size and hash of one file beside model.json."""
 
     size: int
     sha256: str
@@ -115,7 +114,7 @@ class ModelInfo:
 
     format: int
     version: str
-    """Of the toolkit that wrote it."""
+    """The version of the toolkit that wrote it."""
 
     target: str
     """The key in export's TARGETS."""
@@ -129,10 +128,10 @@ class ModelInfo:
     """Feature frames per encoder frame."""
 
     dim: int
-    """C, of the encoder's output."""
+    """C, the dimension of the encoder's output."""
 
     overlap_frames: int
-    """Feature frames that a call needs behind its own; the next call of a stream is given them again."""
+    """Feature frames that a call needs after its own; the next call of a stream is given them again."""
 
     num_tokens: int
     tokens_sha256: str
@@ -140,27 +139,27 @@ class ModelInfo:
     parameters: int
     encoder_state: tuple[Field, ...]
     has_ctc: bool
-    """Whether the encoder's graph gives log-probabilities of CTC."""
+    """Whether the encoder's graph outputs CTC log-probabilities."""
 
     decoder_type: str
-    """Its kind: which modes it was trained for."""
+    """The type of decoder, which determines the modes it supports."""
 
     max_tokens: int
-    """Tokens that the decoder can be given, sos/eos and a prompt among them; 0: any number."""
+    """The maximum length of the decoder's input, including sos/eos and a prompt; 0: no limit."""
 
     prompt: tuple[str, ...]
-    """Units that every text begins with behind sos/eos, and that are no part of it."""
+    """Units between sos/eos and every text that are no part of it."""
 
     decoder_state: tuple[Field, ...]
     streaming: Streaming | None
-    """None: the encoder can only hear whole utterances, and has no state."""
+    """None: the encoder takes whole utterances only, and has no state."""
 
     files: dict[str, FileHash]
     chunking: Chunking | None = None
-    """What a decoder of type "chunked" hears."""
+    """The chunks of a decoder of type "chunked"."""
 
     figures: dict[str, Any] = field(default_factory=dict)
-    """What was measured when it was exported."""
+    """Measurements made at export."""
 
     def __post_init__(self) -> None:
         _expect_at_least(1, self, "subsampling", "dim", "num_tokens")
@@ -174,7 +173,7 @@ class ModelInfo:
 
     @property
     def has_reverse(self) -> bool:
-        """Whether there is a decoder from right to left."""
+        """Whether there is a right-to-left decoder."""
         return "reverse.onnx" in self.files
 
     @property
@@ -188,7 +187,7 @@ class ModelInfo:
         return self.subsampling * self.features.shift_samples / self.features.sample_rate
 
     def chunk_frames(self, chunk_ms: int) -> int:
-        """Milliseconds -> encoder frames; BundleError unless streams can have such chunks."""
+        """Milliseconds -> encoder frames; BundleError if streams cannot use such chunks."""
         unit = self.stream.chunk_unit
         unit_ms = round(1000 * self.frame_s * unit)
         if chunk_ms <= 0 or chunk_ms % unit_ms:
@@ -201,7 +200,7 @@ class ModelInfo:
 
     @property
     def stream(self) -> Streaming:
-        """`streaming`; BundleError where the model cannot."""
+        """`streaming`; BundleError if the model cannot stream."""
         if self.streaming is None:
             raise BundleError(
                 f"{self.source}: its encoder hears whole utterances only, and cannot stream; "
@@ -210,7 +209,7 @@ class ModelInfo:
         return self.streaming
 
     def check_context(self, context: Context) -> None:
-        """BundleError where the encoder cannot be used in a context."""
+        """Raise BundleError if the encoder does not support a context."""
         if context == WHOLE:
             return
         unit = self.stream.chunk_unit
@@ -223,17 +222,17 @@ class ModelInfo:
             )
 
     def late_frames(self, context: Context) -> int:
-        """Encoder frames by which outputs of a stream are late, as each layer waits for its look-ahead."""
+        """Encoder frames by which outputs of a stream lag, as each layer waits for its look-ahead."""
         return self.streaming.look_ahead_layers * context.delay if self.streaming else 0
 
     def flush_frames(self, context: Context) -> int:
-        """Feature frames that the last call of a stream needs behind its own, so that all comes out."""
+        """Feature frames that the last call of a stream needs after its own to output everything."""
         constant = self.streaming.flush_frames if self.streaming else 0
         return constant + self.late_frames(context) * self.subsampling
 
     @property
     def min_frames(self) -> int:
-        """The fewest feature frames that a call can have, those included that do not count."""
+        """The fewest feature frames that a call can have, including those that do not count."""
         return self.subsampling + self.overlap_frames if self.overlap_frames else 1
 
     @property
@@ -245,7 +244,7 @@ class ModelInfo:
 
 
 def read_info(folder: Path) -> ModelInfo:
-    """model.json, whose format is checked before anything else in it."""
+    """Read model.json, checking its format before anything else in it."""
     path = folder / "model.json"
     try:
         data = json.loads(path.read_bytes())
@@ -275,7 +274,7 @@ def read_info(folder: Path) -> ModelInfo:
 
 
 def parse_size(size: str) -> tuple[str, Fraction]:
-    """A size of a state that varies, such as "2*W/3" -> "W", 2/3."""
+    """A variable size of a state, such as "2*W/3" -> "W", 2/3."""
     rest, _, divisor = size.partition("/")
     factor, _, name = rest.rpartition("*")
     return name, Fraction(int(factor or 1), int(divisor or 1))

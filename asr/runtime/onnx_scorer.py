@@ -1,7 +1,7 @@
 """A bundle as decode's Scorer, and the streaming call of its encoder: state in, state out.
 
-Utterances are encoded one at a time, so that what one gives never depends on the others, not even with the
-int8 target, whose activations share one scale within a call.
+Utterances are encoded one at a time, so that the result for one never depends on the others, not even with
+the int8 target, whose activations share one scale within a call.
 
 N streams or utterances · T encoder frames · C channels · V units · B hypotheses · k best continuations
 """
@@ -32,13 +32,13 @@ ROWS = 5
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes of one call, padded to the longest stream."""
+    """The encoder's output for one call, padded to the longest stream."""
 
     y: Floats
     """(N, T, C)."""
 
     log_probs: Floats
-    """(N, T, V) of CTC."""
+    """CTC log-probabilities (N, T, V)."""
 
     y_lens: Ints
     """(N,)."""
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 class Memory:
-    """The encoder output of N utterances. What the decoder attends to is computed once for each, if asked."""
+    """The encoder output of N utterances; keys and values for the decoder are computed once, on demand."""
 
     def __init__(
         self, bundle: Bundle, ys: Sequence[Floats], crosses: dict[int, Tensors] | None = None
@@ -57,7 +57,7 @@ class Memory:
         self._crosses = crosses or {}
 
     def gather(self, utterances: Ints, window: Window | None = None) -> Tensors:
-        """The decoder's inputs about the audio of some utterances (N,): all of it, or the window of each. Of
+        """The decoder's inputs for the audio of some utterances (N,): all of it, or the window of each. For
         one utterance nothing is copied."""
         lens = np.array([len(self.ys[n]) for n in utterances.tolist()], np.int64)
         window = window or Window(np.zeros_like(lens), lens)
@@ -69,8 +69,8 @@ class Memory:
         return inputs
 
     def cross(self, n: int) -> Tensors:
-        """Keys and values of an utterance, (1, H, T, D) of each layer; of one without frames, those of a
-        zero."""
+        """Keys and values of an utterance, (1, H, T, D) for each layer; one without frames counts as a single
+        frame of zeros."""
         if n not in self._crosses:
             found = self._bundle.memory.run(None, {"y": self.frames(n)[None]})
             self._crosses[n] = dict(zip(self._names, found, strict=True))
@@ -81,7 +81,7 @@ class Memory:
         return [x.name for x in self._bundle.memory.get_outputs()]
 
     def frames(self, n: int) -> Floats:
-        """Utterance n as a graph can take it, (T, C): a zero where there is no frame."""
+        """Utterance n as graph input, (T, C): a frame of zeros if it has no frame."""
         return self.ys[n] if len(self.ys[n]) else np.zeros((1, self._bundle.info.dim), np.float32)
 
     def view(self, n: int, num_frames: int) -> "Memory":
@@ -90,7 +90,7 @@ class Memory:
         return Memory(self._bundle, [self.ys[n][:num_frames]], {0: cut})
 
     def append(self, y: Floats) -> "Memory":
-        """The next frames y (T, C) of one utterance behind those that are there."""
+        """The memory of one utterance with the next frames y (T, C) appended."""
         known = {}
         if 0 in self._crosses and len(self.ys[0]) and len(y):
             new = Memory(self._bundle, [y]).cross(0)
@@ -99,7 +99,7 @@ class Memory:
 
 
 def _stack(parts: Sequence[Floats], length: int) -> Floats:
-    """N parts (1, H, T_n, D) -> (N, H, length, D), filled with zeros."""
+    """N parts (1, H, T_n, D) -> (N, H, length, D), zero-padded."""
     if len(parts) == 1 and parts[0].shape[2] == length:
         return np.ascontiguousarray(parts[0])
     _, heads, _, head_dim = parts[0].shape
@@ -110,16 +110,16 @@ def _stack(parts: Sequence[Floats], length: int) -> Floats:
 
 
 class Rows(NamedTuple):
-    """How B hypotheses are given to the graph: as many of each utterance, side by side."""
+    """How B hypotheses are laid out for the graph: grouped by utterance, equally many for each."""
 
     utterances: Ints
     """(N,)."""
 
     order: Ints | None
-    """Of each utterance its hypotheses (N, G), repeated where others have more; None where they stand so."""
+    """The hypotheses of each utterance (N, G), repeated where others have more; None if already in order."""
 
     places: Ints | slice
-    """Where each of the B is then found."""
+    """Where each of the B hypotheses is in the output."""
 
     @classmethod
     def of(cls, owner: Ints) -> "Rows":
@@ -142,12 +142,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderState:
-    """B hypotheses: whose they are, what they attend to, and keys and values of their tokens."""
+    """B hypotheses: their utterances, what they attend to, and the keys and values of their tokens."""
 
     memory: Memory
     owner: Ints
     cross: Tensors | None
-    """Of everything in the utterances of Rows.of(owner), once it was asked for."""
+    """Keys and values of the whole utterances of Rows.of(owner), once requested."""
     past: Tensors
 
 
@@ -173,7 +173,7 @@ class OnnxScorer:
     # streams
 
     def init_state(self, context: Context) -> State:
-        """The state of one new stream; that of WHOLE for an utterance at once, in any context."""
+        """The state of one new stream; to encode a whole utterance in any context, use that of WHOLE."""
         sizes = {"W": context.width, "R": context.delay}
         return {field.name: _zeros(field, sizes) for field in self.bundle.encoder_state}
 
@@ -182,9 +182,9 @@ class OnnxScorer:
     ) -> Encoded:
         """Encode the next num_frames (N,) feature frames of N streams, cut by `Framer`: windows (N, S).
 
-        While streams go on, they have equally many, so that the last `overlap_frames` of them end a chunk,
-        and are given again; with the last call of streams, `flush_frames` that do not count bring out all
-        that is still due (ModelInfo.flush_frames).
+        While streams go on, num_frames is the same for all, and the last `overlap_frames` of them, which come
+        after a chunk, are given again in the next call. In the last call of streams, `flush_frames` padding
+        frames bring out all pending output (ModelInfo.flush_frames).
         """
         info = self.bundle.info
         missing = info.min_frames - int(num_frames.max(initial=0))
@@ -202,7 +202,7 @@ class OnnxScorer:
         return [x.name for x in self.bundle.encoder.get_outputs()]
 
     def framer(self) -> Framer:
-        """What cuts the samples of one stream."""
+        """A framer for the samples of one stream."""
         features = self.bundle.info.features
         return Framer(features.shift_samples, features.frame_samples, features.snip_edges, features.fading)
 
@@ -235,7 +235,7 @@ class OnnxScorer:
         return out.y[0, :num], out.log_probs[0, :num]
 
     def _encode_samples(self, samples: Floats) -> tuple[Floats, Floats]:
-        """Where features are of a whole utterance, all of them are in the graph."""
+        """Encode a whole utterance whose features, all in the graph, depend on all samples."""
         features = self.bundle.info.features
         if features.max_samples and len(samples) > features.max_samples:
             raise AudioError(
@@ -265,7 +265,7 @@ class OnnxScorer:
         return Step(ids[:, -1], log_probs[:, -1], attention[:, -1], state)
 
     def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
-        """As Scorer.listen; the graph gives the mean of all heads."""
+        """As Scorer.listen; the graph outputs the mean of all heads."""
         state = self.start(memory, np.array([utterance]))
         attention: Floats = self._follow(state, np.array([tokens], np.int64), 1, ("attention",))[0]
         return attention
@@ -325,7 +325,7 @@ class OnnxScorer:
         return [_of_tokens(x, [*y, self.sos_eos]) for x, y in zip(log_probs, tokens, strict=True)]
 
     def _score_reverse(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
-        """As `_score`; each utterance by itself."""
+        """Like `_score`, one utterance at a time."""
         scores: dict[int, Floats] = {}
         for n in np.unique(owner).tolist():
             rows = np.flatnonzero(owner == n).tolist()
@@ -339,7 +339,7 @@ class OnnxScorer:
         return [scores[b] for b in range(len(tokens))]
 
     def _inputs(self, tokens: Sequence[Sequence[int]]) -> Ints:
-        """Token sequences behind sos, padded."""
+        """Token sequences after sos, padded."""
         padded = np.full((len(tokens), 1 + max(map(len, tokens))), BLANK, np.int64)
         padded[:, 0] = self.sos_eos
         for row, sequence in zip(padded, tokens, strict=True):
@@ -349,7 +349,7 @@ class OnnxScorer:
     def _follow(
         self, state: DecoderState, tokens: Ints, k: int, outputs: Sequence[str], window: Window | None = None
     ) -> tuple[Any, ...]:
-        """Give the decoder tokens (B, U): some of its outputs, a row for each hypothesis, and the state."""
+        """Feed tokens (B, U) to the decoder: the requested outputs, a row per hypothesis, and the state."""
         rows = Rows.of(state.owner) if window is None else _alone(state.owner)
         if window is None and state.cross is None:
             state = replace(state, cross=state.memory.gather(rows.utterances))
@@ -367,7 +367,7 @@ BEST = ("ids", "log_probs_of_ids", "attention")
 
 
 def _alone(owner: Ints) -> Rows:
-    """Every hypothesis with its own copy of what it hears."""
+    """Every hypothesis with its own copy of what it attends to."""
     return Rows(owner, None, slice(None))
 
 
@@ -377,5 +377,5 @@ def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
 
 
 def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:
-    """A state of n streams or hypotheses, whose variable sizes are given."""
+    """A zero state of n streams or hypotheses, for given variable sizes."""
     return np.zeros((n, *field.sizes(sizes)), field.dtype)

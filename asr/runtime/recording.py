@@ -1,8 +1,8 @@
-"""Recordings of hours: cut where nobody speaks, and decoded piece by piece, several together.
+"""Recordings of hours: cut where nobody speaks, and decoded in batches of pieces.
 
-Every piece is heard at once, as an utterance is, so that any mode can search it, and models that cannot
-stream hear it too. What is held in memory is one batch of pieces. Batches are a function of the recording
-and the configuration alone: somebody who has the events of the first ones need not decode them again.
+Every piece is encoded at once, like an utterance, so that any mode can search it, and models that cannot
+stream work too. Memory holds one batch of pieces. Batches depend on the recording and the configuration
+alone: a caller who has the events of the first ones need not decode them again.
 
 S samples
 """
@@ -23,22 +23,22 @@ from asr.runtime.stream import check_samples
 from asr.runtime.voice import VoiceActivity
 
 BATCH_S = 60.0
-"""Seconds of pieces that are searched together."""
+"""Seconds of audio per batch of pieces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordingConfig:
-    """How a recording is heard."""
+    """How a recording is decoded."""
 
     mode: str = ""
-    """One of MODES; "": the model's own."""
+    """One of MODES; "": the model's default."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
 
     cut: CutConfig = field(default_factory=CutConfig)
 
     context: Context = WHOLE
-    """What attention may see of a piece."""
+    """The context of attention within a piece."""
 
     def __post_init__(self) -> None:
         check_name(self.mode)
@@ -46,20 +46,20 @@ class RecordingConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """What was said in some pieces of a recording that follow each other."""
+    """The events of some consecutive pieces of a recording."""
 
     events: tuple[Event, ...]
-    """Final ones, in order, with times from the start of the recording."""
+    """Final events, in order, with times from the start of the recording."""
 
     end_s: float
-    """Up to where the recording has been heard."""
+    """Up to where the recording has been decoded."""
 
 
 class Recording:
-    """One recording, and the model that hears it."""
+    """One recording, and the model that decodes it."""
 
     def __init__(self, bundle: Bundle, config: RecordingConfig) -> None:
-        """ConfigError or BundleError where that is not possible, MissingExtra without silero-vad."""
+        """ConfigError or BundleError if that is not possible, MissingExtra without silero-vad."""
         info = bundle.info
         info.check_context(config.context)
         self._scorer, self._rate = OnnxScorer(bundle), info.features.sample_rate
@@ -70,12 +70,12 @@ class Recording:
             self._cut = replace(config.cut, max_s=min(config.cut.max_s, longest / self._rate))
         self._voice = VoiceActivity(self._rate)
         self.duration_s = 0.0
-        """Seconds of samples heard so far."""
+        """Seconds of audio read so far."""
 
     def batches(self, blocks: Iterable[Floats], num_known: int = 0) -> Iterator[Batch]:
         """Blocks of samples (S,), float32 in [-1, 1] at the bundle's sample rate -> batches in order.
 
-        The first num_known are known already: they are left out, and not decoded. AudioError for NaN.
+        The first num_known batches are skipped without decoding them. AudioError for NaN.
         """
         pieces: list[Piece] = []
         for number, pieces in enumerate(_together(self._pieces(blocks), BATCH_S * self._rate)):
@@ -106,7 +106,7 @@ class Recording:
                 yield event
 
     def _own(self, hypothesis: Hypothesis, piece: Piece) -> Hypothesis:
-        """Without the words that are of the piece before, or of the next."""
+        """The hypothesis without words that belong to the previous or the next piece."""
         if math.isinf(piece.own_from_s) and math.isinf(piece.own_to_s):
             return hypothesis
         frames, start_s, frame_s = hypothesis.frames, piece.start / self._rate, self._scorer.frame_s
@@ -127,7 +127,7 @@ class Recording:
 
 
 def _together(pieces: Iterable[Piece], num_samples: float) -> Iterator[list[Piece]]:
-    """As many pieces as have num_samples together, or a little more."""
+    """Batches of pieces with num_samples together, or a little more."""
     batch: list[Piece] = []
     for piece in pieces:
         batch.append(piece)

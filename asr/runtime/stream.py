@@ -1,16 +1,16 @@
 """Streams: samples of any block length in, partial and final texts out.
 
-A stream cuts its samples into chunks of fixed length and encodes one chunk a call, so what it hears, and
-hence its text, never depends on how the samples arrive. Where an encoder needs feature frames behind a chunk,
-they are given again with the next one. With look-ahead, what is heard of a frame comes later than the frame,
-and at the end all that is due at once. Of the past it keeps the encoder's state, and what
-the decoder needs of the present utterance: memory does not grow with time. Counts are integers, and times
-are made of them, so they are as exact after a day as at the start.
+A stream cuts its samples into chunks of fixed length and encodes one chunk per call, so its text never
+depends on how the samples arrive. Feature frames that an encoder needs after a chunk are given again with the
+next one. With look-ahead, the output for a frame lags behind the frame, and the end of a stream brings all
+pending output at once. A stream keeps only the encoder's state, and what the decoder needs of the present
+utterance: memory does not grow with time. Times are derived from integer counts, so they are as exact after a
+day as at the start.
 
 Several streams in one `StreamBatch` share the calls of the encoder, which costs less than a call for each.
 In float32 nothing else changes. With the int8 target, whose activations share one scale within a call, the
-log-probabilities of a stream then depend slightly on its company (tests/runtime/test_batch.py bounds how
-much).
+log-probabilities of a stream then depend slightly on the other streams (tests/runtime/test_batch.py bounds
+how much).
 
 N streams · S samples
 """
@@ -30,17 +30,17 @@ from asr.runtime.onnx_scorer import OnnxScorer, State
 from asr.runtime.utterance import StreamConfig, Utterance
 
 MAX_LATE_S = 60.0
-"""A text that comes later than this is no stream's, and the state would fill the memory."""
+"""Maximum lag: text that comes later is no longer streaming, and the state would fill the memory."""
 
 MAX_LEFT_S = 600.0
-"""So would one of more left context."""
+"""Maximum left context: more would fill the memory, too."""
 
 
 class Stream:
-    """One source of sound, from its start to `finish`."""
+    """One source of audio, from its start to `finish`."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
-        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        """Raises ConfigError or BundleError if this bundle does not support `config`."""
         config = config or StreamConfig()
         info = bundle.info
         if not info.has_ctc:
@@ -67,23 +67,23 @@ class Stream:
 
     @property
     def encoded_s(self) -> float:
-        """Seconds of audio encoded so far: what the events are about."""
+        """Seconds of audio encoded so far, which the events cover."""
         features = self._scorer.bundle.info.features
         late_frames = 0 if self._ended else self._late_frames
         num_frames = max(self._framer.num_taken - late_frames, 0)
         return num_frames * features.shift_samples / features.sample_rate
 
     def accept(self, samples: Floats) -> list[Event]:
-        """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
+        """Take samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
         return accept_all([self], [samples])[0]
 
     def finish(self) -> list[Event]:
-        """There is no more: the events of what was not yet encoded, and the last final one."""
+        """End the stream: the events of the audio not yet encoded, and the last final one."""
         return finish_all([self])[0]
 
 
 def stream_context(info: ModelInfo, config: StreamConfig) -> Context:
-    """What streams of a bundle hear, unless that is impossible: BundleError or ConfigError."""
+    """The context of streams of a bundle; BundleError or ConfigError if it is not possible."""
     chunk_ms = info.stream.chunk_ms if config.chunk_ms is None else config.chunk_ms
     left = info.stream.left_chunks if config.left_chunks is None else config.left_chunks
     context = Context(info.chunk_frames(chunk_ms), left, config.look_ahead)
@@ -111,7 +111,7 @@ class StreamBatch:
         self._bundle, self._config = bundle, config
 
     def join(self) -> Stream:
-        """A new stream. It leaves by not being passed any more."""
+        """A new stream. It leaves by no longer being passed."""
         return Stream(self._bundle, self._config)
 
     def accept(self, blocks: Mapping[Stream, Floats]) -> dict[Stream, list[Event]]:
@@ -119,12 +119,12 @@ class StreamBatch:
         return dict(zip(blocks, accept_all(list(blocks), list(blocks.values())), strict=True))
 
     def finish(self, streams: Sequence[Stream]) -> dict[Stream, list[Event]]:
-        """Some of the streams have ended -> their last events."""
+        """End some of the streams -> their last events."""
         return dict(zip(streams, finish_all(streams), strict=True))
 
 
 def accept_all(streams: Sequence[Stream], blocks: Sequence[Floats]) -> list[list[Event]]:
-    """`Stream.accept` of several streams with equal configuration; a block that is refused changes none."""
+    """`Stream.accept` of several streams with equal configuration; a refused block leaves all unchanged."""
     checked = [
         check_samples(block, stream._framer.num_samples, stream._finished)
         for stream, block in zip(streams, blocks, strict=True)
@@ -170,10 +170,10 @@ def check_samples(samples: Floats, num_samples: int, finished: bool) -> Floats:
 
 
 def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
-    """Encode and search all that is complete, the next call of every stream at once."""
+    """Encode and search all complete chunks, batching the next call of every stream."""
     while True:
         calls = [_next_call(stream) for stream in streams]
-        for is_last in (False, True):  # an encoder sees by its frames whether streams go on: not in one call
+        for is_last in (False, True):  # the number of frames tells an encoder whether streams go on
             ready = [(n, call.num_frames) for n, call in enumerate(calls) if call and call.is_last == is_last]
             told = _encode([(streams[n], frames) for n, frames in ready], is_last) if ready else []
             for (n, _), of_one in zip(ready, told, strict=True):
@@ -184,13 +184,13 @@ def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
 
 class _Call(NamedTuple):
     num_frames: int
-    """Feature frames: whole chunks and the overlap, or at the end what is left."""
+    """Feature frames: whole chunks and the overlap, or at the end the rest."""
     is_last: bool
-    """Whether nothing comes behind them."""
+    """Whether nothing follows them."""
 
 
 def _next_call(stream: Stream) -> _Call | None:
-    """What to encode next, if there is something."""
+    """What to encode next, if anything."""
     ready, size = stream._framer.ready(), stream._call_frames + stream._overlap_frames
     if ready > size or (ready == size and not stream._finished):
         return _Call(size, False)
@@ -220,7 +220,7 @@ def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Eve
 
 
 def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:
-    """Search chunk by chunk, so that the events do not depend on how many chunks one call had."""
+    """Search chunk by chunk, so that the events do not depend on the number of chunks per call."""
     events: list[Event] = []
     for start in range(0, len(y), stream.context.chunk):
         chunk = slice(start, start + stream.context.chunk)
@@ -229,14 +229,14 @@ def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:
 
 
 class _Past(NamedTuple):
-    """What an encoder remembers of a stream: one row of the state that its last call returned."""
+    """The encoder's state of a stream: one row of the state that its last call returned."""
 
     state: State
     row: int
 
 
 def _join(pasts: Sequence[_Past]) -> State:
-    """The state of streams together; nothing is copied for those that go on in the same company."""
+    """The joint state of streams; nothing is copied if they were together in the last call, too."""
     state = pasts[0].state
     num_rows = len(next(iter(state.values())))
     if [past.row for past in pasts] == list(range(num_rows)) and all(past.state is state for past in pasts):

@@ -1,6 +1,6 @@
 """Final events as text, subtitles or JSON.
 
-Subtitles are cut at words, so that a cue is short enough to be read: at most `MAX_LETTERS` letters and
+Subtitles are cut between words, so that a cue is short enough to read: at most `MAX_LETTERS` letters and
 `MAX_CUE_S` seconds. Each format is a function from events to the lines of a file.
 """
 
@@ -13,11 +13,11 @@ from asr.decode.words import Word
 from asr.runtime.events import Event
 
 MAX_LETTERS = 84
-"""Two lines of 42, as broadcasters have it."""
+"""Two lines of 42, as is common in broadcasting."""
 
 MAX_CUE_S = 7.0
 MIN_CUE_S = 1.0
-"""A cue stays so long, unless the next one begins."""
+"""A cue stays at least this long, unless the next one begins."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cue:
 
 
 def cues(events: Iterable[Event]) -> Iterator[Cue]:
-    """Subtitles in order, none overlapping the next, each when it is known where that begins."""
+    """Subtitles in order without overlap, each yielded once the start of the next is known."""
     previous: tuple[float, float, str] | None = None
     for part in (part for event in events for part in _split(event)):
         if previous:
@@ -46,7 +46,7 @@ def _cue(start_s: float, end_s: float, text: str, following_s: float) -> Cue:
 
 
 def _split(event: Event) -> Iterator[tuple[float, float, str]]:
-    """(start, end, text) of the cues of one event; the text keeps the spaces that it has."""
+    """(start, end, text) of the cues of one event; the text keeps its inner spaces."""
     spans = _spans(event)
     first = 0
     for i, (word, _, end) in enumerate(spans):
@@ -72,7 +72,7 @@ def _spans(event: Event) -> list[tuple[Word, int, int]]:
 
 
 def to_txt(events: Iterable[Event]) -> Iterator[str]:
-    """One line an utterance."""
+    """One line per utterance."""
     return (event.text for event in events)
 
 
@@ -89,12 +89,12 @@ def to_vtt(events: Iterable[Event]) -> Iterator[str]:
 
 
 def to_json(events: Iterable[Event]) -> Iterator[str]:
-    """One object an utterance, on a line of its own."""
+    """One object per utterance, each on its own line."""
     return (json.dumps(as_dict(event), ensure_ascii=False) for event in events)
 
 
 def as_dict(event: Event) -> dict[str, object]:
-    """An event with times in milliseconds' precision."""
+    """An event with times rounded to milliseconds."""
     return {
         "text": event.text,
         "final": event.final,

@@ -1,7 +1,7 @@
-"""The text of one utterance after another, from what the encoder says of a stream.
+"""The texts of successive utterances, from the encoder's output for a stream.
 
-While an utterance lasts, what its search has written so far is told after each chunk in which it changes;
-when `endpoint.py` ends it, the modes that search whole utterances (decode/modes.py) search once more.
+While an utterance lasts, its text so far is reported after each chunk in which it changes; when `endpoint.py`
+ends it, the modes that search whole utterances (decode/modes.py) run their final search.
 
 T encoder frames · C channels · V units
 """
@@ -20,32 +20,32 @@ from asr.runtime.events import Event, make_event
 from asr.runtime.onnx_scorer import OnnxScorer
 
 LEAD_IN_S = 0.6
-"""Silence before an utterance that its decoder hears."""
+"""Silence before an utterance that its decoder attends to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
-    """How a stream listens. Every value can differ from stream to stream."""
+    """How a stream is decoded. Every value can differ from stream to stream."""
 
     chunk_ms: int | None = None
-    """Audio per step: the latency. None: what model.json says."""
+    """Audio per step: the latency. None: the default in model.json."""
 
     left_chunks: int | None = None
-    """Chunks of the past that attention sees. None: what model.json says."""
+    """Left context of attention, in chunks. None: the default in model.json."""
 
     look_ahead: int = 0
-    """Chunks of the future that attention of every layer sees: later by as many times the layers."""
+    """Look-ahead of attention in every layer, in chunks; the delay adds up over the layers."""
 
     mode: str = ""
-    """One of MODES, for the final text; "": the model's own. Partial texts are by CTC in modes that search
-    whole utterances."""
+    """One of MODES, for the final text; "": the model's default. Modes that search whole utterances take
+    partial texts from CTC."""
 
     search: SearchConfig = field(default_factory=SearchConfig)
 
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
     chunks_per_call: int = 1
-    """More than one: faster, and as much later. For audio that is there already; the context is the same."""
+    """More than one is faster, but adds latency: for audio that already exists. The context is the same."""
 
     def __post_init__(self) -> None:
         check_name(self.mode)
@@ -73,7 +73,7 @@ class Utterance:
         self._last_text = ""
 
     def advance(self, y: Floats, log_probs: Floats) -> list[Event]:
-        """The events of one more chunk, y (T, C) and log_probs (T, V)."""
+        """Take one more chunk, y (T, C) and log_probs (T, V) -> its events."""
         events: list[Event] = []
         while len(y):
             ended = self._endpointer.advance((log_probs.argmax(1) == BLANK).tolist())
@@ -86,7 +86,7 @@ class Utterance:
 
     def end(self) -> list[Event]:
         """The final event of the utterance, if it has a text; the next frame is the first of the next one."""
-        # no decoder is asked about what CTC hears nothing in, unless it has listened all along
+        # where CTC emits only blanks the decoder is not run, unless it has run all along
         is_worth_it = self._endpointer.has_speech or self._config.mode in ONLINE
         hypothesis = self._search.finish()[0] if is_worth_it else self._search.best()
         event = self._event(hypothesis, final=True)
@@ -105,7 +105,7 @@ class Utterance:
         self._num_frames += len(y)
 
     def _restart(self) -> list[Event]:
-        """Begin anew. After silence, the decoder shall hear the end of it before the next utterance."""
+        """Start over. After silence, its end becomes the beginning of the next utterance."""
         lead_in = None if self._endpointer.has_speech else self._recent
         self.first_frame += self._num_frames
         self._num_frames = 0

@@ -1,9 +1,9 @@
-"""Streams of models that hear whole utterances: samples in, a final text for each when it has ended.
+"""Streams of models that take whole utterances: samples in, a final text for each when it has ended.
 
-Encoders that cannot stream, and models without a CTC head, whose blanks would say where nobody speaks. Here
-loudness says it, by blocks of one encoder frame: a block is silent if it is quiet, or hardly louder than the
-quietest one of the last seconds. Where an utterance becomes too long, it is cut at its quietest block.
-Nothing is decoded before the end, so there are no partial texts.
+This is for encoders that cannot stream, and for models without a CTC head, whose blanks would mark silence.
+Here loudness does, in blocks of one encoder frame: a block is silent if it is quiet, or hardly louder than
+the quietest one of the last seconds. An overlong utterance is cut at the quietest block of its last
+quarter. Nothing is decoded before the end, so there are no partial texts.
 
 S samples
 """
@@ -25,19 +25,19 @@ from asr.runtime.stream import Stream, check_samples
 from asr.runtime.utterance import LEAD_IN_S, StreamConfig
 
 QUIET_DB = -50.0
-"""A block below this, of full scale, is silent, ..."""
+"""A block below this level, relative to full scale, is silent, ..."""
 
 ABOVE_DB = 9.0
-"""... and so is one that is less than this above the quietest ..."""
+"""... and so is one less than this above the quietest block ..."""
 
 RECENT_S = 10.0
-"""... of so many seconds, once there are as many."""
+"""... of the last RECENT_S seconds, once that many have passed."""
 
 
 def open_stream(bundle: Bundle, config: StreamConfig | None = None) -> "Stream | WholeStream | WindowStream":
-    """The stream that a bundle can have; ConfigError or BundleError where `config` is not possible.
+    """The kind of stream that a bundle supports; ConfigError or BundleError if `config` is not possible.
 
-    Whisper's goes by loudness, or with config.search.timestamps by windows and the times in its answers."""
+    For Whisper it goes by loudness, or with config.search.timestamps by windows and their timestamps."""
     config = config or StreamConfig()
     if bundle.info.decoder_type == "whisper" and config.search.timestamps:
         return WindowStream(bundle, config)
@@ -46,10 +46,10 @@ def open_stream(bundle: Bundle, config: StreamConfig | None = None) -> "Stream |
 
 
 class _Source:
-    """One source of sound, from its start to `finish`, as `Stream` is, without chunks."""
+    """One source of audio, from its start to `finish`, like `Stream` but without chunks."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
-        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        """Raises ConfigError or BundleError if this bundle does not support `config`."""
         config = config or StreamConfig()
         if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
             raise BundleError(
@@ -73,16 +73,16 @@ class _Source:
         return samples
 
     def _close(self) -> None:
-        """There are no more."""
+        """End the source."""
         self._take(np.zeros(0, np.float32))
         self._finished = True
 
 
 class WholeStream(_Source):
-    """Utterances are parted by loudness."""
+    """Utterances are separated by loudness."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
-        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        """Raises ConfigError or BundleError if this bundle does not support `config`."""
         super().__init__(bundle, config)
         info = bundle.info
         self._block = info.subsampling * info.features.shift_samples
@@ -100,11 +100,11 @@ class WholeStream(_Source):
 
     @property
     def encoded_s(self) -> float:
-        """Seconds of audio encoded so far: what the events are about."""
+        """Seconds of audio encoded so far, which the events cover."""
         return self.duration_s if self._finished else self._first_frame * self._scorer.frame_s
 
     def accept(self, samples: Floats) -> list[Event]:
-        """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
+        """Take samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
         whole = np.concatenate([self._rest, self._take(samples)])
         num_blocks = len(whole) // self._block
         self._rest = whole[num_blocks * self._block :]
@@ -114,13 +114,13 @@ class WholeStream(_Source):
         return events
 
     def finish(self) -> list[Event]:
-        """There is no more: the final event of what was not yet decoded."""
+        """End the stream: the final event of the audio not yet decoded."""
         self._close()
         self._blocks.append(self._rest)
         return self._end(len(self._blocks))
 
     def _hear(self, block: Floats) -> list[Event]:
-        """One more block, and the event of the utterance that it ends."""
+        """Take one more block -> the event of the utterance that it ends, if any."""
         level, is_silent = self._loudness.judge(block)
         self._blocks.append(block)
         self._levels.append(level)
@@ -152,33 +152,33 @@ class WholeStream(_Source):
 
 
 class WindowStream(_Source):
-    """Whisper hears windows of full length, which its own times part (asr/decode/whisper_windows.py): for
-    recordings, as a text comes half a minute late."""
+    """Whisper on windows of full length, cut by its own timestamps (asr/decode/whisper_windows.py): for
+    recordings, as text comes half a minute late."""
 
     def __init__(self, bundle: Bundle, config: StreamConfig | None = None) -> None:
-        """ConfigError or BundleError where `config` is not possible with this bundle."""
+        """Raises ConfigError or BundleError if this bundle does not support `config`."""
         super().__init__(bundle, config)
         self._recording = Recording(self._scorer, self._config.search)
         self._waiting = np.zeros(0, np.float32)
 
     @property
     def encoded_s(self) -> float:
-        """Seconds of audio that the events are about."""
+        """Seconds of audio that the events cover."""
         waiting_s = len(self._waiting) / self._scorer.bundle.info.features.sample_rate
         return self.duration_s - waiting_s
 
     def accept(self, samples: Floats) -> list[Event]:
-        """Hear samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
+        """Take samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
         self._waiting = np.concatenate([self._waiting, self._take(samples)])
         return self._hear(self._scorer.max_samples)
 
     def finish(self) -> list[Event]:
-        """There is no more: the final events of what was not yet decoded."""
+        """End the stream: the final events of the audio not yet decoded."""
         self._close()
         return self._hear(1)
 
     def _hear(self, least: int) -> list[Event]:
-        """The final events of windows, while there are samples for one."""
+        """The final events of windows, as long as there are `least` samples."""
         tokenizer, events = self._scorer.bundle.tokenizer, []
         while len(self._waiting) >= least:
             found, used = self._recording.hear(self._waiting[: self._scorer.max_samples])
@@ -194,7 +194,7 @@ class Loudness:
         self._recent: deque[float] = deque(maxlen=num_recent)
 
     def judge(self, block: Floats) -> tuple[float, bool]:
-        """The level of a block (S,) in dB of full scale, and whether that is silence."""
+        """The level of a block (S,) in dB relative to full scale, and whether it is silent."""
         level = float(10 * np.log10(np.square(block, dtype=np.float64).mean() + 1e-12))
         self._recent.append(level)
         is_known = len(self._recent) == self._recent.maxlen
