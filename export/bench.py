@@ -1,14 +1,13 @@
-"""How fast a bundle streams: real-time factor, latency, memory. One thread, one stream, unless told
-otherwise.
+"""How fast a bundle streams: real-time factor, latency, memory. One thread and one stream by default.
 
-Sound is fed in blocks as a microphone delivers them, but as fast as it is taken. Latencies are what a
-speaker would notice if the blocks came in real time:
+Audio is fed in blocks as a microphone delivers them, but as fast as the stream accepts it. Latencies are what
+a speaker would notice if the blocks came in real time:
 
     chunk           computing time of a block that completes a chunk
-    first partial   from the start of the first word to its appearance: waiting for sound, then computing
-    final           from the last sample to the final text: computing what is left, and the last search
+    first partial   from the start of the first word to its appearance: waiting for audio, then computing
+    final           from the last sample to the final text: encoding the rest, and the last search
 
-Two bundles are compared by turns, utterance after utterance, as machines are not equally busy all the time.
+Two bundles are compared in turns, utterance by utterance, because the load of a machine varies over time.
 """
 
 import resource
@@ -34,7 +33,7 @@ class Timings:
     audio_s: float = 0.0
     wall_s: float = 0.0
     cpu_s: list[float] = field(default_factory=list)
-    """Of each utterance."""
+    """One per utterance."""
     chunk_s: list[float] = field(default_factory=list)
     first_partial_s: list[float] = field(default_factory=list)
     final_s: list[float] = field(default_factory=list)
@@ -42,18 +41,18 @@ class Timings:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is printed, and kept in model.json."""
+    """The figures that are printed and kept in model.json."""
 
     audio_s: float
     threads: int
     chunk_ms: int
     look_ahead_ms: int
-    """Of all layers together: the text is so much later."""
+    """Summed over all layers: the text is this much later."""
     mode: str
     rtf: float
-    """Wall time per second of sound."""
+    """Wall time per second of audio."""
     cpu_rtf: float
-    """Computing time of all threads per second of sound."""
+    """CPU time of all threads per second of audio."""
     chunk_ms_p50_p95: tuple[float, float]
     first_partial_ms_p50_p95: tuple[float, float]
     final_ms_p50_p95: tuple[float, float]
@@ -65,7 +64,7 @@ class Figures:
 
 
 class Ratio(NamedTuple):
-    """Computing time of another bundle over that of this one, utterance by utterance."""
+    """CPU time of another bundle relative to this one, utterance by utterance."""
 
     median: float
     quartiles: tuple[float, float]
@@ -73,7 +72,7 @@ class Ratio(NamedTuple):
 
 
 def bench(bundle: Bundle, utterances: Iterable[Floats], config: StreamConfig) -> Figures:
-    """Stream each utterance once; the first one twice, as the first time also warms up."""
+    """Stream each utterance once; the first one twice, since the first pass is a warm-up."""
     (timings,) = _by_turns([bundle], utterances, config)
     return _figures(bundle, config, timings)
 
@@ -81,7 +80,7 @@ def bench(bundle: Bundle, utterances: Iterable[Floats], config: StreamConfig) ->
 def bench_against(
     bundle: Bundle, other: Bundle, utterances: Iterable[Floats], config: StreamConfig
 ) -> tuple[Figures, Figures, Ratio]:
-    """The figures of both, and how many times as much computing the other one needs."""
+    """The figures of both, and how many times the CPU time of the first the other one needs."""
     ours, theirs = _by_turns([bundle, other], utterances, config)
     ratios = [b / max(a, 1e-9) for a, b in zip(ours.cpu_s, theirs.cpu_s, strict=True)]
     median, low, high = np.percentile(ratios, [50, 25, 75]) if ratios else (0.0, 0.0, 0.0)
@@ -143,7 +142,7 @@ def _run(bundle: Bundle, samples: Floats, config: StreamConfig, timings: Timings
 
 
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """The median and the 95th percentile, in milliseconds; 0 where nothing was measured."""
+    """The median and the 95th percentile, in milliseconds; 0 if nothing was measured."""
     if not seconds:
         return 0.0, 0.0
     low, high = np.percentile(seconds, [50, 95])

@@ -1,4 +1,4 @@
-"""From a model to a bundle that was compared with it."""
+"""From a model to a bundle that has been verified against it."""
 
 import tempfile
 from collections.abc import Sequence
@@ -32,17 +32,17 @@ SOUND_S = 20.0
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle and what was proved of it."""
+    """A bundle and the results of its verification."""
 
     info: ModelInfo
     float32: Comparison
-    """The model and its float32 graphs, on made sound, at once and in chunks: the larger difference."""
+    """The model and its float32 graphs, on synthetic audio, at once and in chunks: the larger difference."""
 
     converted: Comparison | None
-    """The float32 graphs and those of the bundle, on the utterances given."""
+    """The float32 graphs and those of the bundle, on the given utterances."""
 
     report: Report | None
-    """What the limit of the word error rate came to."""
+    """The outcome of the word error rate limit."""
 
 
 def build(
@@ -54,8 +54,8 @@ def build(
     out: Path,
     limit: Limit | None = None,
 ) -> Built:
-    """Write the bundle of a model; BundleError, and nothing written, where the graphs are not the model, or
-    those of the target are beyond the limit."""
+    """Write the bundle of a model. Raises BundleError without writing anything if the graphs differ from the
+    model, or if those of the target exceed the limit."""
     graphs, report = export_graphs(model), None
     info = describe(model, tokens, target, origin)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,13 +77,13 @@ def build(
 
 
 def made_utterance(model: HybridModel) -> Utterance:
-    """Made sound, as long as SOUND_S, or as the model hears at most."""
+    """Synthetic audio of SOUND_S, or of the model's maximum length if that is shorter."""
     rate = model.fbank.config.sample_rate
     return Utterance("made", made_sound(SOUND_S, rate)[: model.fbank.max_samples or None], "")
 
 
 def _prove(model: HybridModel, float32: Bundle) -> Comparison:
-    """BundleError unless the graphs are the model, at once and chunk by chunk, also with look-ahead."""
+    """Raise BundleError unless the graphs match the model, at once and in chunks, also with look-ahead."""
     info = float32.info
     sound = [made_utterance(model)]
     found = []
@@ -96,7 +96,7 @@ def _prove(model: HybridModel, float32: Bundle) -> Comparison:
 
 
 def _lost(float32: Bundle, bundle: Bundle, utterances: Sequence[Utterance]) -> Comparison:
-    """What quantization changes, in the chunks that the bundle streams with, if it does."""
+    """What quantization changes, in the chunks that the bundle streams with, or at once if it cannot."""
     context = contexts(bundle.info)[:2][-1]
     answers = [
         answer(encoding(b, context), utterances, b.tokenizer, b.info.has_ctc) for b in (float32, bundle)

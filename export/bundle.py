@@ -1,4 +1,4 @@
-"""Graphs, units and model.json into one folder, all or nothing."""
+"""Write graphs, units and model.json into one folder, all or nothing."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ TOKEN_FILES = ("tokens.txt", "tokens.model", "lexicon.txt")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the weights of a bundle are from."""
+    """Where the weights of a bundle come from."""
 
     source: str
     licence: str
@@ -72,8 +72,8 @@ def describe(model: HybridModel, tokens: Path, target: str, origin: Origin) -> M
 
 
 def streaming(model: HybridModel) -> Streaming:
-    """The longest chunk up to CHUNK_MS is the default: of those of training, if it names any, else of
-    CHUNKS_MS up to the longest of training, as far as they fit the model's frames."""
+    """The streaming options of a model. The default is the longest chunk up to CHUNK_MS: of the chunks used
+    in training, if any are listed, else of CHUNKS_MS up to the longest in training that fit its frames."""
     fbank, encoder = model.fbank, model.encoder
     unit, unit_ms = encoder.chunk_unit, round(1000 * encoder.chunk_unit * model.frame_s)
     longest = max(encoder.config.chunk.max_chunk // unit, 1) * unit_ms
@@ -96,9 +96,9 @@ def streaming(model: HybridModel) -> Streaming:
 
 
 def write_bundle(graphs: dict[str, onnx.ModelProto], info: ModelInfo, tokens: Path, out: Path) -> ModelInfo:
-    """Write the folder `out`, in the place of a bundle that is there already; returns its model.json.
+    """Write the folder `out`, replacing a bundle that is already there; returns its model.json.
 
-    BundleError where `out` is something else, or cannot be written.
+    BundleError if `out` is something else, or cannot be written.
     """
     check_out(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
@@ -119,9 +119,9 @@ def write_bundle(graphs: dict[str, onnx.ModelProto], info: ModelInfo, tokens: Pa
 
 
 def check_out(out: Path, marker: str = "model.json") -> None:
-    """BundleError unless a bundle can be written to `out`; asked before the minutes that an export takes.
+    """Raise BundleError unless a bundle can be written to `out`; called before the minutes of an export.
 
-    marker: the file by which a folder of an earlier export is known.
+    marker: the file that identifies a folder of an earlier export.
     """
     if out.exists() and not (out.is_dir() and ((out / marker).exists() or not any(out.iterdir()))):
         raise BundleError(

@@ -1,11 +1,11 @@
-"""The graph of a streaming Conformer and its features, written by hand, as a trace of it is slower.
+"""The graph of a streaming Conformer and its features, hand-written because a traced graph is slower.
 
-Against the trace: activations are (N T', C), so that a matrix and its bias are one operation; nothing but the
-mask depends on sizes, which are found once; each layer has tensors of its own as its state, so that nothing
-is cut apart or put together; factors are in the weights. A call takes four fifths of the time
-(docs/experiments.md). The modules are what it is held against (tests/export/test_encoder.py).
+Compared with the trace: activations are (N T', C), so that a matrix and its bias are one operation; only the
+mask depends on sizes, which are computed once; each layer has its own state tensors, so that nothing is split
+or concatenated; factors are folded into the weights. A call takes four fifths of the time
+(docs/experiments.md). The graph is tested against the modules (tests/export/test_encoder.py).
 
-While streams go on, all frames of a call count: what they keep is a slice.
+While streams go on, all frames of a call count: the state that they keep is a slice.
 
 N streams · T feature frames · T' encoder frames · S samples · F mel bins · C channels · L layers · H heads
 · D channels per head · W cached frames · R frames held back · P feature frames kept · K kernel
@@ -33,7 +33,7 @@ from export.graph import END, Graph
 
 
 def conformer_fields(encoder: Conformer) -> tuple[Field, ...]:
-    """The state of one stream. What waits for look-ahead is only there if the model was trained for it."""
+    """The state of one stream. Fields for look-ahead only exist if the model was trained with it."""
     config, head_dim = encoder.config, encoder.head_dim
     fields = [Field("frames", (encoder.front.past_frames, encoder.num_bins), "float32")]
     for i in range(config.num_layers):
@@ -49,7 +49,7 @@ def conformer_fields(encoder: Conformer) -> tuple[Field, ...]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one call, (1,) int64 each, and shapes made of them."""
+    """The sizes of one call, (1,) int64 each, and shapes made of them."""
 
     n: str
     length: str
@@ -57,7 +57,7 @@ class Sizes:
     width: str
     """W."""
     delay: str
-    """R; 0 where the model cannot look ahead."""
+    """R; 0 if the model cannot look ahead."""
     heads: str
     """(N, T', 3 H, D)."""
     image: str
@@ -68,33 +68,33 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Sight:
-    """What layers see, float32: `asr.model.conformer.Sight`."""
+    """What layers attend to, float32: `asr.model.conformer.Sight`."""
 
     masks: list[str]
-    """Of each layer, (N, 1, T', W + T'): 0, or minus infinity."""
+    """For each layer (N, 1, T', W + T'): 0, or minus infinity."""
     exists: list[str]
-    """Of each layer, (N T', 1): 0 before the utterance; empty where the model cannot look ahead."""
+    """For each layer (N T', 1): 0 before the utterance; empty if the model cannot look ahead."""
     cosine: str
     """(N, 1, T', D)."""
     sine: str
-    """The same, its first half negative."""
+    """(N, 1, T', D), its first half negated."""
 
 
 def conformer_graph(model: HybridModel) -> onnx.ModelProto:
-    """As write_encoder."""
+    """The graph that `write_encoder` returns."""
     encoder = cast(Conformer, model.encoder)
     num_context = 3 if encoder.config.chunk.max_right else 2
     return write_encoder(model, conformer_fields(encoder), num_context, partial(ConformerWriter, encoder))
 
 
 class ConformerWriter:
-    """`asr.model.conformer.Conformer.forward`, once."""
+    """Writes `asr.model.conformer.Conformer.forward`, once."""
 
     def __init__(
         self, encoder: Conformer, graph: Graph, past: Mapping[str, str], context: Sequence[str]
     ) -> None:
-        """past: the state, by the names of its fields.  context: values of chunk and left, and of right where
-        there is look-ahead; int64, each one number."""
+        """past: the state, by field name.  context: values of chunk and left, and of right if there is
+        look-ahead; int64 scalars."""
         self.graph, self.encoder, self.config = graph, encoder, encoder.config
         self.past, self.context = past, context
         self.can_look_ahead = len(context) == 3
@@ -155,7 +155,7 @@ class ConformerWriter:
         return self.graph.add("Unsqueeze", self.graph.before(lens, length), self.graph.constant([2]))
 
     def _sight(self, lens: str, sizes: Sizes) -> Sight:
-        """Of layers that look ahead, each sees other frames: M = L of them, else M = 1."""
+        """Layers that look ahead see different frames each: M = L masks, else M = 1."""
         graph = self.graph
         with graph.scope("encoder.context"):
             offset = graph.add("Unsqueeze", self.past["offset"], graph.constant([1]))  # (N, 1)
@@ -185,7 +185,7 @@ class ConformerWriter:
         chunk, left, *right = self.context
         is_whole = graph.add("LessOrEqual", chunk, graph.constant(0))
         chunk = graph.add("Where", is_whole, graph.constant(ENDLESS), chunk)
-        # integers are divided towards 0, so all frames are shifted by as many chunks that none is below it
+        # integer division rounds towards 0, so all frames are shifted by enough chunks to be at least 0
         late = graph.add("Mul", sizes.delay, graph.constant(self.config.num_layers))
         shift = graph.add("Mul", graph.add("Add", sizes.width, late), chunk)
         numbers = [graph.add("Div", graph.add("Add", x, shift), chunk) for x in (queries, keys)]
@@ -206,7 +206,7 @@ class ConformerWriter:
         return graph.add("Where", graph.add("Or", near, same), *values)
 
     def _exist(self, queries: str) -> list[str]:
-        """(N, M, T') -> of each layer (N T', 1), 0 for frames before the utterance."""
+        """(N, M, T') -> for each layer (N T', 1), 0 for frames before the utterance."""
         graph = self.graph
         exist = graph.add("GreaterOrEqual", queries, graph.constant(0))
         exist = graph.add("Cast", exist, to=onnx.TensorProto.FLOAT)
@@ -214,7 +214,7 @@ class ConformerWriter:
         return [graph.add("Reshape", part, graph.constant([-1, 1])) for part in parts]
 
     def _rotation(self, positions: str) -> tuple[str, str]:
-        """(N, T') -> (N, 1, T', D) each; the angle in double precision, modulo a turn."""
+        """(N, T') -> (N, 1, T', D) each; the angle in double precision, modulo a full turn."""
         graph, head_dim = self.graph, self.encoder.head_dim
         pairs = torch.arange(head_dim // 2, dtype=torch.float64)
         rates = graph.constant((BASE ** (-pairs * 2 / head_dim)).numpy(), "float64")
@@ -249,7 +249,7 @@ class ConformerWriter:
         return graph.layer_norm("norm", layer.norm, x)
 
     def _feed_forward(self, name: str, module: nn.Sequential, x: str) -> str:
-        """x and half of what the module makes of it."""
+        """x plus half of the module's output for it."""
         graph = self.graph
         with graph.scope(name):
             y = graph.layer_norm("0", cast(nn.LayerNorm, module[0]), x)
@@ -279,7 +279,7 @@ class ConformerWriter:
             return queries, found[0], found[1]
 
     def _delay(self, i: int, x: str, queries: str, sizes: Sizes) -> tuple[str, str]:
-        """x (N T', C), queries (N, H, T', D) -> those of R frames earlier."""
+        """x (N T', C), queries (N, H, T', D) -> the same, delayed by R frames."""
         graph = self.graph
         found = []
         for name, new, axis in (
@@ -300,7 +300,7 @@ class ConformerWriter:
             y = graph.add("Mul", y, sight.exists[i])
         seen = graph.add("Concat", self.past[f"conv.{i}"], graph.add("Reshape", y, sizes.image), axis=2)
         self.following[f"conv.{i}"] = graph.slice(seen, sizes.length, END, 2)
-        # between these two, onnxruntime lays channels out in blocks
+        # between these two, onnxruntime uses a blocked channel layout
         y = graph.add("Transpose", seen, perm=[0, 3, 1, 2])
         y = graph.convolution("depthwise", module.depthwise, y)
         y = graph.add("Transpose", y, perm=[0, 2, 3, 1])
@@ -309,7 +309,7 @@ class ConformerWriter:
         return graph.linear("out", module.out, graph.silu(y))
 
     def _valid(self, x: str, lens: str, sizes: Sizes) -> tuple[str, str]:
-        """x (N T', C) of the last layer -> y (N, T', C), which begins with the utterance and is 0 behind its
+        """x (N T', C) of the last layer -> y (N, T', C), which begins with the utterance and is 0 after its
         end, and y_lens (N,)."""
         graph, y_lens = self.graph, lens
         if self.can_look_ahead:

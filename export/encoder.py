@@ -1,4 +1,4 @@
-"""The graph of an encoder that streams, from samples to log-probabilities, written by hand."""
+"""The hand-written graph of a streaming encoder, from samples to log-probabilities."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ from export.graph import Graph
 
 
 class EncoderWriter(Protocol):
-    """Writes what the `forward` of an encoder computes, once."""
+    """Writes the `forward` of an encoder, once."""
 
     following: dict[str, str]
     """Field of the state -> its value after the call."""
@@ -25,8 +25,7 @@ class EncoderWriter(Protocol):
 
 
 Begin = Callable[[Graph, Mapping[str, str], Sequence[str]], EncoderWriter]
-"""A writer of a graph, for the state, by the names of its fields, and the values of the context, one number
-each."""
+"""(graph, state by field name, context values as scalars) -> a writer."""
 
 
 def write_encoder(
@@ -34,7 +33,7 @@ def write_encoder(
 ) -> onnx.ModelProto:
     """(window of samples, its frames, context, state) -> (y, CTC log-probabilities, their frames, state).
 
-    num_context: numbers of the context that the encoder heeds, the first of `Context`.
+    num_context: how many of the first fields of `Context` the encoder uses.
     """
     graph, fbank = Graph("encoder"), model.fbank
     size = f"{fbank.shift_samples}*T + {fbank.frame_samples - fbank.shift_samples}"

@@ -1,4 +1,4 @@
-"""Log-mel features in a graph, written by hand."""
+"""Log-mel features in a hand-written graph."""
 
 import math
 from typing import cast

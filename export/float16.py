@@ -1,7 +1,7 @@
 """Layers in 16 bits, for a GPU: the target `cuda-fp16`.
 
 Inputs and outputs stay in float32, and so do the features (16 nats of a power spectrum), positions and masks,
-and the log-probabilities: all that is in no layer, nor in the subsampling. Between the two are casts.
+and the log-probabilities: everything outside the layers and the subsampling. Casts join the two.
 """
 
 import re
@@ -13,23 +13,23 @@ import onnx
 from export.quantize import module_of
 
 CONVERTED = re.compile(r"(.*\blayers\.\d+\.|encoder\.front\b|decoder\.(cross|out)\b)")
-"""Names of nodes that compute in 16 bits."""
+"""Names of the nodes that compute in 16 bits."""
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
 
 def to_float16(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A float32 graph -> the same with layers in 16 bits, but those `kept`. The argument stays as it is."""
+    """A float32 graph -> a copy with layers in 16 bits, except those in `kept`."""
     converted = onnx.shape_inference.infer_shapes(model)
     graph = converted.graph
     values = [*graph.input, *graph.output, *graph.value_info]
     floats = {x.name for x in values if x.type.tensor_type.elem_type == FLOAT}
     constants = {x.name: x for x in graph.initializer if x.data_type == FLOAT}
-    there: set[str] = set()  # tensors that there are in 16 bits
+    there: set[str] = set()  # tensors that exist in 16 bits
     nodes: list[onnx.NodeProto] = []
 
     def in_half(name: str) -> str:
-        """The name of a float tensor in 16 bits, made where there is none yet."""
+        """The name of a float tensor in 16 bits, created if there is none yet."""
         half = f"{name}/half"
         if half not in there:
             there.add(half)
@@ -61,7 +61,7 @@ def _cast(name: str, to: str, kind: int) -> onnx.NodeProto:
 
 
 def _halve(attribute: onnx.AttributeProto) -> None:
-    """What a node makes as float32, as the value of an attribute or the type of one, is float16."""
+    """Change a float32 attribute of a node, a value or a type, to float16."""
     if attribute.name in ("to", "dtype") and attribute.i == FLOAT:
         attribute.i = HALF
     elif attribute.HasField("t") and attribute.t.data_type == FLOAT:
@@ -69,14 +69,14 @@ def _halve(attribute: onnx.AttributeProto) -> None:
 
 
 def _half(constant: onnx.TensorProto, name: str) -> onnx.TensorProto:
-    """In 16 bits; what is too large, as what masks, is the largest that there is."""
+    """A constant in 16 bits; values too large for them, such as masks, become the largest float16."""
     largest = np.finfo(np.float16).max
     value = onnx.numpy_helper.to_array(constant).clip(-largest, largest)
     return onnx.numpy_helper.from_array(value.astype(np.float16), name)
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Set the nodes of a graph, without the casts and constants that nobody reads."""
+    """Set the nodes of a graph, without unused casts and constants."""
     outputs = {x.name for x in graph.output}
     read = {name for node in nodes for name in node.input} | outputs
     used = [x for x in nodes if not (x.op_type == "Cast" and x.output[0] not in read)]

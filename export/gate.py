@@ -1,11 +1,11 @@
-"""As much in fewer bits as a limit of the word error rate allows.
+"""Convert as much to fewer bits as a limit on the word error rate allows.
 
-The float32 graphs and those of a target hear the same set. Where the error rate rises by more than the limit,
-modules (`export/quantize.py`) are brought back to float32 in the order of the harm that they do, until it is
-within. The order is found cheaply: each module alone is converted, and its harm is how much that changes the
-log-probabilities of what the float32 graphs say of a minute of the set: those of CTC where only modes of CTC
-alone are beyond, else the decoder's, too. How many of them it takes is found by doubling and halving, as each
-trial is the whole set; the graphs that come out are ones that were measured.
+The float32 graphs and those of a target decode the same set. If the error rate rises by more than the limit,
+modules (`export/quantize.py`) return to float32 in the order of the harm that they do, until it is within the
+limit. The order is found cheaply: each module is converted alone, and its harm is the change in the
+log-probabilities of the float32 graphs' own output on a minute of the set: those of CTC if only CTC modes
+exceed the limit, else the decoder's, too. The number of modules is found by doubling and bisection, because
+each trial decodes the whole set; the resulting graphs are ones that were measured.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,13 +22,13 @@ from export.quantize import modules
 from export.verify import Utterance
 
 MAX_SHARE = 0.5
-"""Of the matrices, by their size, that may stay in float32: with more it is not what was asked for."""
+"""Maximum share of the matrices, by size, that may stay in float32: more would defeat the purpose."""
 
 Convert = Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]
-"""A float32 graph, and the modules of it to keep in float32 -> the graph of a target."""
+"""A float32 graph, and its modules to keep in float32 -> the graph of a target."""
 
 Watch = Callable[[str, int], Callable[[int], None]]
-"""What is done, and in how many steps -> what is called with the number of those that are done."""
+"""A description and a number of steps -> a progress callback, called with the number of steps done."""
 
 Rates = dict[str, float]
 """Mode of decoding -> word error rate, per cent."""
@@ -39,16 +39,16 @@ class Limit:
     """What a target may cost."""
 
     max_increase: float
-    """Per cent of words, in any mode of decoding."""
+    """Maximum increase of the error rate, in per cent of words, in any mode."""
 
     utterances: Sequence[Utterance]
     """The set, with its texts."""
 
     modes: Sequence[str] = ()
-    """Of decoding; none: those in which every graph is heard."""
+    """Decoding modes; none: modes that together use every graph."""
 
     about: Mapping[str, object] = field(default_factory=dict)
-    """Of which set and by which command, for the report."""
+    """The set and the command, for the report."""
 
     watch: Watch = lambda what, steps: lambda done: None
     say: Callable[[str], None] = lambda line: None
@@ -56,26 +56,26 @@ class Limit:
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, for model.json."""
+    """The measurements, for model.json."""
 
     limit: Limit
     words: int
-    """Of the reference."""
+    """Words of the reference."""
     wer_float32: Rates
     wer_all: Rates
     """With every module converted."""
     wer: Rates
-    """Of the graphs that came out."""
+    """Of the resulting graphs."""
     kept: dict[str, float]
     """Modules in float32 -> their harm, in nats, the greatest first."""
     share: float
-    """Of the numbers in matrices, what is in float32."""
+    """Fraction of the matrix elements that is in float32."""
     size: int
     size_float32: int
-    """Of all graphs, in bytes."""
+    """Size of all graphs, in bytes."""
 
     def as_dict(self) -> dict[str, Any]:
-        """With the numbers as they are printed."""
+        """The report with its numbers rounded as printed."""
         rates = {
             name: {mode: round(rate, 2) for mode, rate in getattr(self, name).items()}
             for name in ("wer_float32", "wer_all", "wer")
@@ -96,9 +96,9 @@ class Report:
 def gate(
     float32: Graphs, convert: Convert, hearing: Hearing, limit: Limit
 ) -> tuple[dict[str, onnx.ModelProto], Report]:
-    """The graphs of a target that are within the limit, and what was measured of them.
+    """Graphs of a target that are within the limit, and their measurements.
 
-    BundleError where none are, though half of the matrices stay in float32, or where the set has no words.
+    BundleError if none are, even with half of the matrices in float32, or if the set has no words.
     """
     measured = _Trials(float32, convert, hearing, limit)
     order: dict[str, float] = {}
@@ -116,8 +116,8 @@ def gate(
 def rank(
     float32: Graphs, convert: Convert, hearing: Hearing, modes: Sequence[str], watch: Watch
 ) -> dict[str, float]:
-    """Modules that do harm in some modes, the greatest first: by how much the log-probabilities of what the
-    float32 graphs say change if it alone is converted; means over each kind of output, added."""
+    """Modules -> their harm in some modes, the greatest first: the mean change in the log-probabilities of
+    the float32 graphs' output if the module alone is converted, summed over the kinds of output."""
     kinds = {kind for mode in modes for kind in hearing.kinds(mode)}
     reference = hearing.log_probs(float32)
     names = list(dict.fromkeys(name for graph in float32.values() for name in modules(graph)))
@@ -137,7 +137,7 @@ def rank(
 
 
 class _Trials:
-    """Which modules in float32 give which error rates."""
+    """The error rates for trials with different modules in float32."""
 
     def __init__(self, float32: Graphs, convert: Convert, hearing: Hearing, limit: Limit) -> None:
         self._float32, self._convert, self._hearing, self._limit = float32, convert, hearing, limit
@@ -151,11 +151,11 @@ class _Trials:
         self._tried[key], _ = self._rates(graphs, f"{len(kept)} in float32" if kept else "all converted")
         if self.beyond(kept):
             return False
-        self._graphs = {key: graphs}  # the last that is within is the one with the fewest
+        self._graphs = {key: graphs}  # the last one within the limit has the fewest modules in float32
         return True
 
     def beyond(self, kept: Sequence[str]) -> list[str]:
-        """The modes in which what was tried loses more than the limit."""
+        """The modes in which a trial exceeds the limit."""
         most = self._limit.max_increase + 1e-9
         return [mode for mode, rate in self._tried[tuple(kept)].items() if rate - self._before[mode] > most]
 
@@ -213,14 +213,14 @@ def _sizes(graphs: Graphs) -> dict[str, int]:
 
 
 def _most(graphs: Graphs, order: Sequence[str]) -> int:
-    """How many of the first modules are MAX_SHARE of the matrices together, or less."""
+    """How many of the first modules together have at most MAX_SHARE of the matrices."""
     sizes = _sizes(graphs)
     shares = np.cumsum([sizes[name] for name in order]) / max(sum(sizes.values()), 1)
     return int((shares <= MAX_SHARE).sum())
 
 
 def _fewest(is_within: Callable[[int], bool], most: int) -> int:
-    """The fewest that are enough, by doubling and halving, as if more were never worse; -1: `most` is not."""
+    """The fewest that suffice, by doubling and bisection, if more is never worse; -1 if `most` does not."""
     low, high = 0, min(1, most)
     while high and not is_within(high):
         if high == most:

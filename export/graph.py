@@ -1,4 +1,4 @@
-"""ONNX graphs written node by node, for models whose best graph is not the trace of their modules."""
+"""ONNX graphs written node by node, for models for which a traced graph is not the best one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 OPSET = 18
 IR_VERSION = 10
-"""Which onnxruntime 1.20 reads."""
+"""The version that onnxruntime 1.20 reads."""
 
 END = 1 << 62
-"""Behind the last of any dimension, for `Graph.slice`."""
+"""Past the end of any dimension, for `Graph.slice`."""
 
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -26,7 +26,7 @@ TYPES = {
 
 
 class Graph:
-    """A graph that grows. Values are told apart by their names; nodes are named after modules: `scope`."""
+    """A graph under construction. Values are identified by name; nodes are named after modules (`scope`)."""
 
     def __init__(self, name: str) -> None:
         self._graph = onnx.GraphProto(name=name)
@@ -39,20 +39,20 @@ class Graph:
         return name
 
     def output(self, name: str, value: str, shape: Sequence[int | str], dtype: str = "float32") -> None:
-        """Let a value leave the graph under a name."""
+        """Make a value an output of the graph under a name."""
         self._outputs[value] = name
         self._graph.output.append(helper.make_tensor_value_info(name, TYPES[dtype], shape))
 
     @contextmanager
     def scope(self, module: str) -> Iterator[None]:
-        """Name nodes after a module within the present one."""
+        """Name nodes after a module within the current one."""
         outer = self._scope
         self._scope = f"{outer}{module}."
         yield
         self._scope = outer
 
     def constant(self, value: ArrayLike, dtype: str = "int64") -> str:
-        """A small constant, or a weight; those that are equal are one."""
+        """A small constant, or a weight; equal ones are shared."""
         array = np.ascontiguousarray(value, dtype)
         key = dtype, array.shape, array.tobytes()
         if key not in self._constants:
@@ -72,7 +72,7 @@ class Graph:
         return output
 
     def split(self, op: str, *inputs: str, count: int, **attributes: Any) -> list[str]:
-        """A node with several outputs: equal parts, if it is a Split that is not told more."""
+        """A node with several outputs; a Split without further inputs makes equal parts."""
         name = self._node_name(op)
         outputs = [f"{name}:{i}" if i else name for i in range(count)]
         if op == "Split" and len(inputs) == 1:
@@ -86,7 +86,7 @@ class Graph:
         return self.add("Slice", x, *bounds, self.constant([axis]), self.constant([step]))
 
     def size(self, x: str, axis: int) -> str:
-        """(1,)."""
+        """The size of an axis, (1,)."""
         return self.add("Shape", x, start=axis, end=axis + 1)
 
     def range(self, start: str, end: str) -> str:
@@ -100,7 +100,7 @@ class Graph:
         return self.add("Less", step, self.add("Unsqueeze", lens, self.constant([1])))
 
     def linear(self, name: str, module: nn.Linear, x: str, scale: float | Tensor = 1.0) -> str:
-        """x (..., C) -> scale times its image (..., C'); one scale, or (C',)."""
+        """x (..., C) -> the scaled output (..., C'); scale: a number, or (C',)."""
         return self.affine(name, scale * module.weight.t(), scale * module.bias, x)
 
     def affine(self, name: str, weight: Tensor, bias: Tensor, x: str) -> str:
@@ -111,7 +111,7 @@ class Graph:
             )
 
     def convolution(self, name: str, module: nn.Conv2d, x: str, less: float = 0.0) -> str:
-        """x (N, C, T, F) -> its image less a number (N, C', T', F')."""
+        """x (N, C, T, F) -> the output minus `less` (N, C', T', F')."""
         assert module.bias is not None
         (top, left), strides = cast(tuple[int, int], module.padding), list(module.stride)
         with self.scope(name):

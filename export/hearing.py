@@ -1,5 +1,5 @@
-"""What graphs hear of a set: texts in the modes that a bundle is used in, and how likely they find what the
-float32 graphs hear. Graphs are run from memory, as often as they are asked; nothing is exported again.
+"""The output of graphs on a set: texts in the modes that a bundle is used in, and the log-probabilities that
+they give to the output of the float32 graphs. Graphs are run from memory; nothing is exported again.
 
 X log-probabilities · T encoder frames · C channels · V units
 """
@@ -24,38 +24,38 @@ from export.verify import Utterance, contexts, encode_in_chunks, follows
 Graphs = Mapping[str, onnx.ModelProto]
 
 PROBE_S = 60.0
-"""Seconds of audio on which modules are compared."""
+"""Seconds of audio for the comparison of modules."""
 
 
 class Hearing(Protocol):
-    """A set of utterances, and what graphs of one model hear of it."""
+    """A set of utterances, and the output of graphs of one model on it."""
 
     utterances: Sequence[Utterance]
 
     def texts(self, graphs: Graphs, number: int) -> dict[str, str]:
-        """What is heard of an utterance, by mode of decoding."""
+        """The text of an utterance in each decoding mode."""
 
     def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
-        """Of what the float32 graphs say of some utterances: an array (X,) for each kind of output, of the
-        same units in the same places whatever the graphs."""
+        """Log-probabilities of the float32 graphs' output on some utterances: an array (X,) for each kind of
+        output, for the same units in the same places whatever the graphs."""
 
     def kinds(self, mode: str) -> tuple[str, ...]:
-        """Of output, that the texts of a mode depend on."""
+        """The kinds of output that the texts of a mode depend on."""
 
 
 @dataclass(frozen=True)
 class Said:
-    """What the float32 graphs say of an utterance."""
+    """The output of the float32 graphs for an utterance."""
 
     samples: Floats
     best: Ints
-    """The likeliest unit of each frame (T,)."""
+    """The most likely unit of each frame (T,)."""
     tokens: tuple[int, ...]
     frames: tuple[int, ...]
-    """Where each of them is."""
+    """The frame of each token."""
 
     def segments(self, first: int) -> tuple[Ints, Ints, Ints]:
-        """Frames, tokens before them, and how long those are over; (T,) each. first: before all others."""
+        """Frames, the token before each, and the frames since its end, (T,) each; first: initial token."""
         frames = np.arange(len(self.best))
         before = np.searchsorted(self.frames, frames)
         starts = np.array([0, *(frame + 1 for frame in self.frames)])
@@ -63,10 +63,10 @@ class Said:
 
 
 class BundleHearing:
-    """The graphs of a bundle, in the chunks that it streams with, or at once where it cannot stream."""
+    """The graphs of a bundle, in the chunks that it streams with, or at once if it cannot stream."""
 
     def __init__(self, float32: Bundle, utterances: Sequence[Utterance], modes: Sequence[str] = ()) -> None:
-        """ConfigError where the model cannot be used in one of the modes; none stands for `usual_modes`."""
+        """ConfigError if the model does not support one of the modes; none stands for `usual_modes`."""
         self.utterances = utterances
         self.modes = tuple(modes) or usual_modes(float32)
         for mode in self.modes:
@@ -77,9 +77,9 @@ class BundleHearing:
         self._said: list[Said] = []
 
     def texts(self, graphs: Graphs, number: int, sessions: Mapping[str, Any] | None = None) -> dict[str, str]:
-        """sessions: what runs the graphs in the place of onnxruntime's."""
+        """sessions: replacements for the onnxruntime sessions of the graphs."""
         scorer = self._scorer(graphs)
-        vars(scorer.bundle).update(sessions or {})  # where a bundle keeps those that it has made
+        vars(scorer.bundle).update(sessions or {})  # where a bundle caches its sessions
         y, log_probs = self._encode(scorer, self.utterances[number].samples)
         config = with_prompt(scorer, SearchConfig())
         memory = scorer.memory([y])
@@ -139,14 +139,14 @@ class BundleHearing:
         return memory.ys[0], log_probs
 
     def _scorer(self, graphs: Graphs) -> OnnxScorer:
-        """Of graphs in the place of the bundle's; the sessions of those that were asked last are kept."""
+        """A scorer with other graphs than the bundle's; that of the last graphs is kept."""
         if self._last is None or self._last[0] is not graphs:
             self._last = graphs, OnnxScorer(in_memory(self._float32, graphs))
         return self._last[1]
 
 
 def in_memory(bundle: Bundle, graphs: Graphs) -> Bundle:
-    """The bundle with other graphs, that are not written anywhere."""
+    """The bundle with other graphs, which are only in memory."""
     data = {}
     for name, graph in graphs.items():
         onnx.helper.set_model_props(graph, {"tokens_sha256": bundle.info.tokens_sha256})
@@ -155,7 +155,7 @@ def in_memory(bundle: Bundle, graphs: Graphs) -> Bundle:
 
 
 def usual_modes(bundle: Bundle) -> tuple[str, ...]:
-    """Such that every graph is heard: CTC alone, and with the decoder."""
+    """Modes that together use every graph: CTC alone, and with the decoder."""
     possible = modes_for(bundle.info.decoder_type, bundle.info.has_ctc)
     if not bundle.info.has_ctc:
         return (possible[0],)

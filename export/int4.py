@@ -1,4 +1,4 @@
-"""Weights in 4 bits, one scale for 32 of them, activations in float32: the target `cpu-int4`, for size."""
+"""Weights in 4 bits with a scale per 32 of them, activations in float32: the target `cpu-int4`, for size."""
 
 from collections.abc import Collection
 
@@ -7,16 +7,16 @@ import onnx
 from export.quantize import excluded, finished, quiet
 
 BLOCK = 32
-"""Weights of one scale."""
+"""Weights per scale."""
 
 ACCURACY = 4
-"""Products are computed with activations in 8 bits, one scale for a block of them, too."""
+"""Products are computed with activations in 8 bits, also with one scale per block."""
 
 
 def to_int4(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A float32 graph -> the same with 4-bit matrices, `kept` ones apart. The argument is left as it is.
+    """A float32 graph -> a copy with 4-bit matrices, except modules in `kept`.
 
-    What is never quantized is that of `export/quantize.py`; tables of embeddings have 16 bits.
+    The same modules as in `export/quantize.py` are never quantized; embedding tables have 16 bits.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)

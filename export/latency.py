@@ -1,8 +1,8 @@
-"""How late a bundle writes what it hears: every utterance is played to it as a live stream.
+"""The latency of a bundle's texts: every utterance is played to it as a live stream.
 
-Sound comes in blocks, each there at its end. A block is computed when it is there and the one before it is
-done; how long that takes is measured, the waiting is not waited for. When the words were spoken, a forced CTC
-alignment of the reference says, made by a bundle that hears the whole utterance at once.
+Audio comes in blocks, each available at its end. A block is processed once it is available and the previous
+one is done; computing time is measured, waiting is only simulated. The times at which words were spoken come
+from a forced CTC alignment of the reference by a bundle that encodes the whole utterance at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +30,11 @@ from export.bench import BLOCK_S
 from export.verify import read_utterances
 
 SILENT_S = 3.0
-"""Who speaks to a microphone is silent for so long afterwards: more than any endpoint waits."""
+"""Silence after the speech at a microphone: longer than any endpoint waits."""
 
 
 class Spoken(NamedTuple):
-    """An utterance, its words, and where each ends in the sound; None where the alignment failed."""
+    """An utterance, its words, and where each ends in the audio; None if the alignment failed."""
 
     samples: Floats
     words: tuple[str, ...]
@@ -43,15 +43,15 @@ class Spoken(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What was measured with one configuration."""
+    """The measurements for one configuration."""
 
     config: StreamConfig
     chunk_ms: int
     left_chunks: int
     look_ahead_ms: int
-    """Of all layers together: the text is so much later."""
+    """Summed over all layers: the text is this much later."""
     rtf: float
-    """Computing time per second of sound; above 1, a stream falls ever more behind."""
+    """Computing time per second of audio; above 1, a stream falls further and further behind."""
     latency: Latency
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Setting:
 
 
 def read_spoken(manifest: Path, limit: int, aligner: Bundle) -> list[Spoken]:
-    """The first `limit` utterances of a manifest, aligned. ManifestError where none of them has words."""
+    """The first `limit` utterances of a manifest, aligned. ManifestError if none of them has words."""
     scorer = OnnxScorer(aligner)
     found = []
     for utterance in read_utterances(manifest, limit, aligner.info.features.sample_rate):
@@ -80,10 +80,10 @@ def read_spoken(manifest: Path, limit: int, aligner: Bundle) -> list[Spoken]:
 
 
 def word_ends(aligner: OnnxScorer, samples: Floats, text: str) -> list[float | None]:
-    """Where each word of `text`, which spaces separate, ends in samples (S,), in ms.
+    """Where each space-separated word of `text` ends in samples (S,), in ms.
 
     None for a word that the aligner's units cannot spell; for all if there are too few frames for them, or if
-    its words are not those between spaces, as of ideographs.
+    the aligner's words are not separated by spaces, as with ideographs.
     """
     tokenizer, info = aligner.bundle.tokenizer, aligner.bundle.info
     words = wer.words(text)
@@ -104,7 +104,7 @@ def word_ends(aligner: OnnxScorer, samples: Floats, text: str) -> list[float | N
 
 
 def measure(bundle: Bundle, utterances: Sequence[Spoken], config: StreamConfig) -> Setting:
-    """Play every utterance once; the first one twice, as the first time also warms up."""
+    """Play every utterance once; the first one twice, since the first pass is a warm-up."""
     for utterance in utterances[:1]:
         play(bundle, utterance.samples, config)
     rate = bundle.info.features.sample_rate
@@ -127,7 +127,7 @@ def measure(bundle: Bundle, utterances: Sequence[Spoken], config: StreamConfig) 
 
 
 def play(bundle: Bundle, samples: Floats, config: StreamConfig) -> tuple[list[Told], float]:
-    """What a stream tells of samples (S,) that come in real time, and the computing time in ms."""
+    """The events of a stream for samples (S,) that arrive in real time, and the computing time in ms."""
     rate = bundle.info.features.sample_rate
     size = max(int(BLOCK_S * rate), 1)
     stream, listener = Stream(bundle, config), Listener()
@@ -141,10 +141,10 @@ def play(bundle: Bundle, samples: Floats, config: StreamConfig) -> tuple[list[To
 def play_to_microphone(
     bundle: Bundle, samples: Floats, config: StreamConfig, block_ms: int, **device: Any
 ) -> tuple[list[Told], list[Block]]:
-    """As `play`, through a virtual microphone with blocks as `asr transcribe --mic` has them, and its queue.
+    """Like `play`, through a virtual microphone with the blocks and the queue of `asr transcribe --mic`.
 
-    The times are when a text is shown. Who speaks is silent behind samples (S,) until the last text has
-    come: nobody tells a microphone that there is no more.  device: options of VirtualMicrophone.
+    The times are when a text is shown. Silence follows samples (S,) until the last text has come, since
+    nothing tells a microphone that the speech is over.  device: options of VirtualMicrophone.
     """
     rate = bundle.info.features.sample_rate
     microphone = VirtualMicrophone(samples, rate, **device)
@@ -162,7 +162,7 @@ def play_to_microphone(
 
 
 class Listener:
-    """A clock that starts with the sound: no block is computed before its end, nor before the last."""
+    """A clock that starts with the audio: no block is processed before its end, or before the last one."""
 
     def __init__(self) -> None:
         self.told: list[Told] = []
@@ -179,9 +179,9 @@ class Listener:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Word error rate against latency, a line for each mode; points say their chunk, and look-ahead.
+    """Plot word error rate against latency, a line per mode; points are labelled with chunk and look-ahead.
 
-    rows: settings as `Setting.as_dict` has them, also of several reports.
+    rows: settings as from `Setting.as_dict`, possibly of several reports.
     """
     from matplotlib.figure import Figure
 
