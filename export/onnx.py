@@ -1,12 +1,12 @@
-"""A model as ONNX graphs, traced from the very modules that were trained; but for the encoder of a Conformer,
-or of a causal Zipformer, which is written by hand (`export/conformer.py`, `export/zipformer.py`).
+"""A model as ONNX graphs, traced from the very modules that were trained, except for Conformer encoders and
+causal Zipformers, which are hand-written (`export/conformer.py`, `export/zipformer.py`).
 
-    encoder   features, normalisation, encoder, CTC head; the state goes in as it came out of the call before
+    encoder   features, normalisation, encoder, CTC head; each call takes the state that the last one returned
     memory    keys and values of the decoder's cross-attention
     decoder   a whole token sequence at once, or one token with the state of those before it
     reverse   a whole token sequence from right to left, for models with a second decoder
     length    where segments end, and how long they were in training, for models with a segmental decoder
-    fire      weights of frames that add up to the number of words, for models with a head that counts them
+    fire      weights of frames that sum to the number of words, for models with a head that counts them
 
 Batch, samples, cached frames, tokens: all dynamic. Opset 18 and IR version 10, which onnxruntime 1.20 reads.
 """
@@ -44,10 +44,10 @@ from export.zipformer import zipformer_fields, zipformer_graph
 
 
 class EncoderGraph(nn.Module):
-    """One call of a stream: the state goes in as it came out of the call before."""
+    """One call of a stream, which takes the state that the previous call returned."""
 
     def __init__(self, model: HybridModel, state: State, num_context: int) -> None:
-        """state: one like those that it is given.  num_context: of chunk, left, right so many are inputs."""
+        """state: an example.  num_context: how many of chunk, left, right are inputs."""
         super().__init__()
         self.model = model
         self.state = state
@@ -74,7 +74,7 @@ class WholeGraph(nn.Module):
 
 
 class SamplesGraph(nn.Module):
-    """One utterance, all of whose samples its features depend on."""
+    """One utterance, for models whose features depend on all samples."""
 
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class MemoryGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """G hypotheses of each of N utterances, side by side, hear one copy of what is to be heard. Keys and
-    values are inputs and outputs layer by layer: of several in one tensor, every call would copy each."""
+    """G hypotheses of each of N utterances, side by side, share one copy of its memory. Keys and values are
+    separate inputs and outputs per layer: stacked in one tensor, each would be copied in every call."""
 
     def __init__(self, model: HybridModel) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class DecoderGraph(nn.Module):
 
 
 class ReverseGraph(nn.Module):
-    """Hypotheses of one utterance, whose memory is computed once for all."""
+    """Hypotheses of one utterance, which share one memory."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class Trace:
 
     outputs: list[str]
     num_rest: int
-    """Of the inputs, so many at the end are passed as one sequence."""
+    """How many of the last inputs are passed as one sequence."""
 
 
 def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
@@ -180,7 +180,7 @@ def export_graphs(model: HybridModel) -> dict[str, onnx.ModelProto]:
 
 
 def encoder_graph(model: HybridModel) -> onnx.ModelProto:
-    """Written by hand where that is known, else traced."""
+    """The hand-written graph if there is one, else the traced one."""
     if written := _written(model):
         return written.graph(model)
     streams = model.encoder.can_stream and model.fbank.framed
@@ -196,7 +196,7 @@ def state_fields(model: HybridModel) -> tuple[Field, ...]:
 
 
 class Written(NamedTuple):
-    """How the graph of an encoder is written by hand."""
+    """How the hand-written graph of an encoder is made."""
 
     graph: Callable[[HybridModel], onnx.ModelProto]
     fields: Callable[[Any], tuple[Field, ...]]
@@ -227,7 +227,7 @@ def encoder_trace(model: HybridModel) -> Trace:
 
 
 def whole_trace(model: HybridModel) -> Trace:
-    """Of samples where all of them are needed for the first frame, else of windows."""
+    """A trace from all samples if the first frame needs all of them, else from windows."""
     if not model.fbank.framed:
         size = Dim("S", min=1, max=model.fbank.max_samples or None)
         samples = torch.randn(1, min(16000, model.fbank.max_samples or 16000))
@@ -243,7 +243,7 @@ def _outputs(model: HybridModel) -> list[str]:
 
 
 def _windows(model: HybridModel, num_frames: int, n: Dim) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Samples of num_frames frames and the overlap behind them, and the sizes that vary."""
+    """Samples of num_frames frames and the overlap after them, and the sizes that vary."""
     shift, length = model.fbank.shift_samples, model.fbank.frame_samples
     overlap = model.encoder.overlap_frames
     num_frames += overlap
@@ -262,7 +262,7 @@ def memory_trace(model: HybridModel) -> Trace:
 
 
 def _layers(model: HybridModel, prefix: str = "") -> list[str]:
-    """The names of keys and values layer by layer."""
+    """The names of keys and values, layer by layer."""
     depth = len(model.decoder.layers)
     return [f"{prefix}{name}_{i}" for name in ("keys", "values") for i in range(depth)]
 
@@ -283,8 +283,8 @@ def decoder_trace(model: HybridModel) -> Trace:
 
 
 def with_best(decoder: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph of a decoder with an input k (1,), and the k likeliest units behind each token as outputs,
-    best first: ids and log_probs_of_ids (B, U, k)."""
+    """The graph of a decoder with an added input k (1,), and the k most likely units after each token as
+    outputs, best first: ids and log_probs_of_ids (B, U, k)."""
     graph, shape = decoder.graph, ["B", "M", "k"]
     graph.node.append(
         onnx.helper.make_node(
@@ -332,11 +332,11 @@ def fire_trace(fire: Fire) -> Trace:
 
 
 def export(trace: Trace, name: str) -> onnx.ModelProto:
-    """Trace a module and tidy the graph; no weights outside the returned message."""
+    """Trace a module and tidy the graph; all weights are in the returned message."""
     shapes = [trace.dynamic[name] for name in trace.inputs]
     first = len(shapes) - trace.num_rest
     positional = (*shapes[:first], tuple(shapes[first:])) if trace.num_rest else tuple(shapes)
-    # with gradients, torch may take another kernel for what it traces than for what it writes
+    # with gradients, torch may trace another kernel than the one it exports
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -357,7 +357,7 @@ def export(trace: Trace, name: str) -> onnx.ModelProto:
 
 
 def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """Name nodes after the modules they come from, and drop traces of the machine that exported them."""
+    """Name nodes after the modules they come from, and drop information about the exporting machine."""
     model.graph.name = name
     model.ir_version = IR_VERSION
     for i, node in enumerate(model.graph.node):
@@ -373,7 +373,7 @@ def tidy(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """The module of a node as "encoder.layers.0.attention.out/"; the weights of feature maps name theirs."""
+    """The module of a node, as "encoder.layers.0.attention.out/"; features are named by their weights."""
     scopes: Sequence[str] = ()
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
@@ -388,7 +388,7 @@ def _scope(node: onnx.NodeProto) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's own log and warnings say nothing that a user could act on."""
+    """Silence the exporter's own log and warnings, which say nothing that a user could act on."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""A bundle beside sherpa-onnx with the same weights: live, from a file, and with many streams at once.
+"""A bundle against sherpa-onnx with the same weights: live, from a file, and with many streams at once.
 
-Each runs in a process of its own, pinned to the same core with one thread, and they take turns: machines are
-not equally busy all the time, so that only ratios of neighbours mean something. Figures are computing times
-of the process; everything is in them, from samples to text, greedily by CTC.
+Each runs in its own process, pinned to the same core with one thread, and they take turns: the load of a
+machine varies over time, so only ratios of adjacent runs mean something. Figures are CPU times of the process
+and cover everything from samples to text, with greedy CTC.
 
     python -m export.peers ours BUNDLE SOUND.npy CHUNK_MS LEFT_CHUNKS CORE        reads tasks, writes times
 """
@@ -33,77 +33,77 @@ from asr.runtime.stream import StreamBatch, stream_context
 from asr.runtime.utterance import StreamConfig
 
 FRAME_MS, SAMPLE_RATE = 40, 16000
-"""Of the contract."""
+"""Frame length and sample rate of the contract."""
 MAX_STREAMS = 256
 ROUNDS_S = 8.0
-"""Of sound, to find out how many streams keep up."""
+"""Seconds of audio for finding out how many streams keep up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What to do with the sound."""
+    """How to process the audio."""
 
     streams: int = 1
     chunks_per_call: int = 1
     seconds: float = 0.0
-    """Of it, 0 for all."""
+    """Seconds of audio to use, 0 for all."""
 
 
 BACKLOG = 4
-"""Chunks a call, where the sound is there already."""
+"""Chunks per call if all audio is available."""
 
 STREAMS = (4, 16)
 TOGETHER_S = 80.0
-"""Of sound, in all streams of a pass."""
+"""Seconds of audio in all streams of a pass together."""
 
 USES = {
     "live": {"ours": Task(), "theirs": Task()},
     "file": {"ours": Task(chunks_per_call=BACKLOG), "theirs": Task()},
 } | {f"{n} streams": dict.fromkeys(("ours", "theirs"), Task(n, 1, TOGETHER_S / n)) for n in STREAMS}
-"""sherpa-onnx takes such models chunk by chunk; streams side by side in one call where it is a Zipformer."""
+"""sherpa-onnx runs such models chunk by chunk; it batches streams in one call only for a Zipformer."""
 
 
 class Run(NamedTuple):
     """One pass."""
 
     audio_s: float
-    """Of all streams together."""
+    """Summed over all streams."""
     cpu_s: float
     rounds_s: list[float]
-    """By the clock: from the sound of a chunk of each stream to its text."""
+    """Wall time from the audio of a chunk of each stream to its text."""
     memory_mb: float
-    """At most, of the process so far."""
+    """Peak memory of the process so far."""
 
 
 class Row(NamedTuple):
-    """How many times as fast, in one kind of use."""
+    """How many times as fast the bundle is, in one kind of use."""
 
     name: str
     ours: float
-    """Computing time per second of sound, the median."""
+    """CPU time per second of audio, the median."""
     theirs: float
     ratios: tuple[float, float, float]
-    """The median of neighbours, the smallest, the largest."""
+    """Ratios of adjacent runs: the median, the smallest, the largest."""
     limit_share: float
-    """Of the arithmetic that a core can do, the part that ours reaches."""
+    """The share of a core's peak arithmetic throughput that ours reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Duel:
-    """All that is printed."""
+    """All results that are printed."""
 
     rows: list[Row]
     round_ms: dict[str, tuple[float, float]]
-    """p50 and p95 of one live stream, by the clock."""
+    """p50 and p95 of one live stream, in wall time."""
     streams: dict[str, int]
-    """That keep up: 95 % of their rounds end before the next begins."""
+    """How many streams keep up: 95 % of their rounds end before the next begins."""
     memory_mb: dict[str, float]
 
 
 def duel(bundle: Bundle, folder: Path, sound: Path, chunk_ms: int, rounds: int) -> Iterator[str | Duel]:
-    """Compare, and say what is being done; the last thing is the result.
+    """Compare the two, yielding descriptions of each step, and finally the result.
 
-    sound: samples at the bundle's rate as .npy. BundleError where `folder` has no such model, MissingExtra
+    sound: samples at the bundle's rate as .npy. BundleError if `folder` has no such model, MissingExtra
     without sherpa-onnx.
     """
     check(bundle, folder, chunk_ms)
@@ -142,7 +142,7 @@ def _percentiles(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def keep_up(run: Callable[[Task], Run], chunk_s: float) -> int:
-    """The most streams of which 95 % of the rounds are in time, within an eighth."""
+    """The most streams with 95 % of the rounds in time, to within an eighth."""
 
     def is_in_time(streams: int) -> bool:
         return float(np.percentile(run(Task(streams, 1, ROUNDS_S)).rounds_s, 95)) <= chunk_s
@@ -157,7 +157,7 @@ def keep_up(run: Callable[[Task], Run], chunk_s: float) -> int:
 
 
 def check(bundle: Bundle, folder: Path, chunk_ms: int) -> None:
-    """Whether the two can be compared."""
+    """Raise an error unless the two can be compared."""
     path = peer_model(bundle, folder)
     if chunk_ms % FRAME_MS:
         raise BundleError(f"a chunk of {chunk_ms} ms is no multiple of {FRAME_MS} ms, its frame there")
@@ -170,7 +170,7 @@ def check(bundle: Bundle, folder: Path, chunk_ms: int) -> None:
 
 
 def peer_model(bundle: Bundle, folder: Path) -> Path:
-    """The file that is quantized like the bundle."""
+    """The model file that is quantized like the bundle."""
     end = ".onnx" if bundle.info.target == "cpu-fp32" else ".int8.onnx"
     for name in RECOGNIZERS:
         if (path := folder / name / f"model{end}").exists():
@@ -179,14 +179,14 @@ def peer_model(bundle: Bundle, folder: Path) -> Path:
 
 
 def fixed_chunk_ms(path: Path) -> int:
-    """Of a `zipformer2_ctc` model."""
+    """The chunk of a `zipformer2_ctc` model."""
     metadata = {x.key: x.value for x in onnx.load(path).metadata_props}
     return 10 * int(metadata["decode_chunk_len"])
 
 
 @contextmanager
 def worker(*arguments: str) -> Iterator[Callable[[Task], Run]]:
-    """A process that does tasks. BundleError where it ends by itself, with what it said last."""
+    """A process that runs tasks. BundleError, with its last output, if it exits by itself."""
     core = min(os.sched_getaffinity(0))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as said:
@@ -221,7 +221,7 @@ def worker(*arguments: str) -> Iterator[Callable[[Task], Run]]:
 
 
 def multiply_adds(bundle: Bundle) -> float:
-    """Of the encoder's matrices, for a second of sound: as onnxruntime tells it of a call of a stream."""
+    """Multiply-adds of the encoder's matrices per second of audio, from onnxruntime's profile of a stream."""
     info, scorer = bundle.info, OnnxScorer(bundle)
     context = stream_context(info, StreamConfig())
     num_frames = context.chunk * info.subsampling + info.overlap_frames
@@ -232,7 +232,7 @@ def multiply_adds(bundle: Bundle) -> float:
     inputs |= {"num_frames": np.array([num_frames])}
     options = session_options(1)
     options.enable_profiling = True
-    options.add_session_config_entry("session.disable_prepacking", "1")  # or weights have no shape
+    options.add_session_config_entry("session.disable_prepacking", "1")  # otherwise weights have no shape
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = f"{folder}/profile"
         session = ort.InferenceSession(bundle.folder / "encoder.onnx", options)
@@ -243,7 +243,7 @@ def multiply_adds(bundle: Bundle) -> float:
 
 
 def _multiply_adds(event: dict[str, Any]) -> int:
-    """Of a node: rows of what it is given, times the size of a matrix of two dimensions."""
+    """Multiply-adds of a node: rows of its input, times the size of a two-dimensional matrix."""
     shapes = [next(iter(x.values())) for x in event.get("input_type_shape", ())]
     is_product = any(kind in event.get("op_name", "") for kind in ("MatMul", "Gemm"))
     if not is_product or len(shapes) < 2 or len(shapes[1]) != 2:
@@ -252,7 +252,7 @@ def _multiply_adds(event: dict[str, Any]) -> int:
 
 
 def peak(target: str, size: int = 1024, rounds: int = 12) -> float:
-    """Multiply-adds a second of one core with one large matrix that stays in the cache: the best of some."""
+    """Multiply-adds per second of one core with one large matrix that stays in the cache: the best round."""
     rng = np.random.default_rng(0)
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (size, size))
     y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (size, size))
@@ -305,7 +305,7 @@ def wenet(path: str, tokens: str, chunk_ms: int, left: int) -> Any:
 
 
 def zipformer(path: str, tokens: str, chunk_ms: int, left: int) -> Any:
-    """Whose chunk and left context are in the graph."""
+    """A recognizer whose chunk and left context are fixed in the graph."""
     import sherpa_onnx
 
     return sherpa_onnx.OnlineRecognizer.from_zipformer2_ctc(model=path, tokens=tokens, num_threads=1)

@@ -1,25 +1,24 @@
-"""Matrices as signed integers in 8 bits, one scale per output channel; activations get theirs at run time.
+"""Matrices in signed 8-bit integers, one scale per output channel; activations are scaled at run time.
 
 What stays in float32, and why:
 
     fbank       windowed Fourier transform and mel triangles: 16 nats do not fit into 8 bits
     front       subsampling convolutions: integer ones are slower than float ones on CPUs; and the layer
-                behind them: 1 to 4 % of the weights, more harm than any other kind (docs/experiments.md)
+                after them: 1 to 4 % of the weights, more harm than any other kind (docs/experiments.md)
     depthwise   convolutions, for the same reason; they are 1 % of the work
     ctc         the output layer: its errors reach the log-probabilities unsmoothed, its cost is small
-    attention   products of activations with activations, softmax, norms: nothing of them is a weight; nor are
-                tables of positions, a matrix for each head, where a fixed chunk makes constants of them
+    attention   products of activations with activations, softmax, norms: they have no weights; nor do the
+                position tables, a matrix per head, that a fixed chunk turns into constants
 
-What of this is large is stored in 16 bits, and unfolded when the bundle is loaded.
+Large constants among these are stored in 16 bits, and converted back when the bundle is loaded.
 
-The decoder's table of embeddings becomes 8-bit too. Weights are signed because unsigned ones are half as
-fast on processors with VNNI, and use 7 of the 8 bits because processors without add two products in 16 bits
-and saturate: 2 * 255 * 64 fits, 2 * 255 * 127 does not (docs/experiments.md). The graphs need no
-preparation: constants are folded, and shapes known, when they come from `export/onnx.py`.
+The decoder's embedding table becomes 8-bit too. Weights are signed because unsigned ones are half as fast on
+processors with VNNI, and use 7 of the 8 bits because processors without it add two products in 16 bits and
+saturate: 2 * 255 * 64 fits, 2 * 255 * 127 does not (docs/experiments.md). The graphs need no preparation:
+those from `export/onnx.py` have constants folded and shapes known.
 
-What a model of its own weights cannot bear is found by `export/gate.py`, by modules: all matrices of an
-attention, say. Graphs name their nodes after the modules that they come from, which is all that is asked of
-them.
+`export/gate.py` finds out what else a particular model cannot tolerate, by modules: all matrices of an
+attention, for example. It only requires that nodes are named after the modules they come from.
 """
 
 import contextlib
@@ -42,19 +41,19 @@ KEPT = {
 """Modules of the encoder that are never quantized."""
 
 MODULE = re.compile(r".*\blayers\.\d+\.[^./]+|[^./]+(\.[^./]+)?")
-"""A module of a layer, as "encoder.layers.0.attention", or one outside the layers, as "decoder.out"."""
+"""A module of a layer, such as "encoder.layers.0.attention", or outside the layers, such as "decoder.out"."""
 
 OP_TYPES = ["MatMul", "Gemm", "Gather"]
 FLOAT = onnx.TensorProto.FLOAT
 
 LARGE = 1024
-"""Numbers in a constant that is worth storing in 16 bits."""
+"""Minimum elements of a constant that is worth storing in 16 bits."""
 
 
 def quantize(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelProto:
-    """A float32 graph of `export/onnx.py` -> the same with 8-bit weights. The argument is left as it is.
+    """A float32 graph of `export/onnx.py` -> a copy with 8-bit weights.
 
-    kept: modules that stay in float32, of those of `modules`.
+    kept: modules, as from `modules`, that stay in float32.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -74,7 +73,7 @@ def quantize(model: onnx.ModelProto, kept: Collection[str] = ()) -> onnx.ModelPr
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """onnxruntime's quantizers recommend what is not needed, and one sets up the root logger."""
+    """Silence onnxruntime's quantizers, which give needless advice; one even sets up the root logger."""
     root = logging.getLogger()
     level, handlers, disabled = root.level, root.handlers[:], root.manager.disable
     logging.disable(logging.WARNING)
@@ -87,7 +86,7 @@ def quiet() -> Iterator[None]:
 
 
 def finished(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelProto:
-    """What a quantizer made of a model, checked, with its large float32 constants in 16 bits."""
+    """The output of a quantizer for a model, checked, with large float32 constants in 16 bits."""
     _store_in_16_bits(quantized.graph)
     quantized.graph.name = model.graph.name
     quantized.ir_version = model.ir_version
@@ -98,7 +97,7 @@ def finished(quantized: onnx.ModelProto, model: onnx.ModelProto) -> onnx.ModelPr
 def _store_in_16_bits(graph: onnx.GraphProto) -> None:
     """Large float32 constants become float16 ones and a Cast, which onnxruntime folds when it loads them.
 
-    Scales do not: some are too small for 16 bits.
+    Scales stay float32: some are too small for 16 bits.
     """
     casts = []
     for constant in graph.initializer:
@@ -114,7 +113,7 @@ def _store_in_16_bits(graph: onnx.GraphProto) -> None:
 
 
 def modules(model: onnx.ModelProto) -> dict[str, int]:
-    """What can be kept in float32 of a graph, one by one: module -> its numbers in matrices."""
+    """The modules of a graph that can be kept in float32 -> the number of elements of their matrices."""
     sizes = {x.name: math.prod(x.dims) for x in model.graph.initializer if len(x.dims) == 2}
     found: dict[str, int] = {}
     for node in model.graph.node:
@@ -132,12 +131,12 @@ def module_of(node: onnx.NodeProto) -> str:
 
 
 def weight_of(node: onnx.NodeProto) -> str:
-    """The input of a node that may be a matrix."""
+    """The input of a node that may be a weight matrix."""
     return str(node.input[0] if node.op_type == "Gather" else node.input[1])
 
 
 def excluded(model: onnx.ModelProto, kept: Collection[str]) -> list[str]:
-    """Nodes that are not quantized: those of modules that are to be kept, and those that always are."""
+    """Nodes that are not quantized: those of modules in `kept`, and those that never are."""
     tables = {x.name for x in model.graph.initializer if len(x.dims) > 2}
     return [
         node.name
@@ -147,7 +146,7 @@ def excluded(model: onnx.ModelProto, kept: Collection[str]) -> list[str]:
 
 
 def is_fixed(node: onnx.NodeProto) -> bool:
-    """Whether a node is of the modules that are never quantized, or a Gather that looks up no embeddings."""
+    """Whether a node belongs to a module that is never quantized, or is a Gather other than of embeddings."""
     fixed = tuple(f"{name}{end}" for name in KEPT for end in "./")
     is_other_gather = node.op_type == "Gather" and not node.input[0].endswith("embedding.weight")
     return node.name.startswith(fixed) or is_other_gather

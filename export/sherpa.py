@@ -1,14 +1,14 @@
-"""Models in the forms that released sherpa-onnx runs unmodified.
+"""Export of models in formats that released sherpa-onnx runs unmodified.
 
-    ctc         offline, CTC: the contract `zipformer_ctc`, which any encoder may fill
+    ctc         offline, CTC: the contract `zipformer_ctc`, which any encoder can implement
     streaming   online, CTC: the contract `wenet_ctc`; chunk and left context are arguments of the recognizer
     zipformer   online, CTC: the contract `zipformer2_ctc`; chunk and left context are fixed
     aed         offline, attention decoder: the contract `moonshine_v2`, from samples, so with any features
     fire_red    offline, attention decoder: the contract `fire_red_asr`
 
-The features of all but `aed` are made by that runtime, so they have to be those of the model: mel bins from
-20 Hz to 7600 (`fire_red`: 8000, and frames that lie within the utterance). Its C++ passes tensors by their
-position and reads sizes from metadata; what is missing ends its process.
+The runtime computes the features for all but `aed`, so they must be those of the model: mel bins from 20 Hz
+to 7600 (`fire_red`: 8000, and frames that lie within the utterance). Its C++ passes tensors by position and
+reads sizes from metadata; a missing entry ends its process.
 """
 
 from collections.abc import Callable
@@ -40,27 +40,27 @@ from export.sherpa_graphs import (
 from export.sherpa_zipformer import OnlineZipformer, fixed_context, zipformer_metadata, zipformer_trace
 
 MAX_TOKENS = 512
-"""Of an utterance, in `fire_red`."""
+"""Maximum tokens of an utterance in `fire_red`."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """One thing that sherpa-onnx can load."""
+    """One model that sherpa-onnx can load."""
 
     graphs: dict[str, Trace]
     """File stem -> what to trace."""
 
     metadata: dict[str, Any]
-    """Of the first graph."""
+    """Metadata of the first graph."""
 
     written: dict[str, Callable[[], onnx.ModelProto]] = field(default_factory=dict)
-    """File stem -> how a graph is written by hand, which is then held against what would be traced."""
+    """File stem -> how to make a hand-written graph, which is then checked against the traced module."""
 
 
 def artefacts(model: HybridModel) -> tuple[dict[str, Artefact], dict[str, str]]:
-    """What a model can be exported as, and why not as the others, by name.
+    """By name, the artefacts that a model can be exported as, and why it cannot be the others.
 
-    Raises ConfigError where there is nothing.
+    Raises ConfigError if there is none.
     """
     found, left_out = {}, {}
     for name, (reason, make) in CONTRACTS.items():
@@ -268,4 +268,4 @@ CONTRACTS: dict[str, tuple[Callable[[HybridModel], str], Callable[[HybridModel],
     "aed": (_no_aed, audio_aed),
     "fire_red": (_no_fire_red, fire_red),
 }
-"""Name -> why a model cannot be that, "" where it can; and how it is made."""
+"""Name -> why a model cannot be exported as that, "" if it can; and how to export it."""

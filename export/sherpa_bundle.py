@@ -1,4 +1,4 @@
-"""What sherpa-onnx can run of a model, into one folder, all or nothing."""
+"""Write everything that sherpa-onnx can run of a model into one folder, all or nothing."""
 
 import base64
 import json
@@ -28,10 +28,10 @@ from export.sherpa import Artefact, artefacts
 from export.sherpa_hearing import SherpaHearing
 
 MARKER = "sherpa.json"
-"""What the folder holds, and why it holds no more; a folder with it may be written anew."""
+"""Lists what the folder holds, and why no more; a folder with this file may be overwritten."""
 
 MAX_DIFFERENCE = 1e-3
-"""Of what a float32 graph and the module that it was traced from say to the same input."""
+"""Maximum difference between the outputs of a float32 graph and of its module for the same input."""
 
 COMMANDS = {
     "ctc": """\
@@ -86,16 +86,16 @@ float32 and, as `*.int8.onnx`, with 8-bit matrices.
 
 @dataclass(frozen=True)
 class Written:
-    """What is in the folder."""
+    """The contents of the folder."""
 
     sizes: dict[str, int]
     """File -> bytes."""
 
     left_out: dict[str, str]
-    """Artefact -> why it is not there."""
+    """Artefact -> why it is missing."""
 
     reports: dict[str, Report]
-    """Artefact -> what the limit of the word error rate came to."""
+    """Artefact -> the outcome of the word error rate limit."""
 
 
 def write_sherpa(
@@ -108,8 +108,8 @@ def write_sherpa(
 ) -> Written:
     """Export everything that sherpa-onnx can run of a model, or `only` some of it.
 
-    ConfigError where there is nothing, BundleError, and nothing written, where a graph is not the model, or
-    those in 8 bits are beyond the limit.
+    ConfigError if there is nothing to export; BundleError, without writing anything, if a graph differs from
+    the model, or if the 8-bit graphs exceed the limit.
     """
     check_out(out, MARKER)
     found, left_out = artefacts(model.eval().cpu())
@@ -152,7 +152,7 @@ def write_sherpa(
 
 
 def check(trace: Trace, graph: onnx.ModelProto) -> None:
-    """BundleError unless a graph says what its module does, also to inputs twice as long as in its trace."""
+    """Raise BundleError unless a graph matches its module, also for inputs twice as long as in its trace."""
     session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     longer = {name: _twice(x, trace.dynamic[name]) for name, x in trace.inputs.items()}
     for inputs in (trace.inputs, longer):
@@ -169,7 +169,7 @@ def check(trace: Trace, graph: onnx.ModelProto) -> None:
 
 
 def _twice(x: torch.Tensor, dynamic: dict[int, Any]) -> torch.Tensor:
-    """Said twice over along every dimension that may have any size."""
+    """The input repeated twice along every dynamic dimension."""
     return x.repeat([2 if i in dynamic else 1 for i in range(x.dim())])
 
 

@@ -1,5 +1,5 @@
-"""The CTC contracts of sherpa-onnx for a Conformer, written by hand as `export/conformer.py`: the modules of
-`export/sherpa_graphs.py` are what they are held against when they are exported.
+"""The CTC contracts of sherpa-onnx for a Conformer, hand-written like `export/conformer.py`. On export they
+are checked against the modules of `export/sherpa_graphs.py`.
 
 N utterances · T feature frames · T' encoder frames · F mel bins · C channels · L layers · H heads
 D channels per head · W cached frames · K kernel · V units
@@ -38,7 +38,7 @@ def offline_graph(module: OfflineCtc) -> onnx.ModelProto:
 
 
 def online_graph(module: OnlineCtc) -> onnx.ModelProto:
-    """A chunk of frames and two caches -> log-probabilities and the caches, as `OnlineCtc` has them."""
+    """A chunk of frames and two caches -> log-probabilities and the caches, as in `OnlineCtc`."""
     graph, model, encoder = Graph("model"), module.model, module.encoder
     config, repeats = encoder.config, module.repeats
     x = graph.input("x", (1, "T", encoder.num_bins))
@@ -48,7 +48,7 @@ def online_graph(module: OnlineCtc) -> onnx.ModelProto:
     attn_cache = graph.input("attn_cache", attn_shape)
     conv_shape = (config.num_layers, 1, config.dim, module.columns + module.spare)
     conv_cache = graph.input("conv_cache", conv_shape)
-    graph.input("attn_mask", (1, 1, "K"), "bool")  # its rule is that of the other inputs
+    graph.input("attn_mask", (1, 1, "K"), "bool")  # unused: the other inputs imply it
 
     num_frames = graph.size(x, 1)
     chunk = graph.add("Div", num_frames, graph.constant(encoder.subsampling))
@@ -69,7 +69,7 @@ def online_graph(module: OnlineCtc) -> onnx.ModelProto:
 
 
 def _features(graph: Graph, model: HybridModel, x: str, theirs: float) -> str:
-    """Log-mel energies of samples times `theirs` -> those that the encoder hears."""
+    """Log-mel energies of samples times `theirs` -> the encoder's input."""
     if change := scale_change(theirs, model.fbank.config.scale):
         x = graph.add("Add", x, graph.constant(change, "float32"))
         x = graph.add("Max", x, graph.constant(math.log(FLOOR), "float32"))
@@ -77,7 +77,7 @@ def _features(graph: Graph, model: HybridModel, x: str, theirs: float) -> str:
 
 
 def _log_probs(graph: Graph, model: HybridModel, y: str, repeats: int) -> str:
-    """y (N, T', C) -> (N, T' * repeats, V), each frame several times."""
+    """y (N, T', C) -> (N, T' * repeats, V), each frame repeated."""
     assert model.ctc is not None
     x = write_ctc(graph, model.ctc, y)
     if repeats == 1:
@@ -102,7 +102,7 @@ def _nothing(graph: Graph, encoder: Conformer, n: str) -> dict[str, str]:
 
 
 def _newest(graph: Graph, cache: str, repeats: int) -> tuple[str, str]:
-    """The end of a cache (L, H, W, 2 D) that is used, W / repeats frames, and what is before it."""
+    """The used end of a cache (L, H, W, 2 D), W / repeats frames, and the part before it."""
     if repeats == 1:
         return cache, ""
     width = graph.size(cache, 2)

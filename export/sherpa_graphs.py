@@ -1,7 +1,7 @@
 """The modules that are traced for sherpa-onnx: a HybridModel behind the inputs and outputs of its contracts.
 
-Frames of these contracts last 40 ms, for word times and for the number of tokens that a decoder may write: a
-model with longer ones gives each several times, which neither CTC nor cross-attention hears.
+Frames of these contracts last 40 ms, which determines word times and how many tokens a decoder may write: a
+model with longer frames repeats each, which changes nothing for CTC and cross-attention.
 
 N utterances · T feature frames · T' encoder frames · S samples · F mel bins · C channels · L layers · H heads
 · D channels per head · W cached frames · U tokens · K kernel · V units
@@ -22,16 +22,16 @@ RATE = 4
 """Feature frames per frame of the contracts."""
 
 LOUD = 32768.0
-"""What samples in [-1, 1] are multiplied by, but for `OfflineCtc` and `AudioEncoder`."""
+"""The factor on samples in [-1, 1], except for `OfflineCtc` and `AudioEncoder`."""
 
 
 def scale_change(theirs: float, ours: float) -> float:
-    """By how much log-mel energies differ between samples times `theirs` and times `ours`."""
+    """The difference in log-mel energies between samples times `theirs` and times `ours`."""
     return 2 * math.log(ours / theirs)
 
 
 def rescaled(x: Tensor, theirs: float, ours: float) -> Tensor:
-    """Log-mel energies (..., F) of samples times `theirs` -> of samples times `ours`, floored alike."""
+    """Log-mel energies (..., F) of samples times `theirs` -> of samples times `ours`, with the same floor."""
     change = scale_change(theirs, ours)
     return (x + change).clamp(min=math.log(FLOOR)) if change else x
 
@@ -54,8 +54,8 @@ class OfflineCtc(nn.Module):
 class OnlineCtc(nn.Module):
     """A chunk of frames and two caches -> log-probabilities and the caches.
 
-    Keys and values are in the first cache (L, H, W, 2 D). The second, (L, 1, C, K' - 1), has what the
-    convolutions need in its first K - 1 columns, and the frames that the subsampling needs in the others.
+    The first cache (L, H, W, 2 D) holds keys and values. The second, (L, 1, C, K' - 1), holds the state of
+    the convolutions in its first K - 1 columns, and the frames that the subsampling needs in the others.
     """
 
     def __init__(self, model: HybridModel) -> None:
@@ -80,7 +80,7 @@ class OnlineCtc(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         chunk = torch.full(
             (), x.shape[1] // self.encoder.subsampling
-        )  # a number would stay as it is in a trace
+        )  # a Python number would be a constant in the trace
         left = required_cache_size[0] // (chunk * self.repeats)
         x = self.model.cmvn(rescaled(x, LOUD, self.model.fbank.config.scale))
         x_lens = torch.full_like(offset, x.shape[1])
@@ -129,7 +129,7 @@ class AudioEncoder(nn.Module):
         return memory.permute(1, 4, 0, 2, 3, 5).flatten(2).repeat_interleave(self.repeats, dim=1)
 
     def _window(self, samples: Tensor) -> Tensor:
-        """Mirrored at both ends, as asr/features.py does."""
+        """The samples mirrored at both ends, like asr/features.py."""
         fbank = self.model.fbank
         shift, length = fbank.shift_samples, fbank.frame_samples
         if not fbank.config.snip_edges:
@@ -141,9 +141,9 @@ class AudioEncoder(nn.Module):
 
 
 class AudioDecoder(nn.Module):
-    """One token and the caches -> logits of the next; keys and values of the encoder come as its output.
+    """One token and the caches -> logits of the next; the encoder's output holds the keys and values.
 
-    The contract has start 1 and end 2; here both are 1, and 2 is `<unk>`, which is never written.
+    In the contract the start is 1 and the end 2; here both are 1, and 2 is `<unk>`, which is never written.
     """
 
     def __init__(self, model: HybridModel) -> None:
@@ -152,7 +152,7 @@ class AudioDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, hidden: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
         config = self.decoder.config
-        past = caches[:-1]  # behind them is whether they are used: they are empty at first
+        past = caches[:-1]  # the last input says whether they are used: they are empty at first
         memory = hidden.unflatten(2, (2, config.num_layers, config.num_heads, -1)).permute(2, 0, 3, 4, 1, 5)
         state = DecoderState(*(torch.stack(past[i::4], dim=1) for i in range(2)))
         y_lens = torch.full_like(tokens[:, 0], hidden.shape[1])

@@ -1,5 +1,5 @@
-"""What sherpa-onnx hears with graphs of its contracts, each run here as that runtime runs it: for the limit
-of error rates (`export/gate.py`).
+"""The output of sherpa-onnx with graphs of its contracts, each run here as that runtime runs it, for the
+limit on error rates (`export/gate.py`).
 
 T frames of 40 ms · V units · U tokens · X log-probabilities
 """
@@ -26,26 +26,26 @@ from export.sherpa_graphs import LOUD, RATE
 from export.verify import Utterance
 
 CHUNK, LEFT = 16, 4
-"""Of the stream, in frames of 40 ms and in chunks."""
+"""Context of the stream, in frames of 40 ms and in chunks."""
 
 SILENCE_S = 0.04 * CHUNK + 0.1
-"""Behind an utterance of a stream, so that its last chunk is full."""
+"""Silence after an utterance of a stream, so that its last chunk is full."""
 
 
 def zipformer_silence(shift: int, sample_rate: int) -> int:
-    """The same for a Zipformer whose stream goes on by `shift` feature frames, in samples."""
+    """The same for a Zipformer whose stream advances by `shift` feature frames, in samples."""
     return (shift + 20) * sample_rate // 100
 
 
 MOONSHINE_END = 2
 AED_TOKENS, FIRE_RED_TOKENS = 0.36, 0.24
-"""Tokens that a decoder writes at most, in a frame, and one more."""
+"""Maximum tokens that a decoder writes per frame; one more is allowed in all."""
 
 Sessions = Mapping[str, ort.InferenceSession]
 Inputs = dict[str, NDArray[Any]]
 Listen = Callable[[Sessions, Floats, Ints | None], tuple[Ints, Floats]]
-"""Graphs, samples (S,), and what is said of them, or None -> what is said, of itself if None, and its
-log-probabilities (X,): of CTC the likeliest unit of each frame, of a decoder the tokens and the end."""
+"""Graphs, samples (S,), and a given output or None -> the output, found by the graphs if None, and its
+log-probabilities (X,): for CTC the best unit of each frame, for a decoder the tokens and the end."""
 
 
 class SherpaHearing:
@@ -74,7 +74,7 @@ class SherpaHearing:
         return (self._contract,)
 
     def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
-        """The graphs that are given first are taken for those in float32."""
+        """The graphs of the first call must be those in float32."""
         sessions, probe, audio_s = self._sessions(graphs), list[Floats](), 0.0
         for _, samples, _ in self.utterances:
             if audio_s < PROBE_S:
@@ -97,7 +97,7 @@ def _session(graph: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def _features(model: HybridModel, scale: float) -> Callable[[Floats], Floats]:
-    """As the runtime makes them, of samples times `scale`."""
+    """The runtime's features, of samples times `scale`."""
     fbank = Fbank(replace(model.fbank.config, scale=scale))
 
     def features(samples: Floats) -> Floats:
@@ -180,7 +180,7 @@ def _written(
     end: int,
     said: Ints | None,
 ) -> tuple[Ints, Floats]:
-    """Token by token up to `end`, or as is said.  step: state and token -> logits (V,) of the next, state."""
+    """Decode token by token up to `end`, or as in `said`.  step: state, token -> next logits (V,), state."""
     tokens: list[int] = []
     found: list[float] = []
     state, token = first, SOS_EOS
@@ -245,4 +245,4 @@ LISTEN: dict[str, Callable[[HybridModel], Listen]] = {
     "aed": _aed,
     "fire_red": _fire_red,
 }
-"""Contract -> how its graphs are run."""
+"""Contract -> how to run its graphs."""

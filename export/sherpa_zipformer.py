@@ -1,8 +1,8 @@
 """The module that is traced for the contract `zipformer2_ctc` of sherpa-onnx: a chunk of a causal Zipformer.
 
-The states of the contract are, for every layer, keys and values of the left context and what both
-convolutions see to their left; then what the front sees, and how many of its frames there were. Its C++ reads
-their sizes from metadata, and begins with zeros. Chunk and left context are numbers in the graph.
+The states of the contract are, for every layer, keys and values of the left context and the left context of
+both convolutions; then the left context of the front, and the number of its frames so far. Its C++ reads
+their sizes from metadata, and begins with zeros. Chunk and left context are constants in the graph.
 
 N streams · T feature frames of a call · T' encoder frames · F mel bins · C channels · K kernel · V units
 · W left context, in frames of the layer's stack
@@ -33,18 +33,18 @@ LAYER = {
     "cached_conv1": 0,
     "cached_conv2": 0,
 }
-"""The states of a layer, by their names in the contract, and which of their dimensions is N."""
+"""The states of a layer, by their names in the contract, and which of their axes is N."""
 
 
 def fixed_context(model: HybridModel) -> Context:
-    """That of the graph: the one with which a bundle of the model streams by default."""
+    """The context in the graph: the one with which a bundle of the model streams by default."""
     info, encoder = streaming(model), cast(Zipformer, model.encoder)
     unit_ms = round(1000 * encoder.chunk_unit * model.frame_s)
     return Context(info.chunk_ms // unit_ms * encoder.chunk_unit, info.left_chunks)
 
 
 class OnlineZipformer(nn.Module):
-    """A chunk of frames and all states -> log-probabilities and the states behind it."""
+    """A chunk of frames and all states -> log-probabilities and the states after it."""
 
     def __init__(self, model: HybridModel, context: Context) -> None:
         super().__init__()
@@ -57,15 +57,15 @@ class OnlineZipformer(nn.Module):
 
     @property
     def shift(self) -> int:
-        """Feature frames by which a stream goes on."""
+        """Feature frames by which a stream advances per call."""
         return self.context.chunk * self.encoder.subsampling
 
     def init_states(self, n: int) -> tuple[Tensor, ...]:
-        """Those of n new streams: zeros, in the order of the contract."""
+        """The states of n new streams: zeros, in the order of the contract."""
         return self._unpacked(self.encoder.init_state(n, self.context.width))
 
     def forward(self, x: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
-        """x (N, shift + overlap_frames, F) -> log-probabilities (N, T', V), and as many states as come in."""
+        """x (N, shift + overlap_frames, F) -> log-probabilities (N, T', V), and the next states."""
         x = self.model.cmvn(rescaled(x, 1.0, self.model.fbank.config.scale))
         x_lens = torch.full_like(states[-1], x.shape[1])
         chunk, left, _ = self.context
@@ -93,7 +93,7 @@ class OnlineZipformer(nn.Module):
 
 
 def zipformer_trace(module: OnlineZipformer) -> Trace:
-    """With streams that began long ago, and ones that did not."""
+    """A trace with streams that began long ago, and new ones."""
     encoder, n = module.encoder, Dim("N")
     *zeros, _ = module.init_states(2)
     length = RATE * module.context.chunk
@@ -107,7 +107,7 @@ def zipformer_trace(module: OnlineZipformer) -> Trace:
 
 
 def zipformer_metadata(module: OnlineZipformer) -> dict[str, Any]:
-    """What the C++ makes its states of, a number for each stack."""
+    """What the C++ derives the sizes of its states from, with a number for each stack."""
     encoder, config = module.encoder, module.encoder.config
     width = RATE * module.context.width
     lists = {

@@ -1,12 +1,12 @@
-"""Which sizes of a state vary, found out by making it: so an encoder need not say it twice.
+"""Finds the variable sizes of a state by creating it, so that an encoder need not declare them twice.
 
-A size is a number, or a multiple or a part of one of
+A size is a number, or a multiple or a fraction of one of
 
     W    encoder frames kept as left context
     R    those that wait for their look-ahead, in each layer
     U    tokens so far, of a decoder
 
-written as "W", "2*W" or "W/4", the latter two where layers run at several frame rates.
+written as "W", "2*W" or "W/4", the latter two if layers run at several frame rates.
 """
 
 import math
@@ -26,7 +26,7 @@ PROBE = 64
 
 
 def encoder_fields(encoder: Encoder) -> tuple[Field, ...]:
-    """The state of one stream; nothing where the encoder cannot stream."""
+    """The state of one stream; empty if the encoder cannot stream."""
     if not encoder.can_stream:
         return ()
     unit = PROBE * encoder.chunk_unit
@@ -37,7 +37,7 @@ def encoder_fields(encoder: Encoder) -> tuple[Field, ...]:
 
 
 def decoder_fields(decoder: TransformerDecoder) -> tuple[Field, ...]:
-    """The state of one hypothesis, layer by layer. Made without a token, it has no other size of 0."""
+    """The state of one hypothesis, layer by layer. It is created without tokens, so a size of 0 is U."""
     return tuple(
         Field(f"{name}_{i}", tuple(size or "U" for size in x.shape[2:]), _dtype(x))
         for name, x in decoder.init_state(1).named().items()
@@ -57,7 +57,7 @@ def _fields(state: State, varied: Mapping[str, State], unit: int) -> tuple[Field
 
 
 def _size(size: int, others: Mapping[str, int], unit: int) -> int | str:
-    """How a size is written that becomes others[V] where V is greater by `unit`."""
+    """The notation of a size that becomes others[V] if variable V grows by `unit`."""
     for name, other in others.items():
         if other != size:
             share = Fraction(other - size, unit)
@@ -67,7 +67,7 @@ def _size(size: int, others: Mapping[str, int], unit: int) -> int | str:
 
 
 def share_of(name: str, share: Fraction) -> str:
-    """The size that is so many times a variable."""
+    """The size that is `share` times a variable."""
     times = f"{share.numerator}*" if share.numerator > 1 else ""
     part = f"/{share.denominator}" if share.denominator > 1 else ""
     return f"{times}{name}{part}"
@@ -78,8 +78,8 @@ def _dtype(x: Any) -> str:
 
 
 def dynamic_shapes(fields: Sequence[Field], batch: Any) -> dict[str, dict[int, Any]]:
-    """Of each field, for torch.export: its dimensions that vary, the first of them `batch`."""
-    parts: dict[str, int] = {}  # of a variable, the smallest that is asked for: 4 where there is W/4
+    """The dynamic dimensions of each field, for torch.export, the first of them `batch`."""
+    parts: dict[str, int] = {}  # the divisor of each variable: 4 if there is W/4
     for name, share in (parse_size(size) for f in fields for size in f.shape if isinstance(size, str)):
         parts[name] = math.lcm(parts.get(name, 1), share.denominator)
     dims = {name: Dim(name if part == 1 else f"{name}_{part}") for name, part in parts.items()}

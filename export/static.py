@@ -1,12 +1,12 @@
-"""8 bits with scales that were measured beforehand: the target `cpu-int8-static`.
+"""8 bits with scales measured beforehand: the target `cpu-int8-static`.
 
-The float32 bundle streams utterances in its own chunks, and a second search asks the decoder about what was
-heard, while the smallest and the largest number of every tensor that meets a weight is noted: calibration on
-the very windows, states and tokens of use. Weights are signed, 7 bits, one scale per output channel as in
-`export/quantize.py`; activations unsigned, 8 bits, one scale a tensor; the convolutions of
-layers are quantized, too. Products of weights give float32, so that only what enters them is rounded; of
-convolutions their outputs, too, as there is no other integer convolution. As no scale is taken from a call, a
-stream does not depend on those that it is encoded with.
+The float32 bundle streams utterances in its own chunks, and a second search runs the decoder, while the
+minimum and maximum of every tensor that meets a weight are recorded: calibration on the very windows, states
+and tokens of use. Weights are signed, 7 bits, one scale per output channel as in `export/quantize.py`;
+activations are unsigned, 8 bits, one scale per tensor; the convolutions of layers are quantized, too.
+Products with weights output float32, so that only their inputs are rounded; convolutions also round their
+outputs, as there is no other integer convolution. Since no scale depends on the call, a stream does not
+depend on those that it is encoded with.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +30,7 @@ Range = tuple[float, float]
 
 
 class _Recorder:
-    """A session that notes the range of some tensors in every call."""
+    """A session that records the range of some tensors over all calls."""
 
     def __init__(self, session: ort.InferenceSession, graph: onnx.ModelProto, tensors: Sequence[str]) -> None:
         shown = onnx.ModelProto()
@@ -56,7 +56,7 @@ class _Recorder:
 def calibrate(
     float32: Bundle, graphs: Mapping[str, onnx.ModelProto], utterances: Sequence[Utterance]
 ) -> Convert:
-    """What makes a static graph of each of a bundle's, once the bundle has heard some utterances."""
+    """A converter of a bundle's graphs to static ones, calibrated by running the bundle on utterances."""
     recorders = {}
     for name, graph in graphs.items():
         recorders[name] = _Recorder(getattr(float32, name), graph, _measured(graph))
@@ -68,7 +68,7 @@ def calibrate(
 
 
 def _measured(graph: onnx.ModelProto) -> list[str]:
-    """What enters products with weights, and what leaves convolutions."""
+    """The inputs of products with weights, and the outputs of convolutions."""
     found: dict[str, None] = {}
     for node in _nodes(graph, ()):
         found[node.input[0]] = None

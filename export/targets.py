@@ -14,30 +14,30 @@ from export.static import calibrate
 from export.verify import Utterance
 
 Calibrate = Callable[[Bundle, Mapping[str, onnx.ModelProto], Sequence[Utterance]], Convert]
-"""The float32 bundle, its graphs, and what it is to hear -> what converts them."""
+"""The float32 bundle, its graphs, and calibration utterances -> what converts the graphs."""
 
 QUANTIZED = f"{', '.join(KEPT.values())}  (export/quantize.py says why)"
 
 
 @dataclass(frozen=True)
 class Target:
-    """How the float32 graphs of a model become those of a bundle; with neither function, as they are."""
+    """How the float32 graphs of a model become those of a bundle; with neither function, unchanged."""
 
     summary: str
 
     convert: Convert | None = None
-    """What makes a graph of the target."""
+    """Converts a graph to the target."""
 
     calibrate: Calibrate | None = None
-    """What finds that out by listening."""
+    """Makes such a converter by calibration."""
 
     kept: str = ""
-    """What stays in float32."""
+    """A description of what stays in float32."""
 
     def converter(
         self, float32: Bundle, graphs: Mapping[str, onnx.ModelProto], utterances: Sequence[Utterance]
     ) -> Convert | None:
-        """What makes a graph of the target, calibrated on utterances where it has to be."""
+        """The converter of graphs to the target, calibrated on utterances if necessary."""
         return self.calibrate(float32, graphs, utterances) if self.calibrate else self.convert
 
 

@@ -1,7 +1,7 @@
-"""What a bundle says against what the model says: log-probabilities, units and words, at once and in chunks.
+"""Compares a bundle with its model: log-probabilities, units and words, at once and in chunks.
 
 In float32 the two are the same function, up to rounding. With 8-bit matrices they are not, and what counts is
-whether the words are. Limits are stated here, and exceeding one is an error.
+whether the words are the same. The limits are defined here, and exceeding one is an error.
 
 S samples · T encoder frames · V units
 """
@@ -31,10 +31,10 @@ from asr.tokens import Tokenizer
 from asr.wer import total, word_errors
 
 MAX_DIFFERENCE = 1e-3
-"""Of any float32 log-probability above `LIKELY`, on real sound: rounding in 12 layers."""
+"""Maximum difference of any float32 log-probability above `LIKELY`, on real audio: rounding in 12 layers."""
 
 LIKELY = -20.0
-"""Log-probabilities below this decide nothing."""
+"""Log-probabilities below this are irrelevant."""
 
 MAX_UNITS = 5.0
 """Per cent of units that an int8 target may change, ..."""
@@ -47,7 +47,7 @@ MIN_WORDS = 1000
 
 
 MADE_TOKENS = 15
-"""Behind which a decoder without CTC is asked what is next."""
+"""The number of made tokens after which predictions of a decoder without CTC are compared."""
 
 
 class Utterance(NamedTuple):
@@ -62,12 +62,12 @@ Encode = Callable[[Floats], Floats]
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says of the utterances in one context."""
+    """The outputs of one model for the utterances in one context."""
 
     log_probs: list[Floats]
     tokens: list[tuple[int, ...]]
     wer: float | None
-    """Per cent; None without reference words."""
+    """In per cent; None without reference words."""
     num_words: int
 
 
@@ -86,15 +86,15 @@ class Comparison:
 
 
 def at_once(scorer: Scorer, context: Context) -> Encode:
-    """One call per utterance, in any context: what a stream must be equal to."""
+    """One call per utterance, in any context: the reference for streams."""
     if not scorer.has_ctc:
         return lambda samples: follows(scorer, samples)
     return lambda samples: scorer.encode([samples], context)[0][0]
 
 
 def follows(scorer: Scorer, samples: Floats) -> Floats:
-    """Log-probabilities (U, V) of what the decoder would write behind each of some made tokens: what is
-    compared where there is no CTC head."""
+    """Log-probabilities (U, V) of what the decoder would write after each of some made tokens: these are
+    compared if there is no CTC head."""
     _, memory = scorer.encode([samples])
     state, rows = scorer.start(memory, np.zeros(1, np.int64)), []
     made = np.random.default_rng(0).integers(0, scorer.num_tokens, MADE_TOKENS)
@@ -106,12 +106,12 @@ def follows(scorer: Scorer, samples: Floats) -> Floats:
 
 
 def in_chunks(bundle: Bundle, context: Context) -> Encode:
-    """Call by call with the state in between, as a stream does it."""
+    """Call by call with the state in between, like a stream."""
     return lambda samples: encode_in_chunks(OnnxScorer(bundle), samples, context)[1]
 
 
 def encode_in_chunks(scorer: OnnxScorer, samples: Floats, context: Context) -> tuple[Floats, Floats]:
-    """The encoder's output y (T, C) and CTC log-probabilities (T, V), as a stream has them."""
+    """The encoder's output y (T, C) and CTC log-probabilities (T, V), as in a stream."""
     info = scorer.bundle.info
     framer, state = scorer.framer(), scorer.init_state(context)
     framer.accept(samples)
@@ -130,13 +130,13 @@ def encode_in_chunks(scorer: OnnxScorer, samples: Floats, context: Context) -> t
 
 
 def encoding(bundle: Bundle, context: Context) -> Encode:
-    """As the bundle is used in a context: at once, or as a stream."""
+    """The way a bundle is used in a context: at once, or as a stream."""
     return at_once(OnnxScorer(bundle), WHOLE) if context == WHOLE else in_chunks(bundle, context)
 
 
 def contexts(info: ModelInfo) -> list[Context]:
-    """At once, with the bundle's chunks, with the shortest, and with look-ahead where it was trained; at once
-    alone where the encoder cannot stream."""
+    """At once, with the bundle's chunks, with the shortest, and with look-ahead if it was trained; only at
+    once if the encoder cannot stream."""
     if info.streaming is None or not info.has_ctc:
         return [WHOLE]
     chunks = {info.streaming.chunk_ms, min(info.streaming.chunk_choices_ms)}
@@ -146,13 +146,13 @@ def contexts(info: ModelInfo) -> list[Context]:
 
 
 def looking_ahead(info: ModelInfo) -> Context:
-    """With the shortest chunks, as far as the model was trained, or one chunk where it was not."""
+    """The shortest chunks with the maximum look-ahead of training, or one chunk if none was trained."""
     chunk = info.chunk_frames(min(info.stream.chunk_choices_ms))
     return Context(chunk, info.stream.left_chunks, max(info.stream.max_look_ahead, 1))
 
 
 def possible_contexts(info: ModelInfo) -> list[Context]:
-    """`contexts`, and with look-ahead wherever it is possible."""
+    """`contexts`, plus look-ahead whenever it is possible."""
     can_look_ahead = len(contexts(info)) > 1 and info.stream.look_ahead_layers > 0
     return list(dict.fromkeys([*contexts(info), *([looking_ahead(info)] if can_look_ahead else [])]))
 
@@ -198,7 +198,7 @@ def compare(reference: Answers, other: Answers) -> Comparison:
 
 
 def check_float32(found: Comparison, what: str) -> None:
-    """BundleError unless the two are the same function."""
+    """Raise BundleError unless the two are the same function."""
     if not found.max_difference <= MAX_DIFFERENCE:
         raise BundleError(
             f"{what}: log-probabilities differ by {found.max_difference:.1e} from the checkpoint's, "
@@ -207,7 +207,7 @@ def check_float32(found: Comparison, what: str) -> None:
 
 
 def check_int8(found: Comparison, what: str) -> None:
-    """BundleError unless the words are nearly the same."""
+    """Raise BundleError unless the words are nearly the same."""
     before, after = found.wer
     is_measured = found.num_words >= MIN_WORDS and before is not None and after is not None
     if is_measured and after - before > MAX_WER:  # type: ignore[operator]
@@ -220,7 +220,7 @@ def check_int8(found: Comparison, what: str) -> None:
 
 
 def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Sequence[Utterance]) -> int:
-    """Utterances in which a decoding mode finds the same units with both models."""
+    """Number of utterances for which a decoding mode finds the same units with both models."""
     same = 0
     for utterance in utterances:
         found = [decode(scorer, mode, [utterance.samples], SearchConfig()) for scorer in (first, second)]
@@ -232,8 +232,8 @@ def count_same_searches(mode: str, first: Scorer, second: Scorer, utterances: Se
 def count_same_streams(
     mode: str, first: Scorer, bundle: Bundle, utterances: Sequence[Utterance], context: Context
 ) -> int:
-    """Utterances for which a stream of a bundle writes what a decoding mode finds with a model in the same
-    context."""
+    """Number of utterances for which a stream of a bundle outputs what a decoding mode finds with a model in
+    the same context."""
     config = StreamConfig(
         mode=mode,
         chunk_ms=round(1000 * context.chunk * bundle.info.frame_s),
@@ -248,21 +248,21 @@ def count_same_streams(
         found = " ".join(event.text for event in events if event.final)
         heard = decode(first, "ctc-greedy", [utterance.samples], config.search, context)[0][0]
         expected = decode(first, mode, [utterance.samples], config.search, context)[0][0]
-        if mode in AT_END and not heard.tokens:  # a stream does not ask the decoder about silence
+        if mode in AT_END and not heard.tokens:  # a stream does not run the decoder on silence
             expected = heard
         same += found == bundle.tokenizer.decode(expected.tokens)
     return same
 
 
 def check_searches(mode: str, same: int, count: int) -> None:
-    """BundleError unless every utterance is the same."""
+    """Raise BundleError unless every utterance is the same."""
     if same < count:
         differ = f"{mode}: other units in {count - same} of {count} utterances"
         raise BundleError(f"{differ} than the checkpoint's; please report this")
 
 
 def made_sound(duration_s: float, sample_rate: int) -> Floats:
-    """Noise whose loudness and colour change as those of speech do: the same every time."""
+    """Noise whose loudness and spectrum vary like those of speech: the same every time."""
     rng = np.random.default_rng(0)
     num = int(duration_s * sample_rate)
     noise = rng.normal(0, 1, num)

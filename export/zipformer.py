@@ -1,8 +1,8 @@
-"""The graph of a causal Zipformer and its features, written by hand, as a trace of it is slower.
+"""The graph of a causal Zipformer and its features, hand-written because a traced graph is slower.
 
-What made the trace slow: softplus, of which onnxruntime has no fast one; a convolution within chunks of any
-length, by taps that were gathered; a state that was taken apart and put together; many small operations.
-The modules are what it is held against (tests/export/test_encoder.py).
+What made the trace slow: softplus, which is slow in onnxruntime; a convolution within chunks of any length,
+by gathered taps; a state that was split and concatenated; many small operations. The graph is tested against
+the modules (tests/export/test_encoder.py).
 
 N streams · T feature frames · T' frames, of the front or of a rate · F mel bins · C channels · H heads · D
 channels per head · L layers · W cached frames · K kernel
@@ -50,19 +50,18 @@ def zipformer_fields(encoder: Zipformer) -> tuple[Field, ...]:
 
 
 def zipformer_graph(model: HybridModel) -> onnx.ModelProto:
-    """As write_encoder."""
+    """The graph that `write_encoder` returns."""
     encoder = cast(Zipformer, model.encoder)
     return write_encoder(model, zipformer_fields(encoder), 2, partial(ZipformerWriter, encoder))
 
 
 class ZipformerWriter:
-    """`asr.model.zipformer.Zipformer.forward`, once."""
+    """Writes `asr.model.zipformer.Zipformer.forward`, once."""
 
     def __init__(
         self, encoder: Zipformer, graph: Graph, past: Mapping[str, str], context: Sequence[str]
     ) -> None:
-        """past: the state, by the names of its fields.  context: values of chunk and left; int64, each one
-        number."""
+        """past: the state, by field name.  context: values of chunk and left; int64 scalars."""
         self.graph, self.encoder, self.config, self.past = graph, encoder, encoder.config, past
         self.sights = SightWriter(graph, encoder, past, context)
         self.following: dict[str, str] = {}
@@ -97,7 +96,7 @@ class ZipformerWriter:
         return graph.add("Reshape", x, graph.constant([-1, dim]))
 
     def _with_channels(self, x: str, dim: int, new: int) -> str:
-        """(N T', C) -> as many channels as the next stack has."""
+        """(N T', C) -> the number of channels of the next stack."""
         graph = self.graph
         if new <= dim:
             return x if new == dim else graph.slice(x, 0, new, 1)
@@ -134,7 +133,7 @@ class ZipformerWriter:
             return graph.add("Reshape", graph.add("Add", rows, x), graph.constant([-1, dim]))
 
     def _latest_channels(self, outputs: Sequence[str]) -> str:
-        """(N T', C): every channel from the last of the stacks that has it."""
+        """(N T', C): every channel from the last stack that has it."""
         pieces, dim = [], 0
         for y, size in reversed(list(zip(outputs, self.config.dims, strict=True))):
             if size > dim:
@@ -143,7 +142,7 @@ class ZipformerWriter:
         return pieces[0] if len(pieces) == 1 else self.graph.add("Concat", *pieces, axis=1)
 
     def _end(self, x: str, length: str) -> tuple[str, str]:
-        """x (N T', C) of all stacks -> y (N, ., C) at half the rate, 0 behind the end, and y_lens (N,)."""
+        """x (N T', C) of all stacks -> y (N, ., C) at half the rate, 0 after the end, and y_lens (N,)."""
         graph, two = self.graph, self.graph.constant([2])
         with graph.scope("encoder"):
             y = self._downsample(self.encoder.downsample, x, self.encoder.dim)

@@ -1,6 +1,6 @@
-"""The front of a Zipformer in a graph, written by hand: `asr.model.zipformer_front.ZipformerFront.forward`.
+"""The hand-written graph of a Zipformer's front: `asr.model.zipformer_front.ZipformerFront.forward`.
 
-Activations have their channels last, but for convolutions.
+Activations are channels-last, except in convolutions.
 
 N streams · T feature frames · T' frames of the front · F mel bins · C channels
 """
@@ -20,12 +20,12 @@ from export.zipformer_layer import (
 )
 
 PIECES = 8
-"""In which the ConvNeXt layer computes, as its hidden numbers are many: they stay in the cache, and in memory
-that the process has already."""
+"""Pieces in which the ConvNeXt layer computes its large hidden activations, so that they fit the cache and
+reuse memory that the process already has."""
 
 
 class Heard(NamedTuple):
-    """What the front makes of a call."""
+    """The front's output for a call."""
 
     x: str
     """(N T', C)."""
@@ -38,7 +38,7 @@ class Heard(NamedTuple):
 
 
 def write_front(graph: Graph, front: ZipformerFront, x: str, num_frames: str, past: str) -> Heard:
-    """x (N, T, F), 0 behind num_frames (N,); past (N, SIDE, F', C)."""
+    """x (N, T, F), 0 after num_frames (N,); past (N, SIDE, F', C)."""
     with graph.scope("encoder.front"):
         x = graph.add("Unsqueeze", x, graph.constant([1]))
         for i, module in enumerate(front.convolutions):
@@ -81,7 +81,7 @@ def _mix(graph: Graph, module: ConvNeXt, seen: str) -> str:
 
 
 def _weights(graph: Graph, name: str, module: nn.Conv2d, shift: float = 0.0) -> tuple[str, str]:
-    """Those of a convolution of single points, as a matrix, and its bias less a number."""
+    """The weights of a pointwise convolution as a matrix, and its bias minus `shift`."""
     assert module.bias is not None
     with graph.scope(name):
         weight = graph.weight("weight", module.weight.flatten(1).t())
@@ -89,7 +89,7 @@ def _weights(graph: Graph, name: str, module: nn.Conv2d, shift: float = 0.0) -> 
 
 
 def _split(graph: Graph, x: str) -> list[str]:
-    """(M, C) -> PIECES of it, of which the last may be empty."""
+    """(M, C) -> PIECES of it, the last ones possibly empty."""
     num_rows = graph.size(x, 0)
     most = graph.add("Add", graph.add("Div", num_rows, graph.constant(PIECES)), graph.constant(1))
     left = graph.add("Sub", num_rows, graph.add("Mul", most, graph.constant(range(PIECES))))

@@ -1,8 +1,8 @@
-"""A layer of a Zipformer in a graph, written by hand: `asr.model.zipformer_layer.ZipformerLayer.forward`.
+"""The hand-written graph of a Zipformer layer: `asr.model.zipformer_layer.ZipformerLayer.forward`.
 
-Activations are (N T, C), so that a matrix and its bias are one operation. Shares and scales are in the
-weights where that is exact. Each layer has tensors of its own as its state; while streams go on, all frames
-of a call count, and what they keep is a slice.
+Activations are (N T, C), so that a matrix and its bias are one operation. Shares and scales are folded into
+the weights where that is exact. Each layer has its own state tensors; while streams go on, all frames of a
+call count, and the state that they keep is a slice.
 
 N streams · T frames at the rate of the layer · W cached frames · C channels · H heads · D channels per head
 · D' of the queries for positions · K kernel
@@ -29,16 +29,16 @@ from export.graph import END, Graph
 from export.zipformer_sight import Sight
 
 SLOPE = 0.08
-"""Of both activations, far to the left."""
+"""The slope of both activations, far to the left."""
 
 MOST = 80.0
-"""Of what is raised to a power; above it log(exp(-c) + exp(z)) is z, and exp(z) soon infinite."""
+"""Maximum exponent; above it log(exp(-c) + exp(z)) is z, and exp(z) soon infinite."""
 
 
 class Swoosh(NamedTuple):
     """log(1 + exp(x - a)) - SLOPE x - b as log(exp(-c) + exp(z)) - SLOPE z, where z = x - a - c.
 
-    What is subtracted from x is in the bias before it.
+    What is subtracted from x is folded into the preceding bias.
     """
 
     floor: float
@@ -56,7 +56,7 @@ SWOOSH_L, SWOOSH_R = Swoosh.of(4.0, 0.035), Swoosh.of(1.0, 0.313261687)
 
 
 def swoosh(graph: Graph, z: str, kind: Swoosh) -> str:
-    """Softplus takes three times as long as all of this, since onnxruntime has no fast one."""
+    """Softplus, which is slow in onnxruntime, would take three times as long as all of this."""
     y = graph.add("Exp", graph.add("Clip", z, "", graph.constant(MOST, "float32")))
     y = graph.add("Log", graph.add("Add", y, graph.constant(kind.floor, "float32")))
     straight = graph.add("Mul", z, graph.constant(SLOPE, "float32"))
@@ -64,7 +64,7 @@ def swoosh(graph: Graph, z: str, kind: Swoosh) -> str:
 
 
 def write_norm(graph: Graph, name: str, module: BiasNorm, x: str, scale: float | Tensor = 1.0) -> str:
-    """x (..., C) -> scale times its image; one scale, or (C,)."""
+    """x (..., C) -> the scaled output; scale: a number, or (C,)."""
     with graph.scope(name):
         y = graph.add("Sub", x, graph.weight("bias", module.bias))
         length = graph.add("ReduceL2", y, graph.constant([-1]), keepdims=1)
@@ -73,12 +73,12 @@ def write_norm(graph: Graph, name: str, module: BiasNorm, x: str, scale: float |
 
 
 class LayerWriter:
-    """One layer."""
+    """Writes one layer."""
 
     def __init__(
         self, graph: Graph, name: str, layer: ZipformerLayer, past: Mapping[str, str], sight: Sight
     ) -> None:
-        """past: the state, by the names of its fields, which end with that of the layer."""
+        """past: the state, by field names, which end with the name of the layer."""
         self.graph, self.name, self.layer, self.past, self.sight = graph, name, layer, past, sight
         self.following: dict[str, str] = {}
         """Field -> its value after the call."""
@@ -105,7 +105,7 @@ class LayerWriter:
         """x (N T, C) -> attention (N, H, T, W + T)."""
         graph, sight, heads = self.graph, self.sight, module.num_heads
         with graph.scope("weights"):
-            # queries, keys, queries for positions of a head side by side
+            # queries, keys and position queries of a head side by side
             parts = [x.unflatten(0, (heads, -1)) for x in module.project.weight.split(module.splits)]
             biases = [x.unflatten(0, (heads, -1)) for x in module.project.bias.split(module.splits)]
             weight, bias = torch.cat(parts, 1).flatten(0, 1), torch.cat(biases, 1).flatten()
@@ -127,7 +127,7 @@ class LayerWriter:
         return self.graph.add("Transpose", x, perm=[0, 2, 1, 3])
 
     def _extend(self, field: str, new: str) -> str:
-        """Frames (N, ., T, C) behind those that are cached; and what is cached then."""
+        """Frames (N, ., T, C) appended to the cached ones; also sets the next cache."""
         field = f"{field}.{self.name}"
         seen = self.graph.add("Concat", self.past[field], new, axis=2)
         self.following[field] = self.graph.slice(seen, self.sight.length, END, 2)
@@ -180,7 +180,7 @@ class LayerWriter:
             return graph.linear("out", module.out, swoosh(graph, y, SWOOSH_R))
 
     def _depthwise(self, name: str, module: nn.Conv2d, x: str, dim: int, less: float = 0.0) -> str:
-        """x (..., 1, T, C) -> its image less a number (N T, C)."""
+        """x (..., 1, T, C) -> the output minus `less` (N T, C)."""
         graph = self.graph
         y = graph.add("Transpose", x, perm=[0, 3, 1, 2])
         y = graph.convolution(name, module, y, less)

@@ -1,7 +1,7 @@
-"""What the layers of a Zipformer see, in a graph: found for the front, and taken from that for each rate.
+"""What the layers of a Zipformer attend to, in a graph: computed for the front, and subsampled for each rate.
 
 Every rate divides the chunk and the cached frames, so that every `rate`-th row and column of a mask, or of
-what is counted, is that of the rate.
+counts, is that of the rate.
 
 N streams · T' frames, of the front or of a rate · C channels · H heads · D channels per head · D' of queries
 for positions · W cached frames · K kernel
@@ -39,31 +39,30 @@ class Sight:
     rows: dict[int, str]
     """Channels -> shape (chunks of all streams, 1, frames of a chunk, C)."""
     valid: str
-    """(N T', 1) float32: 0 behind the end."""
+    """(N T', 1) float32: 0 after the end."""
     mask: str
     """(N, 1, T', W + T') float32: 0, or minus infinity."""
     first: str
-    """T' - 1: where in flat scores by distance those by key begin, ..."""
+    """T' - 1: where the scores by key begin in the flattened scores by distance, ..."""
     last: str
     """... and where they end."""
     by_key: str
-    """Shape (N, H, T', W + 2 T' - 1) of what is between them; N and H are 0, as they were."""
+    """Shape (N, H, T', W + 2 T' - 1) of what is between them; N and H are 0, which keeps them."""
     num_keys: str
     """W + T'."""
     tables: dict[str, str]
-    """Name of the layer -> (H, D', W + 2 T'): what queries for positions are multiplied with."""
+    """Name of the layer -> (H, D', W + 2 T'): the factors of position queries."""
     scales: dict[str, list[str]]
-    """Name of the layer -> for both convolutions (N T', C): how much what is within a chunk counts."""
+    """Name of the layer -> for both convolutions (N T', C): the scale of the part within the chunk."""
 
 
 class SightWriter:
-    """The sights of one call."""
+    """Writes the sights of one call."""
 
     def __init__(
         self, graph: Graph, encoder: Zipformer, past: Mapping[str, str], context: Sequence[str]
     ) -> None:
-        """past: the state, by the names of its fields.  context: values of chunk and left; int64, each one
-        number."""
+        """past: the state, by field name.  context: values of chunk and left; int64 scalars."""
         self.graph, self.encoder, self.config = graph, encoder, encoder.config
         self.offset, (self.chunk, self.left) = past["offset"], context
         width = graph.size(past["keys.0.0"], 2)
@@ -72,7 +71,7 @@ class SightWriter:
         self.n = graph.size(self.offset, 0)
 
     def write(self, lens: str, length: str) -> dict[int, Sight]:
-        """lens (N,) of length (1,) frames of the front -> rate -> what its layers see."""
+        """lens (N,) of length (1,) frames of the front -> rate -> the sight of its layers."""
         graph, zero, one = self.graph, self.graph.constant([0]), self.graph.constant([1])
         self._measure(length)
         self.step = graph.range(zero, self.length)
@@ -83,7 +82,7 @@ class SightWriter:
         return {rate: self._sight(rate, *shared) for rate in sorted(set(self.config.rates))}
 
     def nearest(self, lens: str) -> str:
-        """(N T',): rows of the frames, and of the last that counts in the place of those behind it."""
+        """(N T',): row of each frame, or of the last frame that counts for those after it."""
         graph, zero, one = self.graph, self.graph.constant([0]), self.graph.constant([1])
         last = graph.add("Max", graph.add("Sub", lens, one), zero)
         frames = graph.add("Min", self.step, graph.add("Unsqueeze", last, one))
@@ -109,7 +108,7 @@ class SightWriter:
         """Frames of a chunk."""
         most = graph.add("Mul", self.parts(length, step), step)
         self.row = graph.add("Min", self.size, most)
-        """Of a chunk, as far as there are any."""
+        """Frames of a chunk, at most as many as there are."""
         self.length = graph.add("Mul", self.parts(length, self.row), self.row)
         """T': whole chunks."""
 
@@ -133,7 +132,7 @@ class SightWriter:
         return graph.add("Where", near, graph.constant(0, "float32"), graph.constant(-np.inf, "float32"))
 
     def _angles(self) -> str:
-        """(channels, W + 2 T') of `asr.model.zipformer_layer.compact_positions`: all cosines come first."""
+        """(channels, W + 2 T') of `asr.model.zipformer_layer.compact_positions`, all cosines first."""
         graph, dim, one = self.graph, self.config.position_dim, self.graph.constant([1])
         unit = math.sqrt(dim)
         first = graph.add("Sub", one, graph.add("Add", self.width, self.length))
@@ -151,7 +150,7 @@ class SightWriter:
         return graph.add("Concat", cosines, sines, last, axis=0)
 
     def _edges(self) -> tuple[str, str]:
-        """Frames of its chunk before each frame (T',), and behind it (N, T'):
+        """Frames of its chunk before each frame (T',), and after it (N, T'):
         `asr.model.zipformer_convolution.Edges`."""
         graph, zero, one = self.graph, self.graph.constant(0), self.graph.constant([1])
         before = graph.add("Mod", self.step, self.size)
@@ -201,7 +200,7 @@ class SightWriter:
         return x if rate == 1 else self.graph.add("Div", x, self.graph.constant(rate))
 
     def _every(self, rate: int, x: str, *axes: int) -> str:
-        """Every `rate`-th along some axes."""
+        """Every `rate`-th element along some axes."""
         graph, count = self.graph, len(axes)
         bounds = [graph.constant(count * [value]) for value in (0, END)]
         return graph.add("Slice", x, *bounds, graph.constant(axes), graph.constant(count * [rate]))
@@ -239,7 +238,7 @@ class SightWriter:
 
 
 def _tables_of(layer: ZipformerLayer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of both convolutions what edges add, by the frames before one, and behind it (K + 1, C)."""
+    """What edges add in both convolutions, by the number of frames before and after a frame (K + 1, C)."""
     for module in (layer.convolution_1, layer.convolution_2):
         left, right = cast(ChunkConvolution, module.depthwise).edges.transpose(1, 2)
         yield F.pad(left, (0, 0, 0, 1)), F.pad(right.flip(0), (0, 0, 0, 1))
