@@ -1,4 +1,4 @@
-"""Archives (tar, .nemo) unpacked file by file: nothing of one may lie, or point, outside its folder."""
+"""Unpack archives (tar, .nemo) file by file: no member may lie, or point, outside the target folder."""
 
 import shutil
 import tarfile
@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from asr.errors import CheckpointError
 
 MAX_BYTES = 64 * 2**30
-"""An archive that would unpack to more is refused: the largest public models are below 10 GB."""
+"""An archive that would unpack to more is rejected: the largest public models are below 10 GB."""
 
 MAX_MEMBERS = 10_000
 
@@ -15,9 +15,9 @@ MAX_MEMBERS = 10_000
 def unpack(archive: Path, folder: Path) -> None:
     """Write the regular files of a tar archive, compressed or not, below a new folder.
 
-    All members are looked at before the first is read. Raises CheckpointError for one that is neither file
-    nor folder, lies elsewhere or comes twice, for sizes beyond all models or the disk, and where the archive
-    is incomplete.
+    All members are checked before the first is read. Raises CheckpointError for one that is neither file nor
+    folder, lies elsewhere or occurs twice, for sizes beyond any model or the free disk space, and if the
+    archive is incomplete.
     """
     try:
         with tarfile.open(archive) as opened:
@@ -36,12 +36,12 @@ def unpack(archive: Path, folder: Path) -> None:
         raise CheckpointError(
             f"{archive}: not a whole archive: {str(error) or 'it ends too early'}; download it again"
         ) from None
-    except OSError as error:  # gzip and bz2 say so, too
+    except OSError as error:  # gzip and bz2 raise it, too
         raise CheckpointError(f"{archive}: cannot be unpacked: {error.strerror or error}") from None
 
 
 def _checked(opened: tarfile.TarFile, archive: Path, free: int) -> dict[str, tarfile.TarInfo]:
-    """Path -> file, of an archive that holds files and folders only."""
+    """Path -> file, for an archive that holds only files and folders."""
     found: dict[str, tarfile.TarInfo] = {}
     size = 0
     for number, member in enumerate(opened, 1):

@@ -1,4 +1,4 @@
-"""What a reader of a family gives: everything that an experiment needs."""
+"""The result of reading a checkpoint of any family: everything that an experiment needs."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,37 +17,37 @@ class Tokens(NamedTuple):
     """The units of a converted model."""
 
     symbols: list[str]
-    """Of each id."""
+    """The symbol of each id."""
 
     model: bytes | None = None
-    """A SentencePiece model, where one splits text into exactly these units."""
+    """A SentencePiece model, if there is one that splits text into exactly these units."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A public checkpoint as a model of ours."""
+    """A public checkpoint as a model of this toolkit."""
 
     config: ExperimentConfig
     tokens: Tokens
     model: HybridModel
     notes: tuple[str, ...] = ()
-    """What was changed on the way, what was left out, and what to know when decoding."""
+    """What was changed in conversion, what was left out, and what to know when decoding."""
 
 
 def ctc_alone() -> dict[str, Any]:
-    """The parts of a configuration that a model without a decoder has."""
+    """The configuration parts for a model without a decoder."""
     return {"decoder": AbsentConfig(), "loss": LossConfig(ctc=1.0, attention=0.0)}
 
 
 def decoder_alone() -> dict[str, Any]:
-    """The parts of a configuration that a model without a CTC head has."""
+    """The configuration parts for a model without a CTC head."""
     return {"loss": LossConfig(ctc=None, attention=1.0)}
 
 
 def parts_to_load(model: HybridModel, *others: str) -> nn.ModuleDict:
     """Encoder, CTC head and decoder of a model, and others by name, for `asr.convert.names.load`.
 
-    In the place of no decoder there are zeros.
+    A missing decoder is replaced by zeros.
     """
     names = ["encoder", *others, *(["ctc"] if model.ctc is not None else [])]
     if model.decoder.config.type == "none":
@@ -60,5 +60,5 @@ def parts_to_load(model: HybridModel, *others: str) -> nn.ModuleDict:
 
 
 def fresh_model(config: ExperimentConfig, num_tokens: int) -> HybridModel:
-    """The model of a configuration, in eval mode, every parameter of which is still to be loaded."""
+    """The model of a configuration, in eval mode, with all parameters still to be loaded."""
     return build_model(config.features, config.encoder, config.decoder, config.loss, num_tokens).eval()

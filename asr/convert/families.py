@@ -1,4 +1,4 @@
-"""Which public checkpoints can be read: add a family here."""
+"""The families of public checkpoints that can be read: add one here."""
 
 import re
 from collections.abc import Callable
@@ -20,10 +20,10 @@ class Family(NamedTuple):
     read: Callable[[Source], Converted]
 
     mark: str
-    """A pattern of a tensor's name that no other family has."""
+    """A pattern for a tensor name that no other family has."""
 
     files: tuple[str, ...]
-    """Patterns of what is fetched from a hub."""
+    """Patterns of the files to fetch from a hub."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,8 +36,8 @@ FAMILIES: dict[str, Family] = {
 
 
 def convert(family: str, source: Source) -> Converted:
-    """The model of a source. Raises CheckpointError, ConfigError or TokensError, and says which family the
-    source looks like where it is another."""
+    """The model of a source. Raises CheckpointError, ConfigError or TokensError, naming the family that the
+    source looks like if it is another one."""
     try:
         return FAMILIES[family].read(source)
     except AsrError as error:
@@ -49,7 +49,7 @@ def convert(family: str, source: Source) -> Converted:
 
 
 def looks_like(source: Source) -> str | None:
-    """The family that the names of a source's tensors belong to; None where that cannot be said."""
+    """The family that a source's tensor names belong to; None if that is unclear."""
     files = [source.main] if source.main else _weights(source.folder)
     for file in files:
         try:
@@ -69,7 +69,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _names(found: object) -> list[str]:
-    """All keys of a checkpoint, and of the mappings in it."""
+    """All keys of a checkpoint, including those of nested mappings."""
     if not isinstance(found, dict):
         return []
     return [str(key) for key in found] + [

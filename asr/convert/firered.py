@@ -1,9 +1,9 @@
 """Checkpoints of FireRedASR-AED (arXiv:2501.14350): the encoder and the decoder.
 
-A folder with model.pth.tar, cmvn.ark, dict.txt, and the SentencePiece model where there is one.
+A folder with model.pth.tar, cmvn.ark, dict.txt, and the SentencePiece model if there is one.
 
-Keys of the decoder have no bias, and its output, which is the embedding, has none either: ours are zeros.
-There is no CTC head.
+The key projections of the decoder have no bias, nor does its output layer, which is tied to the embedding:
+our biases are zeros. There is no CTC head.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ from asr.model.decoder import DecoderConfig
 from asr.model.firered import FireRedConfig
 
 BLANK, UNK = 0, 1
-"""Their ids of the two."""
+"""Their ids of these units."""
 
 FILES = ("model.pth.tar", "cmvn.ark", "dict.txt", "*.model")
-"""What is fetched from a hub."""
+"""Files to fetch from a hub."""
 
 MARK = r"^encoder\.layer_stack\.\d+\.mhsa\."
 """A tensor that no other family has."""
@@ -95,7 +95,7 @@ NAMES = Names(
 
 
 def read(source: Source) -> Converted:
-    """A FireRedASR-AED checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    """Read a FireRedASR-AED checkpoint. Raises CheckpointError for what our model does not support."""
     file = source.weights_file("model.pth.tar", "*.pth.tar", "*.pt")
     found = source.tensors(file, "model_state_dict")
     args = read_args(found.others.get("args"), str(file))
@@ -126,7 +126,7 @@ def read(source: Source) -> Converted:
 
 
 def read_args(found: Any, where: str) -> dict[str, Any]:
-    """The options of a checkpoint, each of them a number; CheckpointError where one is missing or odd."""
+    """The options of a checkpoint, all of them numbers; CheckpointError if one is missing or invalid."""
     values = found if isinstance(found, Mapping) else getattr(found, "__dict__", None)
     if not values or not set(SIZES) <= set(values):
         raise CheckpointError(f"{where}: no args with {', '.join(SIZES)} in it; not of FireRedASR-AED")
@@ -138,7 +138,7 @@ def read_args(found: Any, where: str) -> dict[str, Any]:
 
 
 def check_layers(weights: Mapping[str, Tensor], args: Mapping[str, Any], where: str) -> None:
-    """Before a model is built that may be larger than any file: layers, and channels."""
+    """Check layers and channels before building a model that might be larger than any file."""
     for part, name in (("encoder", "n_layers_enc"), ("decoder", "n_layers_dec")):
         count = count_layers(weights, f"{part}.layer_stack.")
         if count != args[name]:
@@ -149,17 +149,17 @@ def check_layers(weights: Mapping[str, Tensor], args: Mapping[str, Any], where: 
 
 
 def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What NAMES expects: theirs, with biases."""
+    """The tensors that NAMES expects: theirs, with biases."""
     return add_biases(weights, r"^decoder\.(tgt_word_prj|layer_stack\.\d+\.(self|cross)_attn\.w_ks)")
 
 
 def units(args: Mapping[str, Any]) -> Units:
-    """Ours, from the `args` of a checkpoint."""
+    """Our units, from the `args` of a checkpoint."""
     return arrange_units(args["odim"], args["sos_id"], args["eos_id"], BLANK, UNK)
 
 
 def encoder_config(args: Mapping[str, Any]) -> FireRedConfig:
-    """Ours, from the `args` of a checkpoint."""
+    """Our encoder configuration, from the `args` of a checkpoint."""
     return FireRedConfig(
         dim=args["d_model"],
         num_layers=args["n_layers_enc"],
@@ -171,7 +171,7 @@ def encoder_config(args: Mapping[str, Any]) -> FireRedConfig:
 
 
 def decoder_config(args: Mapping[str, Any]) -> DecoderConfig:
-    """Ours, from the `args` of a checkpoint."""
+    """Our decoder configuration, from the `args` of a checkpoint."""
     return DecoderConfig(
         dim=args["d_model"],
         num_layers=args["n_layers_dec"],

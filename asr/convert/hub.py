@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub, where the extra `hub` is installed and a network is there."""
+"""Checkpoints from the Hugging Face hub, which needs the extra `hub` and a network."""
 
 import re
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from asr.errors import CheckpointError
 
 ID = re.compile(r"(?P<name>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w./-]+))?")
 CARDS = ("README.md", "LICENSE*")
-"""Where a licence is stated."""
+"""Files that may state the licence."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it is `owner/name` or `owner/name@revision`, and nothing of that path is here."""
+    """Whether it is `owner/name` or `owner/name@revision`, and no local path."""
     return bool(ID.fullmatch(source)) and not Path(source).exists()
 
 
 def fetch(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
-    """Download the files of a repository that match into the cache of huggingface_hub.
+    """Download the matching files of a repository into the cache of huggingface_hub.
 
-    Returns their folder, and the id with the commit that they are of. Raises CheckpointError where that
-    fails, as it does without the package.
+    Returns their folder, and the id with the commit that they belong to. Raises CheckpointError if that
+    fails, or if the package is not installed.
     """
     try:
         import huggingface_hub
@@ -34,7 +34,7 @@ def fetch(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
     nested = [path for pattern in (*patterns, *CARDS) for path in (pattern, f"*/{pattern}")]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=nested))
-    except Exception as error:  # of the network, of the hub, of the disk: the package has dozens of kinds
+    except Exception as error:  # network, hub or disk: the package raises dozens of types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
             f"{source}: no such folder here, and not fetched from the hub: {reason[0]}; download it "

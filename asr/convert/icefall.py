@@ -1,9 +1,9 @@
 """Public icefall checkpoints: their tensors, under the names of HybridModel.
 
-A folder with pretrained.pt (or epoch-N.pt), tokens.txt, and bpe.model where there is one, at any depth. Sizes
-are inferred from shapes; what they do not say is read from the checkpoint, or from icefall.yaml.
+A folder with pretrained.pt (or epoch-N.pt), tokens.txt, and bpe.model if there is one, at any depth. Sizes
+are inferred from shapes; anything else is read from the checkpoint, or from icefall.yaml.
 
-What is mapped is the front, the Zipformer, its CTC head and its attention decoder.
+The front, the Zipformer, its CTC head and its attention decoder are mapped.
 """
 
 import re
@@ -64,13 +64,13 @@ HEADS = {
     **{f"encoder.front.{ours}": f"encoder_embed.{theirs}" for ours, theirs in FRONT.items()},
 }
 STACK = re.compile(r"encoder\.stacks\.(\d+)\.(.*)")
-"""What comes behind the number is of the stack, or of one of its layers."""
+"""What follows the number belongs to the stack, or to one of its layers."""
 
 TRANSDUCER = r"^(decoder|joiner|simple_am_proj|simple_lm_proj)\."
-"""Heads of another kind, which most checkpoints have besides."""
+"""The transducer, which most checkpoints contain as well."""
 
 FILES = ("*pretrained.pt", "epoch-*.pt", "*.safetensors", "*tokens.txt", "*bpe.model", "*icefall.yaml")
-"""What is fetched from a hub."""
+"""Files to fetch from a hub."""
 
 MARK = r"^encoder_embed\.convnext\."
 """A tensor that no other family has."""
@@ -85,7 +85,7 @@ ASK_FOR_OPTIONS = (
 
 
 def read(source: Source) -> Converted:
-    """An icefall checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    """Read an icefall checkpoint. Raises CheckpointError for what our model does not support."""
     file = source.weights_file("pretrained.pt", "epoch-*.pt", "*.safetensors")
     tensors = source.tensors(file, "model")
     weights = tensors.weights
@@ -108,15 +108,15 @@ def read(source: Source) -> Converted:
 
 
 def _options(source: Source, others: Mapping[str, Any], where: str) -> Options:
-    """What shapes do not say: of the training, kept in its checkpoints, or in a file."""
+    """What shapes do not determine: the training options, from the checkpoint or from a file."""
     if file := source.maybe("icefall.yaml"):
         return Options(source.yaml(file), str(file))
     return Options(others, where)
 
 
 def encoder_config(weights: Mapping[str, Tensor], options: Options) -> ZipformerConfig:
-    """Sizes that shapes say, and options of icefall's names for the others; published models have its
-    defaults. Raises CheckpointError where the two disagree."""
+    """Sizes from shapes where possible, otherwise from options under icefall's names; published models have
+    its defaults. Raises CheckpointError if the two disagree."""
     found = [_stack_sizes(weights, i) for i in range(_count(weights, r"^encoder\.encoders\.(\d+)\."))]
     if not found or min(x["depths"] for x in found) < 1:
         raise CheckpointError(f"{options.where}: no stacks of layers numbered from 0")
@@ -177,13 +177,13 @@ def _stack_sizes(weights: Mapping[str, Tensor], number: int) -> dict[str, int]:
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """How many numbers there are in names, if they are 0, 1, 2, ...; else 0."""
+    """How many different numbers the names contain, if they are 0, 1, 2, ...; else 0."""
     numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
 def _num_bins(weights: Mapping[str, Tensor], options: Options) -> int:
-    """F, which must fit the channels behind the front: ((F - 1) // 2 - 1) // 2 of each of its maps."""
+    """F, which must fit the channels after the front: ((F - 1) // 2 - 1) // 2 for each of its maps."""
     num_bins = options.count("feature_dim", 80)
     out, maps = weights.get("encoder_embed.out.weight"), weights.get("encoder_embed.conv.7.bias")
     if out is None or maps is None or out.dim() != 2:
@@ -207,7 +207,7 @@ def _decoder(weights: Mapping[str, Tensor], options: Options) -> DecoderConfig:
 
 
 def _units(source: Source, count: int) -> tuple[Units, Tokens]:
-    """tokens.txt without the symbols that only graphs need, in our order, and what cuts text into them."""
+    """tokens.txt in our order, without the symbols that only graphs need, and the model that splits text."""
     file = source.file("tokens.txt")
     theirs = read_units(source.text(file), str(file))
     theirs = [x for i, x in enumerate(theirs) if i < count or not re.fullmatch(r"#\d+", x)]
@@ -221,20 +221,20 @@ def _units(source: Source, count: int) -> tuple[Units, Tokens]:
 
 
 def all_names(ours: Sequence[str]) -> Names:
-    """How they call all that is ours; the transducer needs no place, nor a decoder where ours has none."""
+    """Their names for all of ours; the transducer is ignored, and so is a decoder if ours has none."""
     has_decoder = any(name.startswith("decoder.") for name in ours)
     others = TRANSDUCER if has_decoder else rf"{TRANSDUCER}|^{re.escape(PLACE)}"
     return Names({**icefall_names(ours), **DECODER.heads}, DECODER.layers, others)
 
 
 def icefall_names(ours: Sequence[str]) -> dict[str, str]:
-    """For each of our names, that in an icefall checkpoint. Names of other parts are left out."""
+    """Our names -> those in an icefall checkpoint. Names of other parts are left out."""
     slow = {match[1] for x in ours if (match := STACK.match(x)) and match[2].startswith("downsample.")}
     return {name: theirs for name in ours if (theirs := _name(name, slow))}
 
 
 def _name(name: str, slow: set[str]) -> str:
-    """slow: numbers of the stacks that take several frames together."""
+    """slow: numbers of the stacks that downsample."""
     if not (match := STACK.match(name)):
         return _replaced(name, HEADS)
     number, rest = match[1], match[2]
@@ -248,5 +248,5 @@ def _name(name: str, slow: set[str]) -> str:
 
 
 def _replaced(name: str, prefixes: Mapping[str, str]) -> str:
-    """name with the first prefix that it has replaced; empty where it has none."""
+    """name with its first matching prefix replaced; empty if none matches."""
     return next((new + name[len(old) :] for old, new in prefixes.items() if name.startswith(old)), "")

@@ -1,4 +1,4 @@
-"""The attention decoder of icefall's checkpoints; its units are ours, in our order."""
+"""The attention decoder of icefall's checkpoints; its units are the same as ours, in the same order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +31,7 @@ DECODER = Names(
 
 
 def decoder_config(options: Mapping[str, Any]) -> DecoderConfig:
-    """Ours, from the options of their training, without the word "attention_decoder" before each."""
+    """Our configuration, from their training options without the prefix "attention_decoder"."""
     dim, attention_dim = options["decoder_dim"], options["attention_dim"]
     return DecoderConfig(
         dim=dim,

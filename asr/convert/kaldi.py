@@ -1,4 +1,4 @@
-"""Mean and variance of features as Kaldi and its successors write them: a matrix of sums, or JSON.
+"""Mean and variance of features as written by Kaldi and its successors: a matrix of sums, or JSON.
 
     [ sum_1 ... sum_F  frames
       sum of squares_1 ... F  0 ]        as text, or in binary as \\0B, `FM ` or `DM `, sizes and numbers
@@ -23,9 +23,9 @@ HEADER = struct.Struct("<bibi")
 
 
 def read_cmvn(data: bytes, num_bins: int, where: str) -> tuple[Tensor, Tensor]:
-    """The content of a file of statistics -> mean (F,) and 1 / standard deviation (F,), float32.
+    """The content of a statistics file -> mean (F,) and 1 / standard deviation (F,), float32.
 
-    where: the file, for errors. Raises CheckpointError where it is something else, or of other features.
+    where: the file, for errors. Raises CheckpointError if it is something else, or for other features.
     """
     sums, squares, count = _json(data, where) if data.lstrip()[:1] == b"{" else _matrix(data, where)
     if len(sums) != num_bins or len(squares) != num_bins:
@@ -59,7 +59,7 @@ def _matrix(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def _text(data: bytes) -> np.ndarray:
-    """Behind a name, or not: [ rows, each on a line of its own or, as WeNet writes them, all on one ]."""
+    """An optional name, then [ rows, each on its own line or, as WeNet writes them, all on one ]."""
     _, opening, rest = data.decode("ascii").partition("[")
     body, closing, _ = rest.partition("]")
     if not (opening and closing):

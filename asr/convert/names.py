@@ -1,8 +1,8 @@
 """Public checkpoints under our names: which of their tensors make up each of ours.
 
-A tensor of ours is one of theirs, or several one below the other: queries, keys and values of a layer, keys
-and values of the cross-attention of all layers. What a family does not have, or has in another form, it
-brings into this form first: `add_biases`, and functions beside its names.
+A tensor of ours is one of theirs, or several stacked: queries, keys and values of a layer, keys and values of
+the cross-attention of all layers. Tensors that a family lacks, or has in another form, are first brought into
+this form: by `add_biases`, and by functions beside its names.
 """
 
 import re
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from asr.errors import CheckpointError
 
 MADE_UP = -1
-"""A unit that a family does not have: nothing goes in, and nothing comes out."""
+"""A unit that a family does not have: its embedding is 0, and it is never predicted."""
 
 NEVER = -1e4
 """The logit of such a unit."""
 
 INPUTS = re.compile(r"^(reverse_)?decoder\.embedding\.")
 OUTPUTS = re.compile(r"^(ctc|(reverse_)?decoder\.out)\.")
-"""Tensors of ours that have a row for each unit."""
+"""Our tensors that have a row per unit."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,30 @@ class Layers:
     """The numbered layers of a part of the model."""
 
     place: str
-    """Theirs, up to the number."""
+    """Their name, up to the number."""
 
     names: Mapping[str, Sequence[str]]
-    """How names in a layer begin: ours, and theirs, several one below the other."""
+    """Prefixes of names in a layer: ours -> theirs, several being stacked."""
 
     memory: Sequence[str] = ()
-    """Theirs of the keys and values of cross-attention, which are one tensor of ours for all layers."""
+    """Their keys and values of cross-attention, which are one tensor of ours for all layers."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a family calls what is ours."""
+    """The names of a family for our tensors."""
 
     heads: Mapping[str, str]
-    """How names outside of layers begin: ours, and theirs."""
+    """Prefixes of names outside of layers: ours -> theirs."""
 
     layers: Mapping[str, Layers] = field(default_factory=dict)
-    """Of each part of ours, as "decoder."."""
+    """The layers of each of our parts, such as "decoder."."""
 
     computed: str = r"(?!)"
-    """A pattern of what is in their files and needs no place in ours."""
+    """A pattern for tensors in their files that have no counterpart in ours."""
 
     def sources(self, ours: Sequence[str]) -> dict[str, list[str]]:
-        """For each of our names, those of theirs that make it up."""
+        """Our names -> those of their tensors that make up each."""
         return {name: self._sources(name, ours) for name in ours}
 
     def _sources(self, name: str, ours: Sequence[str]) -> list[str]:
@@ -74,20 +74,20 @@ class Names:
 
 
 class Units(NamedTuple):
-    """Which rows of their matrices belong to each of our units; MADE_UP where there is none."""
+    """The row of their matrices for each of our units; MADE_UP if there is none."""
 
     inputs: list[int]
-    """Of the embedding."""
+    """Rows of the embedding."""
 
     outputs: list[int]
-    """Of what ends in a softmax."""
+    """Rows of the output layers."""
 
 
 def arrange_units(count: int, sos: int, eos: int, blank: int = MADE_UP, unk: int = MADE_UP) -> Units:
     """Blank, sos/eos, unknown, and then the other units of `count` in their order.
 
-    Where sos and eos are two, our unit 1 goes in as sos and comes out as eos. Their sos is also a unit of its
-    own, since nothing but the search keeps it out of a text; their eos never goes in.
+    If sos and eos are two units, our unit 1 is sos as input and eos as output. Their sos also remains a unit
+    of its own, since only the search keeps it out of a text; their eos is never an input.
     """
     rest = [i for i in range(count) if i not in (blank, eos, unk)]
     return Units([blank, sos, unk, *rest], [blank, eos, unk, *rest])
@@ -98,8 +98,8 @@ def load(
 ) -> None:
     """Load a state dict of another family into a HybridModel, or into a part of one under the same names.
 
-    where: the file, for errors. units: None for the same units in the same order. Raises CheckpointError
-    where tensors are missing, unused, or of another shape, with the names and shapes of all of them.
+    where: the file, for errors. units: None for the same units in the same order. Raises CheckpointError if
+    tensors are missing, unused, or of another shape, with the names and shapes of all of them.
     """
     wanted = model.state_dict()
     sources = names.sources(list(wanted))
@@ -136,12 +136,12 @@ def load(
 
 
 def count_layers(weights: Mapping[str, Tensor], place: str) -> int:
-    """How many numbers follow `place` in names."""
+    """How many different numbers follow `place` in names."""
     return len({name.removeprefix(place).split(".")[0] for name in weights if name.startswith(place)})
 
 
 def add_biases(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor]:
-    """The tensors, and a bias of zeros for each matrix whose name matches, up to ".weight", and has none."""
+    """The tensors, plus a zero bias for each matrix that lacks one if its name before ".weight" matches."""
     matching = re.compile(rf"{pattern}\.weight$")
     found = {
         f"{name.removesuffix('weight')}bias": x.new_zeros(len(x))
@@ -152,19 +152,19 @@ def add_biases(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor]
 
 
 def _order(name: str, units: Units | None) -> list[int]:
-    """Which row each of our units has in theirs; empty where a tensor has no row for each."""
+    """Their row for each of our units; empty if a tensor has no row per unit."""
     if units is None:
         return []
     return units.inputs if INPUTS.match(name) else units.outputs if OUTPUTS.match(name) else []
 
 
 def _take(value: Tensor, order: Sequence[int]) -> Tensor:
-    """Rows in our order, and what those are that a family does not have."""
+    """Rows in our order, with constants for units that a family does not have."""
     index = torch.tensor(order, device=value.device)
     made_up = (index == MADE_UP).view(-1, *[1] * (value.dim() - 1))
     return value[index.clamp(min=0)].where(~made_up, NEVER if value.dim() == 1 else 0.0)
 
 
 def _sizes(x: Tensor) -> list[int]:
-    """The shape without dimensions of one, which kernels of one frame have or have not."""
+    """The shape without dimensions of size 1, which pointwise kernels may or may not have."""
     return [n for n in x.shape if n > 1]

@@ -1,6 +1,6 @@
 """Public NeMo checkpoints: features, Fast Conformer and CTC head, under the names of HybridModel.
 
-Their blank is the last unit of CTC, and none begins or ends a text: `arrange_units` makes that one up.
+Their blank is the last unit of CTC, and there is no sos/eos: `arrange_units` makes that one up.
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "reduction": (None,),
     "stochastic_depth_drop_prob": (0, 0.0),
 }
-"""Options of theirs that ours lacks, and the values for which it does the same; the first is the default."""
+"""Their options that ours lacks, and the values that match our behaviour; the first is the default."""
 
 PREPROCESSOR: dict[str, tuple[Any, ...]] = {
     "window": ("hann",),
@@ -72,7 +72,7 @@ PREPROCESSOR: dict[str, tuple[Any, ...]] = {
 def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfig:
     """The section `encoder` of a NeMo model's configuration, as ours.
 
-    where: the file, for errors. Raises CheckpointError for what our encoder does not do.
+    where: the file, for errors. Raises CheckpointError for what our encoder does not support.
     """
     _expect(options, OPTIONS, "encoder", where)
     dim, kernel_size = options["d_model"], options.get("conv_kernel_size", 31)
@@ -107,7 +107,7 @@ def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfi
 def features_config(options: Mapping[str, Any], where: str) -> FbankConfig:
     """The section `preprocessor` of a NeMo model's configuration, as ours.
 
-    where: the file, for errors. Raises CheckpointError for what our features do not do.
+    where: the file, for errors. Raises CheckpointError for what our features do not support.
     """
     sample_rate, window_s = options.get("sample_rate", 16000), options.get("window_size", 0.02)
     window_samples = round(sample_rate * window_s)

@@ -1,8 +1,8 @@
-"""The Transformer decoder of NeMo's models with one, as Canary (arXiv:2406.19674).
+"""The Transformer decoder of NeMo models that have one, such as Canary (arXiv:2406.19674).
 
-It adds sinusoids divided by sqrt(C) to an embedding that is not scaled, and a norm follows; ours adds
-sinusoids to an embedding times sqrt(C), which is the same behind the norm. Where encoder and decoder have
-different sizes, a projection stands between them; ours is part of the keys and values of cross-attention.
+It adds sinusoids divided by sqrt(C) to an unscaled embedding, followed by a norm; ours adds sinusoids to an
+embedding times sqrt(C), which is the same after the norm. If encoder and decoder have different sizes, there
+is a projection between them; ours is part of the keys and values of cross-attention.
 """
 
 import math
@@ -52,7 +52,7 @@ DECODER = Names(
 
 
 def decoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What DECODER expects: keys and values of the encoder's output itself, and a table to be added."""
+    """The tensors that DECODER expects: keys and values of the encoder's output, and a table to add."""
     found = dict(weights)
     if TABLE in found:
         found[TABLE] = found[TABLE] * math.sqrt(found[TABLE].shape[1])
@@ -65,7 +65,7 @@ def decoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def decoder_config(options: Mapping[str, Any]) -> DecoderConfig:
-    """Ours, from `transf_decoder` of their configuration. ConfigError for norms behind the modules."""
+    """Our configuration, from their `transf_decoder`. ConfigError for post-norm."""
     if not options["pre_ln"]:
         raise ConfigError(
             "transf_decoder.pre_ln: false, and norms behind the modules are not those of ours; expected true"

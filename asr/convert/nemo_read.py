@@ -1,7 +1,7 @@
-"""A .nemo archive, or what it unpacks to, as an experiment of ours.
+"""A .nemo archive, packed or unpacked, as an experiment of this toolkit.
 
-It holds model_config.yaml, model_weights.ckpt, and the SentencePiece models of its units. What is read are
-Fast Conformers with a CTC head (also of hybrid models, whose transducer is left out), and with the decoder of
+It holds model_config.yaml, model_weights.ckpt, and the SentencePiece models of its units. Supported are Fast
+Conformers with a CTC head (also of hybrid models, whose transducer is left out), and with the decoder of
 Canary.
 """
 
@@ -24,7 +24,7 @@ from asr.errors import CheckpointError
 from asr.pieces import open_pieces
 
 FILES = ("*.nemo",)
-"""What is fetched from a hub."""
+"""Files to fetch from a hub."""
 
 MARK = r"^encoder\.pre_encode\.conv\."
 """A tensor that no other family has."""
@@ -39,14 +39,14 @@ PROMPTS = {
         *("<|notimestamp|>", "<|nodiarize|>"),
     ],
 }
-"""What a format of theirs puts behind the first unit, for English speech written with punctuation."""
+"""What each of their prompt formats puts after the first unit, for English speech with punctuation."""
 
 STARTS = {"canary": "<|startoftranscript|>", "canary2": "<|startofcontext|>"}
 ENDS = ("<|endoftext|>", "</s>")
 
 
 def read(source: Source) -> Converted:
-    """A NeMo checkpoint as ours. Raises CheckpointError for what ours cannot be."""
+    """Read a NeMo checkpoint. Raises CheckpointError for what our model does not support."""
     file = source.weights_file("model_weights.ckpt", "*.ckpt")
     path = source.file("model_config.yaml")
     options = resolved(source.yaml(path), str(path))
@@ -119,7 +119,7 @@ def _config(options: Mapping[str, Any], weights: Mapping[str, Tensor], where: st
 
 
 def _units(source: Source, options: Mapping[str, Any], where: str) -> tuple[list[str], bytes | None]:
-    """Theirs in their order, and the SentencePiece model where one makes all of them."""
+    """Their units in their order, and the SentencePiece model if a single one makes all of them."""
     tokenizer = options.get("tokenizer")
     if not isinstance(tokenizer, Mapping):
         section = options.get("decoder")
@@ -151,7 +151,7 @@ def _ctc_head(weights: Mapping[str, Tensor], where: str) -> str:
 
 
 def _of_ctc(theirs: list[str], rows: int, where: str) -> Units:
-    """Their blank is behind all others; no unit begins or ends a text."""
+    """Our units for CTC: their blank is the last unit, and there is no sos/eos."""
     if rows != len(theirs) + 1:
         raise CheckpointError(f"{where}: {rows} units with blank, its tokenizer makes {len(theirs)}")
     units = arrange_units(rows, MADE_UP, MADE_UP, rows - 1, maybe_unit(theirs, "<unk>"))
@@ -162,7 +162,7 @@ def _of_ctc(theirs: list[str], rows: int, where: str) -> Units:
 def _of_decoder(
     theirs: list[str], weights: Mapping[str, Tensor], options: Mapping[str, Any], where: str
 ) -> tuple[Units, list[str]]:
-    """Ours, and the prompt. Rows behind those of the last unit stay as `<unused-1>` and so on."""
+    """Our units, and the prompt. Rows after the last unit are kept as `<unused-1>` and so on."""
     rows = len(weights.get("log_softmax.mlp.layer0.weight", ()))
     if not len(theirs) <= rows < len(theirs) + 64:
         raise CheckpointError(f"{where}: {rows} units, its tokenizer has {len(theirs)}; not its own")

@@ -1,7 +1,7 @@
-"""The options of another toolkit's configuration, each read with its default and its kind.
+"""The options of another toolkit's configuration, each read with its default and its type.
 
-What was not read and is not known to be without effect is refused: a model that looks like ours and computes
-something else must not be converted.
+Any option that is neither read nor known to have no effect is rejected: a model that looks like ours but
+computes something else must not be converted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from asr.errors import CheckpointError
 
 LARGEST = 1_000_000
-"""A size beyond it is no size of a model."""
+"""A larger size is no plausible size of a model."""
 
 
 class Options:
@@ -23,7 +23,7 @@ class Options:
         self.used: set[str] = set()
 
     def part(self, *names: str) -> "Options":
-        """The first of some parts that is there, and an empty one where none is."""
+        """The first of some parts that exists, or an empty one."""
         for name in names:
             value = self._get(name, None)
             if value is not None:
@@ -39,9 +39,9 @@ class Options:
         return value
 
     def counts(self, name: str, size: int, default: int | None = None) -> list[int]:
-        """So many whole numbers: a list, or as icefall writes them, `4,4,8`; one stands for all.
+        """`size` integers: a list, or as icefall writes them, `4,4,8`; a single one stands for all.
 
-        None as default: they must be there.
+        Without a default, they are required.
         """
         value = self._get(name, default)
         parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
@@ -70,21 +70,21 @@ class Options:
         return value
 
     def choice(self, name: str, default: str, known: Sequence[str]) -> Any:
-        """One of some words; any other is of a model that ours cannot be."""
+        """One of some words; any other belongs to a model that we do not support."""
         value = self._get(name, default)
         if value not in known:
             raise self._wrong(name, value, f"{' or '.join(known)}, as others cannot be represented")
         return value
 
     def expect(self, name: str, value: Any) -> None:
-        """Refuse any other value than the one that is ours."""
+        """Reject any value other than the one that we support."""
         found = self._get(name, value)
         if found != value:
             raise self._wrong(name, found, f"{value!r}, as others cannot be represented")
 
     def only(self, fixed: Mapping[str, Any], without_effect: Sequence[str]) -> None:
-        """Refuse every option that was not read, but for those of a value that is ours, and those that do
-        nothing to a trained model."""
+        """Reject every option that was not read, except those with a value that we support, and those without
+        effect on a trained model."""
         for name, value in fixed.items():
             self.expect(name, value)
         for name, value in self.values.items():

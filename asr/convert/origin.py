@@ -1,4 +1,4 @@
-"""Where a converted model is from, in origin.json of its experiment: for `asr info`, and for its bundles."""
+"""The origin of a converted model, in origin.json of its experiment: for `asr info`, and for its bundles."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -12,20 +12,20 @@ NOT_STATED = "not stated"
 
 @dataclass(frozen=True)
 class Origin:
-    """Of the weights of an experiment."""
+    """The origin of an experiment's weights."""
 
     family: str
     source: str
-    """As it was named: a path, or the id on the hub with its revision."""
+    """The source as given: a path, or the id on the hub with its revision."""
 
     licence: str
-    """As the source or the user states it."""
+    """The licence as stated by the source or the user."""
 
     files: dict[str, str] = field(default_factory=dict)
-    """Name -> SHA-256 of those that were read."""
+    """Name -> SHA-256 of the files that were read."""
 
     notes: tuple[str, ...] = ()
-    """What was changed on the way."""
+    """What was changed in conversion."""
 
     asr: str = ""
     """The version that converted it."""
@@ -35,7 +35,7 @@ class Origin:
 
 
 def read_origin(experiment: Path) -> Origin | None:
-    """The origin of an experiment; None where it was trained here. CheckpointError where it is damaged."""
+    """The origin of an experiment; None if it was trained here. CheckpointError if the file is damaged."""
     file = experiment / FILE
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""Where a public checkpoint is: a folder, one file with others beside it, or an archive."""
+"""The location of a public checkpoint: a folder, one file with others beside it, or an archive."""
 
 import hashlib
 import tarfile
@@ -14,40 +14,40 @@ from asr.errors import CheckpointError
 ARCHIVES = (".nemo", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
 MAX_TEXT = 64 * 2**20
-"""Configurations, units and statistics above this are refused: the largest in use are below 10 MB."""
+"""Configurations, units and statistics above this are rejected: the largest in use are below 10 MB."""
 
 
 @dataclass
 class Source:
-    """The files of one checkpoint, read by name; remembers which were used."""
+    """The files of one checkpoint, read by name; keeps track of those that were used."""
 
     folder: Path
     label: str
-    """What the user, and the hub, call it."""
+    """Its name for the user and the hub."""
 
     main: Path | None = None
-    """The file of the weights, where it was named."""
+    """The weights file, if it was named."""
 
     archive: Path | None = None
-    """What the folder was unpacked from."""
+    """The archive that the folder was unpacked from."""
 
     used: list[Path] = field(default_factory=list)
 
     def weights_file(self, *names: str) -> Path:
-        """The file that was named, or the first of some names that is there."""
+        """The file that was named, or the first of some names that exists."""
         return self._use(self.main) if self.main else self.file(*names)
 
     def file(self, *names: str) -> Path:
-        """The first of some names that is there; CheckpointError where none is."""
+        """The first of some names that exists; CheckpointError if none does."""
         if path := self.maybe(*names):
             return path
         more = "" if len(names) == 1 else "one of "
         raise CheckpointError(f"{self.label}: incomplete, expected {more}{', '.join(names)} in it")
 
     def maybe(self, *names: str) -> Path | None:
-        """The first of some names (or patterns) that is there, in the folder or below it.
+        """The first of some names (or patterns) that exists, in the folder or below it.
 
-        CheckpointError where there are several and none is nearer.
+        Files in the folder itself come first. CheckpointError if several match.
         """
         for name in names:
             for found in (sorted(self.folder.glob(name)), sorted(self.folder.rglob(name))):
@@ -81,7 +81,7 @@ class Source:
         return found
 
     def tensors(self, path: Path, *keys: str, halves: bool = False) -> Tensors:
-        """The state dict of a file, as asr/convert/tensors.py reads it."""
+        """The state dict of a file, read by asr/convert/tensors.py."""
         return state_dict(read_checkpoint(path), path, *keys, halves=halves)
 
     def hashes(self) -> dict[str, str]:
@@ -96,7 +96,7 @@ class Source:
         return found
 
     def licence(self) -> str:
-        """What the head of the model card in README.md states; "" for nothing."""
+        """The licence stated in the header of the model card README.md; "" if none."""
         card = self.folder / "README.md"
         if not card.is_file():
             return ""
@@ -112,9 +112,9 @@ class Source:
 
 
 def open_source(path: Path, scratch: Path, label: str = "") -> Source:
-    """The source at a local path; an archive is unpacked into the folder `scratch`, which is there.
+    """The source at a local path; an archive is unpacked into the existing folder `scratch`.
 
-    label: what to call it; its path if not given. Raises CheckpointError where there is nothing.
+    label: what to call it, by default its path. Raises CheckpointError if there is nothing.
     """
     label = label or str(path)
     if path.is_dir():
@@ -131,7 +131,7 @@ def open_source(path: Path, scratch: Path, label: str = "") -> Source:
 
 
 def _is_archive(path: Path) -> bool:
-    """By its name, so that a damaged one is called so, or by its content. model.pth.tar is neither."""
+    """By its name, so that damage is reported as such, or by its content. model.pth.tar is neither."""
     try:
         return path.name.endswith(ARCHIVES) or tarfile.is_tarfile(path)
     except (OSError, EOFError):

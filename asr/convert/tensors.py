@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint file, and nothing that could run: weights_only pickles and safetensors."""
+"""Read the tensors of a checkpoint file without running any code: weights_only pickles and safetensors."""
 
 import pickle
 import re
@@ -17,7 +17,7 @@ from asr.errors import CheckpointError
 
 
 class Plain:
-    """Stands for what trainers save beside tensors, and only holds values."""
+    """A stand-in for objects that trainers save beside tensors; it only holds values."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
@@ -30,15 +30,15 @@ READING = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, OSError, MemoryError),
     *(AttributeError, IndexError, AssertionError, ImportError),
 )
-"""What torch.load raises for files that are damaged, or never were checkpoints."""
+"""What torch.load raises for files that are damaged or not checkpoints at all."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What torch.save or safetensors wrote. Raises CheckpointError for code, damage, and other formats.
+    """The content of a torch.save or safetensors file. CheckpointError for code, damage and other formats.
 
-    Nothing of the file runs: its pickle may name tensors and plain types, all else is refused by name.
+    Nothing in the file is executed: its pickle may only refer to tensors and plain types.
     """
     if path.suffix == ".safetensors":
         try:
@@ -50,14 +50,14 @@ def read_checkpoint(path: Path) -> Any:
     is_zip = _is_stored_zip(path)
     try:
         with torch.serialization.safe_globals([(Plain, name) for name in HARMLESS]), catch_warnings():
-            simplefilter("ignore")  # what is odd about a file is said in one line, or not at all
+            simplefilter("ignore")  # problems with a file are reported in one line, or not at all
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except READING as error:
         raise CheckpointError(f"{path}: {_explain(path, str(error))}") from None
 
 
 def _is_stored_zip(path: Path) -> bool:
-    """Whether it is a zip of torch, whose members are never compressed: so it holds no more than its size."""
+    """Whether it is a zip by torch, whose members are never compressed, so it holds no more than its size."""
     try:
         with zipfile.ZipFile(path) as opened:
             squeezed = [x.filename for x in opened.infolist() if x.compress_type != zipfile.ZIP_STORED]
@@ -89,22 +89,22 @@ class Tensors(NamedTuple):
     """A state dict, ready to be mapped."""
 
     weights: dict[str, Tensor]
-    """In float32 where they were floating point."""
+    """Floating point tensors are in float32."""
 
     notes: tuple[str, ...]
     """What was changed or left out."""
 
     others: Mapping[str, Any]
-    """What stood beside it in the file."""
+    """The other content of the file."""
 
 
 def state_dict(found: Any, where: Path, *keys: str, halves: bool = False) -> Tensors:
-    """The state dict in what `read_checkpoint` found: below the first key that is there, or all of it.
+    """The state dict in what `read_checkpoint` found: below the first key that exists, or all of it.
 
     halves: whether the family publishes its weights in 16 bits.
 
-    Raises CheckpointError where something in it is no tensor, or a tensor that a model cannot have, where
-    weights were rounded to 16 bits, and where the state of an optimizer stands beside them.
+    Raises CheckpointError if something in it is not a tensor, or a tensor that a model cannot have, if
+    weights were rounded to 16 bits, and if an optimizer state is stored with them.
     """
     notes: list[str] = []
     others: dict[str, Any] = {}
@@ -127,7 +127,7 @@ def state_dict(found: Any, where: Path, *keys: str, halves: bool = False) -> Ten
                 "publishes float32, so the weights were rounded: convert the original"
             )
         notes.append(f"{len(rounded)} tensors were {kinds}, now float32")
-    # strip what compiling and training on several ranks put before every name
+    # strip the prefixes that torch.compile and distributed training put before every name
     prefix = next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in found)), "")
     weights = {
         name.removeprefix(prefix): x.detach().float() if x.is_floating_point() else x.detach()
@@ -137,7 +137,7 @@ def state_dict(found: Any, where: Path, *keys: str, halves: bool = False) -> Ten
 
 
 def _refuse_training(others: Mapping[str, Any], where: Path, key: str) -> None:
-    """A checkpoint to go on from holds the last weights, not those to use: often their mean is."""
+    """Reject checkpoints for resuming: they hold the last weights, where often the average is to be used."""
     full = [name for name, value in others.items() if isinstance(value, Mapping | list) and value]
     if states := sorted(name for name in full if "optim" in name):
         raise CheckpointError(

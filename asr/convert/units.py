@@ -1,4 +1,4 @@
-"""The symbols of a public checkpoint's units, as our tokens.txt writes them."""
+"""The symbols of a public checkpoint's units, in the format of our tokens.txt."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from asr.tokens import SPACE, SPECIAL, TWIN
 def read_units(text: str, where: str) -> list[str]:
     """Lines `symbol id`, in any order, as several toolkits write them -> symbols in the order of ids.
 
-    Raises CheckpointError with the number of the line that is wrong.
+    Raises CheckpointError with the number of an invalid line.
     """
     symbols: dict[int, str] = {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -30,7 +30,7 @@ def read_units(text: str, where: str) -> list[str]:
 
 
 def find_unit(theirs: Sequence[str], where: str, *names: str) -> int:
-    """The id of the first of some names that is a unit; CheckpointError where none is."""
+    """The id of the first of some names that is a unit; CheckpointError if none is."""
     if (found := maybe_unit(theirs, *names)) == MADE_UP:
         raise CheckpointError(f"{where}: no unit {' or '.join(names)} among {len(theirs)}")
     return found
@@ -42,7 +42,7 @@ def maybe_unit(theirs: Sequence[str], *names: str) -> int:
 
 
 def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
-    """The symbol of each of our units; CheckpointError where tokens.txt cannot hold them."""
+    """The symbol of each of our units; CheckpointError if tokens.txt cannot represent them."""
     kept = [theirs[i].replace(" ", SPACE) if i != MADE_UP else "" for i in units.outputs]
     symbols = [*SPECIAL, *kept[len(SPECIAL) :]]
     for problem in _problems(symbols):
@@ -51,7 +51,7 @@ def our_symbols(theirs: Sequence[str], units: Units, where: str) -> list[str]:
 
 
 def tell_apart(theirs: Sequence[str]) -> list[str]:
-    """Units of several inventories; those written alike get a mark each, so that all are different."""
+    """Units of several inventories, with marks appended to equal ones so that all differ."""
     seen: Counter[str] = Counter()
     found = []
     for symbol in theirs:
@@ -61,8 +61,8 @@ def tell_apart(theirs: Sequence[str]) -> list[str]:
 
 
 def splitter(source: Source, symbols: Sequence[str], *names: str) -> bytes | None:
-    """The SentencePiece model of a source that cuts text into these units; None where there is none, or it
-    makes others, so that units can be decoded and not encoded."""
+    """The SentencePiece model of a source that splits text into these units; None if there is none, or if it
+    makes other units. Units can then be decoded but not encoded."""
     if not (file := source.maybe(*names)):
         return None
     model = source.data(file)

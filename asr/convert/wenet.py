@@ -1,10 +1,10 @@
 """Public WeNet checkpoints: U2 and U2++ Conformers (arXiv:2012.05481, arXiv:2106.05642).
 
 A folder as WeNet publishes it: train.yaml, final.pt (or avg_N.pt), units.txt (or lang_char.txt), global_cmvn
-where the checkpoint does not hold it, and the SentencePiece model where there is one.
+if the checkpoint does not contain it, and the SentencePiece model if there is one.
 
-Ours are `cmvn`, `encoder` (WenetConformer), `ctc`, `decoder` (TransformerDecoder with ReLU and sinusoids)
-and, where there is a second one from right to left, `reverse_decoder`.
+Our parts are `cmvn`, `encoder` (WenetConformer), `ctc`, `decoder` (TransformerDecoder with ReLU and
+sinusoids) and, if there is a second, right-to-left decoder, `reverse_decoder`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ MARK = r"^encoder\.encoders\.\d+\.self_attn\.linear_q\."
 """A tensor that no other family has."""
 
 FILES = ("*.pt", "*.safetensors", "*.yaml", "global_cmvn", "*.txt", "*.model")
-"""What is fetched from a hub."""
+"""Files to fetch from a hub."""
 
 ATTENTION = {
     "attention.project.": ("self_attn.linear_q.", "self_attn.linear_k.", "self_attn.linear_v."),
@@ -103,7 +103,7 @@ DECODER_OPTIONS = LAYER_OPTIONS | {
     "activation_type": "relu",
     "tie_word_embedding": False,
 }
-"""What their layers can be made of and ours are: the values that are ours."""
+"""Options of their layers, and the values that we support."""
 
 TRAINING_ONLY = (
     *("dropout_rate", "positional_dropout_rate", "attention_dropout_rate", "self_attention_dropout_rate"),
@@ -112,7 +112,7 @@ TRAINING_ONLY = (
 
 
 def read(source: Source) -> Converted:
-    """A WeNet checkpoint as ours. Raises CheckpointError or ConfigError for what ours cannot be."""
+    """Read a WeNet checkpoint. Raises CheckpointError or ConfigError for what our model does not support."""
     file = source.weights_file("final.pt", "avg*.pt", "*.pt", "*.safetensors")
     options = Options(source.yaml(path := source.file("train.yaml", "*.yaml")), str(path))
     units_file = source.file("units.txt", "lang_char.txt", "words.txt", "dict.txt")
@@ -132,7 +132,7 @@ def read(source: Source) -> Converted:
 
 
 def read_config(options: Options) -> ExperimentConfig:
-    """train.yaml as ours."""
+    """Our configuration, from train.yaml."""
     options.expect("model", "asr_model")
     options.expect("encoder", "conformer")
     kind = options.choice("decoder", "bitransformer", ("transformer", "bitransformer"))
@@ -156,7 +156,7 @@ def read_config(options: Options) -> ExperimentConfig:
 
 
 def _features(options: Options) -> FbankConfig:
-    """Kaldi's, of 16-bit integers, up to half the sample rate, and only frames that lie within the sound."""
+    """Kaldi's features of 16-bit integers, up to half the sample rate, with frames only within the audio."""
     data = options.part("dataset_conf", "collate_conf")
     data.expect("feats_type", "fbank")
     fbank = data.part("fbank_conf", "feature_extraction_conf")
@@ -235,7 +235,7 @@ def _add_cmvn(source: Source, options: Options, weights: dict[str, Tensor], num_
 def _check_sizes(
     config: ExperimentConfig, weights: Mapping[str, Tensor], num_units: int, file: str, units_file: str
 ) -> None:
-    """What would be told tensor by tensor otherwise, or build a model larger than any file."""
+    """Reject sizes that would otherwise fail tensor by tensor, or build a model larger than any file."""
     layers = count_layers(weights, "encoder.encoders.")
     if layers != config.encoder.num_layers:
         raise CheckpointError(f"{file}: {layers} layers of the encoder, train.yaml says otherwise")
@@ -270,8 +270,8 @@ def _special(options: Options, theirs: list[str], where: str) -> tuple[int, int,
 
 
 def wenet_names(theirs: Iterable[str]) -> Names:
-    """How they call what is ours: it depends on whether they have one or two decoders, and where the front
-    ends."""
+    """Their names for our tensors, which depend on whether there are one or two decoders, and on where the
+    front ends."""
     theirs = set(theirs)
     two = any(x.startswith("decoder.left_decoder.") for x in theirs)
     front = "linear." if "encoder.embed.linear.weight" in theirs else "out.0."

@@ -1,7 +1,7 @@
 """Public Whisper checkpoints: a dict of `dims` and `model_state_dict` (arXiv:2212.04356).
 
-A folder with such a file, as small.pt, and with the ranks of its units: multilingual.tiktoken, or
-gpt2.tiktoken for the models of English alone, as small.en.pt. Or a folder in the form of the hub
+A folder with such a file, for example small.pt, and with the ranks of its units: multilingual.tiktoken, or
+gpt2.tiktoken for English-only models such as small.en.pt. Or a folder in the hub's format
 (asr/convert/whisper_hub.py).
 """
 
@@ -27,7 +27,7 @@ from asr.model.whisper import WhisperConfig, sinusoid_table
 from asr.whisper_tokens import LANGUAGES, whisper_symbols
 
 FILES = ("*.pt", "*.tiktoken", "model.safetensors", "config.json", "generation_config.json", "vocab.json")
-"""What is fetched from a hub."""
+"""Files to fetch from a hub."""
 
 MARK = r"^(encoder\.blocks\.\d+\.attn\.query|(model\.)?decoder\.layers\.\d+\.encoder_attn_layer_norm)\."
 """A tensor that no other family has."""
@@ -64,18 +64,18 @@ ENCODER = Names(
 NAMES = Names({**ENCODER.heads, **DECODER.heads}, {**ENCODER.layers, **DECODER.layers}, ENCODER.computed)
 
 FRAME_S = 0.01
-"""Of the features."""
+"""Frame shift of the features."""
 
 NUM_TIMES = 1501
 NUM_MARKS = 8
-"""Units that are neither pieces nor languages nor times: asr/whisper_tokens.py."""
+"""Units that are neither pieces nor languages nor timestamps: asr/whisper_tokens.py."""
 
 ENGLISH_ONLY = 51864
-"""Units of the models of English alone, which have one piece less than the others."""
+"""Units of the English-only models, which have one piece fewer than the others."""
 
 
 def read(source: Source) -> Converted:
-    """A Whisper checkpoint as ours. Raises CheckpointError or TokensError for what ours cannot be."""
+    """Read a Whisper checkpoint. Raises CheckpointError or TokensError for what is not supported."""
     file = source.weights_file("model.pt", "*.pt", "model.safetensors", "*.safetensors")
     found = source.tensors(file, "model_state_dict", halves=True)
     heads: list[list[int]] = []
@@ -108,7 +108,7 @@ def our_units(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int
 
 
 def name_units(dims: Mapping[str, int], ranks: Sequence[bytes], where: str) -> tuple[list[str], int]:
-    """As `our_units`; the units that are no pieces are as many as those of languages, marks and times."""
+    """Like `our_units`; the units that are not pieces are languages, marks and timestamps."""
     num_times = dims["n_audio_ctx"] + 1
     languages = dims["n_vocab"] - len(ranks) - NUM_MARKS - num_times
     is_other = num_times == NUM_TIMES and len(ranks) != num_pieces(dims["n_vocab"])
@@ -122,7 +122,7 @@ def name_units(dims: Mapping[str, int], ranks: Sequence[bytes], where: str) -> t
 
 
 def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str, int]:
-    """The sizes of a checkpoint; CheckpointError where they are missing, odd, or not those of its tensors."""
+    """The sizes of a checkpoint; CheckpointError if missing, invalid, or not those of its tensors."""
     if not isinstance(found, Mapping) or not set(DIMS) <= set(found):
         raise CheckpointError(
             f"{where}: no dims in it; expected a file of OpenAI's, whose names other toolkits have changed"
@@ -145,7 +145,7 @@ def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
 
 
 def encoder_config(dims: Mapping[str, Any]) -> WhisperConfig:
-    """Ours, from the `dims` of a checkpoint."""
+    """Our encoder configuration, from the `dims` of a checkpoint."""
     return WhisperConfig(
         dim=dims["n_audio_state"],
         num_layers=dims["n_audio_layer"],
@@ -156,7 +156,7 @@ def encoder_config(dims: Mapping[str, Any]) -> WhisperConfig:
 
 
 def features_config(dims: Mapping[str, Any]) -> FbankConfig:
-    """Ours, from the `dims` of a checkpoint."""
+    """Our feature configuration, from the `dims` of a checkpoint."""
     return FbankConfig(
         type="whisper",
         num_bins=dims["n_mels"],
@@ -167,12 +167,12 @@ def features_config(dims: Mapping[str, Any]) -> FbankConfig:
 
 
 def encoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What ENCODER expects: keys with a bias."""
+    """The tensors that ENCODER expects: keys with a bias."""
     return add_biases(weights, r"^encoder\.blocks\.\d+\.attn\.key")
 
 
 def tensors(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """What NAMES expects; CheckpointError where the encoder's positions are others than ours."""
+    """The tensors that NAMES expects; CheckpointError if the encoder's positions differ from ours."""
     found = weights[POSITIONS]
     if not found.is_meta and not torch.allclose(found.float(), sinusoid_table(*found.shape), atol=1e-3):
         raise CheckpointError(
@@ -182,20 +182,20 @@ def tensors(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def whisper_units(count: int, start: int, end: int) -> Units:
-    """Which of `count` units ours are; start of the transcript, end of the text.
+    """Our units among `count` of theirs.  start: of the transcript; end: of the text.
 
-    The start keeps a unit of its own, as nothing but the decoding keeps it out of an answer; the end, which
-    never goes in, has none.
+    The start keeps a unit of its own, as only decoding keeps it out of an answer; the end, which is never an
+    input, has none.
     """
     rest = [i for i in range(count) if i != end]
     return Units([MADE_UP, start, MADE_UP, *rest], [MADE_UP, end, MADE_UP, *rest])
 
 
 def num_languages(num_units: int) -> int:
-    """Of a published model: 99, and 100 from large-v3 on."""
+    """The number of languages of a published model: 99, or 100 from large-v3 on."""
     return 99 if num_units <= ENGLISH_ONLY + 1 else num_units - (ENGLISH_ONLY + 1) + 99
 
 
 def num_pieces(num_units: int) -> int:
-    """Of a published model: what is neither a language nor a mark nor a time."""
+    """The units of a published model that are neither languages nor marks nor timestamps."""
     return num_units - num_languages(num_units) - NUM_MARKS - NUM_TIMES

@@ -1,7 +1,7 @@
 """The decoder of Whisper (arXiv:2212.04356).
 
-Its embedding is not scaled, so ours is theirs divided by what we scale with; its output is the same matrix,
-without a bias, and its keys have none.
+Its embedding is not scaled, so ours is theirs divided by our scale; its output layer is the same matrix,
+without a bias, and its key projections have none either.
 """
 
 import math
@@ -43,14 +43,14 @@ DECODER = Names(
 
 
 def decoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What DECODER expects: an output of its own, biases, and an embedding to be scaled."""
+    """The tensors that DECODER expects: a separate output layer, biases, and an embedding to be scaled."""
     rows = weights[EMBEDDING]
     untied = {EMBEDDING: rows / math.sqrt(rows.shape[1]), OUT: rows}
     return add_biases({**weights, **untied}, r"^decoder\.(out|blocks\.\d+\.(cross_)?attn\.key)")
 
 
 def decoder_config(dims: Mapping[str, Any]) -> WhisperDecoderConfig:
-    """Ours, from the `dims` of a checkpoint."""
+    """Our decoder configuration, from the `dims` of a checkpoint."""
     return WhisperDecoderConfig(
         dim=dims["n_text_state"],
         num_layers=dims["n_text_layer"],

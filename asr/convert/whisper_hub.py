@@ -1,6 +1,6 @@
-"""Whisper's checkpoints in the form of the hub: model.safetensors, config.json, vocab.json.
+"""Whisper checkpoints in the hub's format: model.safetensors, config.json, vocab.json.
 
-Their names are others, and their pieces are written with a letter for each byte, as in GPT-2.
+Their tensor names differ, and their pieces are written with a letter for each byte, as in GPT-2.
 """
 
 import json
@@ -32,13 +32,13 @@ RENAMED = (
     (r"\.embed_positions\.weight$", ".positional_embedding"),
     (r"\.embed_tokens\.", ".token_embedding."),
 )
-"""Theirs on the hub, and those of the reference implementation."""
+"""Names on the hub, and those of the reference implementation."""
 
 TIED = "proj_out.weight"
 GENERATION = "generation_config.json"
 
 CHANNELS_PER_HEAD = 64
-"""Of all published models."""
+"""The same in all published models."""
 
 
 def is_of_hub(weights: Mapping[str, Tensor]) -> bool:
@@ -51,8 +51,8 @@ def hub_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hub_dims(source: Source, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of a model, as shapes say them; heads as config.json does. CheckpointError where it is not
-    there, or shapes are none of Whisper's."""
+    """The sizes of a model, from its shapes; the number of heads from config.json. CheckpointError if that is
+    missing, or if the shapes are not those of a Whisper model."""
     options = _json(source, "config.json")
     found = hub_weights(weights)
     dims: dict[str, int] = {}
@@ -74,7 +74,7 @@ def hub_dims(source: Source, weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def hub_pieces(source: Source) -> list[bytes]:
-    """The pieces of UTF-8 in the order of their ranks."""
+    """The UTF-8 pieces in the order of their ranks."""
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
     found = _json(source, "vocab.json")
     ranks = {i: x for x, i in found.items() if isinstance(i, int) and not re.fullmatch(r"<\|.*\|>", x)}
@@ -87,8 +87,8 @@ def hub_pieces(source: Source) -> list[bytes]:
 
 
 def hub_alignment_heads(source: Source) -> list[list[int]]:
-    """[layer, head] of those that follow the speech, as generation_config.json has them; none where it has
-    none, or is not there. CheckpointError where they are no pairs."""
+    """[layer, head] of the alignment heads in generation_config.json; none if it is missing or has none.
+    CheckpointError if they are not pairs."""
     if not source.maybe(GENERATION):
         return []
     found = _json(source, GENERATION).get("alignment_heads") or []
@@ -102,7 +102,7 @@ def hub_alignment_heads(source: Source) -> list[list[int]]:
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each byte: itself where it prints, and else one from U+0100 on."""
+    """The letter that stands for each byte: itself if printable, otherwise one from U+0100 on."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [x for x in range(256) if x not in plain]
     return [chr(x) if x in plain else chr(0x100 + others.index(x)) for x in range(256)]
