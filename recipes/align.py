@@ -1,4 +1,4 @@
-"""`asr align`: manifests in which every unit of the text has its time."""
+"""`asr align`: manifests with the time of every unit of the text."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def align(
 
 @dataclass
 class Work:
-    """What aligns waveforms to tokens, and what it came to."""
+    """Aligns waveforms to tokens, and collects the results."""
 
     aligner: Callable[[Samples, Sequence[Sequence[int]]], list[list[Span] | None]]
     tokenizer: Tokenizer
@@ -89,7 +89,7 @@ class Work:
 
     @property
     def mean_score(self) -> float:
-        """Log-probability of a unit in one of its frames."""
+        """Mean log-probability of a unit in one of its frames."""
         return self.score / max(1, self.num_units)
 
     def aligned(self, manifests: Sequence[Path], batch_s: float) -> Iterator[Cut]:

@@ -1,4 +1,4 @@
-"""`asr average`: one model of the last checkpoints."""
+"""`asr average`: the average of the last checkpoints."""
 
 from pathlib import Path
 from typing import Annotated

@@ -84,7 +84,7 @@ def bench(
 
 
 def _check_options(latency: bool, of_latency: bool, against: Path | None) -> None:
-    """of_latency: whether an option of --latency was given. ConfigError for what does not fit."""
+    """of_latency: whether an option of --latency was given. ConfigError for incompatible options."""
     if of_latency and not latency:
         raise ConfigError("several modes or chunks, --alignment and -o need --latency")
     if latency and against is not None:
@@ -150,7 +150,7 @@ def _sounds(sound: Path | None, bundle: Bundle, limit: int) -> Iterator[Floats]:
 
 
 def _load_like(bundle: Bundle, folder: Path, threads: int) -> Bundle:
-    """Another bundle; BundleError unless it is for the same sample rate."""
+    """Load another bundle; BundleError unless it has the same sample rate."""
     from asr.runtime import Bundle
 
     other = Bundle.load(folder, threads)

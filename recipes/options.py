@@ -34,7 +34,7 @@ Search = Annotated[
 
 
 def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
-    """The fields given, then settings NAME=VALUE. Raises ConfigError."""
+    """The given fields, overridden by settings NAME=VALUE. Raises ConfigError."""
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
@@ -62,7 +62,7 @@ def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
 def stream_config(
     mode: str, chunk_ms: int, left_chunks: int, look_ahead: int = 0, search: Sequence[str] | None = None
 ) -> StreamConfig:
-    """How a stream listens; a chunk of 0 ms and -1 left chunks are the bundle's own."""
+    """The options of a stream; a chunk of 0 ms and -1 left chunks stand for the bundle's defaults."""
     from asr.runtime import StreamConfig
 
     if left_chunks < -1:

@@ -1,4 +1,4 @@
-"""`asr bench --against` what was exported for sherpa-onnx."""
+"""`asr bench --against` a model exported for sherpa-onnx."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from export.peers import Duel
 
 MARKER = "sherpa.json"
-"""In what `asr export --target sherpa-onnx` writes."""
+"""The file that marks an output folder of `asr export --target sherpa-onnx`."""
 
 
 def bench_peer(
     bundle: Bundle, folder: Path, sounds: Iterator[Floats], config: StreamConfig, rounds: int, as_json: bool
 ) -> None:
-    """Let both hear the sounds by turns, and print ratios."""
+    """Run both on the same audio in turns, and print ratios."""
     import numpy as np
     from rich.console import Console
 

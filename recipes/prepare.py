@@ -1,4 +1,4 @@
-"""`asr prepare`: from what people have to a manifest that is fit to train on, and what there is in it."""
+"""`asr prepare`: check a corpus in any usual format, and write a manifest that is fit to train on."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _kind(path: Path) -> str:
 
 
 def _write(kept: Iterable[Cut], output: str, report: Report) -> None:
-    """Write what was kept and what was left out, or with no output only look at it all."""
+    """Write what was kept and what was left out, or without an output only check everything."""
     from asr.data.cuts import save_cuts
     from asr.errors import ManifestError
 
@@ -120,7 +120,7 @@ def _write(kept: Iterable[Cut], output: str, report: Report) -> None:
 
 
 def _with_progress(cuts: Iterable[Cut]) -> Iterator[Cut]:
-    """The same cuts; how far they are on a terminal, and a line for each 10,000 of them elsewhere."""
+    """The same cuts, with a progress display on a terminal, or a line per 10,000 of them elsewhere."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -160,7 +160,7 @@ def _totals(report: Report) -> Table:
 
 
 def _durations(report: Report) -> Table:
-    """A histogram of ten bars at most."""
+    """A histogram of at most ten bars."""
     step = max(report.durations, default=0) // 10 + 1
     counts = [0] * (max(report.durations, default=0) // step + 1)
     for second, count in report.durations.items():

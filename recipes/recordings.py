@@ -1,4 +1,4 @@
-"""`asr transcribe --vad`: long recordings, cut where nobody speaks, with a bar and a journal."""
+"""`asr transcribe --vad`: long recordings, cut where nobody speaks, with a progress bar and a journal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def job(
     recording: Recording, bundle: Bundle, config: RecordingConfig, source: Source, output: Path | None
 ) -> Iterator[Iterator[Event]]:
-    """The final events of a source; with an output of its own, what was done is remembered until the end."""
+    """The final events of a source; if it has its own output, a journal records them until the end."""
     from asr.audio import info
 
     is_file = source.name != "-"
@@ -52,7 +52,7 @@ def _events(recording: Recording, blocks: Any, journal: Journal | None, bar: Bar
 
 
 def _about(bundle: Bundle, config: RecordingConfig, source: Source) -> dict[str, Any]:
-    """All that a transcript depends on."""
+    """Everything that a transcript depends on."""
     from asr import __version__
     from asr.runtime.voice import SHA256
 
@@ -67,7 +67,7 @@ def _about(bundle: Bundle, config: RecordingConfig, source: Source) -> dict[str,
 
 
 def _known_s(journal: Journal | None, output: Path | None) -> float:
-    """Up to where an earlier run has come; what became of its journal is told."""
+    """How far an earlier run has come; also reports what became of its journal."""
     if journal is None:
         return 0.0
     if journal.changed:
@@ -81,10 +81,10 @@ def _known_s(journal: Journal | None, output: Path | None) -> float:
 
 
 class Bar:
-    """How far a recording is, and how fast: a bar on a terminal, a line for every 10 % elsewhere."""
+    """Progress and speed on a recording: a bar on a terminal, a line for every 10 % elsewhere."""
 
     def __init__(self, name: str, total_s: float, known_s: float = 0.0) -> None:
-        """total_s: 0 where nobody knows. known_s: what need not be done again."""
+        """total_s: 0 if unknown. known_s: done by an earlier run."""
         self._name, self._total_s, self._known_s = name, total_s, known_s
         self._end_s = known_s
         self._tenths = int(10 * known_s / total_s) if total_s else 0
@@ -122,7 +122,7 @@ class Bar:
             print(f"{self._name}: {done}", file=sys.stderr)
 
     def show(self, end_s: float) -> None:
-        """The recording has been heard up to there."""
+        """Show that the recording has been decoded up to end_s."""
         self._end_s = end_s
         told = f"{_clock(end_s)} of {_clock(self._total_s)}" if self._total_s else _clock(end_s)
         told += f"  RTF {self._rtf():.3f}"
@@ -133,7 +133,7 @@ class Bar:
             print(f"{self._name}  {10 * self._tenths} %  {told}", file=sys.stderr, flush=True)
 
     def _rtf(self) -> float:
-        """Seconds of time per second of sound that was not known."""
+        """Wall time per second of audio, without what an earlier run has done."""
         return (time.monotonic() - self._started) / max(self._end_s - self._known_s, 1e-9)
 
 

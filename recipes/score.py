@@ -1,4 +1,4 @@
-"""`asr score`: error rates of hypotheses, how sure they are, and where the errors lie."""
+"""`asr score`: error rates of hypotheses, their confidence intervals, and where the errors are."""
 
 import json
 import unicodedata
@@ -69,7 +69,7 @@ def score(
 
 @dataclass(frozen=True)
 class Normaliser:
-    """What of a text is compared."""
+    """Reduces a text to what is compared."""
 
     ignore_case: bool
     ignore_punctuation: bool
@@ -86,7 +86,7 @@ class Normaliser:
 
 @dataclass
 class Row:
-    """One line of hyp.jsonl; hyp is None where the utterance was not decoded."""
+    """One line of hyp.jsonl; hyp is None if the utterance was not decoded."""
 
     id: str
     speaker: str
@@ -174,7 +174,7 @@ def _set_name(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The utterances of a hyp.jsonl; ManifestError with the line of what is wrong."""
+    """The utterances of a hyp.jsonl; ManifestError with the number of an invalid line."""
     rows: list[Row] = []
     lines: dict[str, int] = {}
     for number, line in _lines(path):
@@ -189,7 +189,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _failed(path: Path) -> list[Row]:
-    """The utterances that asr decode could not read, where it says what was to be heard in them."""
+    """The utterances that asr decode could not read, if their references are listed."""
     lines = list(_lines(path)) if path.exists() else []
     return [_parse_row(line, f"{path}:{number}") for number, line in lines if '"ref"' in line]
 
@@ -237,7 +237,7 @@ def total_line(result: Result, width: int = 0) -> str:
 
 
 def report_lines(result: Result) -> Iterator[str]:
-    """The total, then by length, the commonest errors, and the worst utterances."""
+    """The total, rates by length, the commonest errors, and the worst utterances."""
     yield total_line(result)
     yield "\nby length of the reference"
     for length, num, count in wer.by_length(result.counts):
@@ -270,7 +270,7 @@ def alignment_lines(result: Result) -> Iterator[str]:
 
 
 def aligned(name: str, count: ErrorCount, pairs: Pairs) -> list[str]:
-    """An utterance with its reference over its hypothesis; `*` where one of them lacks a unit."""
+    """An utterance with its reference above its hypothesis; `*` where one of them lacks a unit."""
     widths = [max(len(ref), len(hyp)) for ref, hyp in pairs]
     ref, hyp = (
         " ".join((pair[side] or "*" * width).ljust(width) for pair, width in zip(pairs, widths, strict=True))
@@ -293,7 +293,7 @@ def _parts(count: ErrorCount) -> str:
 
 
 def _print_comparison(a: Result, b: Result, as_json: bool) -> None:
-    """Both on the utterances of a; what b lacks is counted as deletions."""
+    """Compare both on the utterances of a; those missing in b count as deletions."""
     theirs = {row.id: i for i, row in enumerate(b.rows)}
     counts: list[ErrorCount] = []
     for row, ref, count in zip(a.rows, a.refs, a.counts, strict=True):

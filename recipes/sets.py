@@ -1,4 +1,4 @@
-"""Going through the utterances of a manifest: batches of one length, order, progress, failures."""
+"""Iterating over the utterances of a manifest: batches of similar length, order, progress, failures."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WINDOW = 512
-"""Utterances that are sorted by length at a time, so that those of a batch are about as long."""
+"""Utterances that are sorted by length at a time, so that those of a batch have about the same length."""
 
 FINISHED_WITH_FAILURES = 3
-"""The exit status where some utterances were left out."""
+"""The exit status if some utterances were left out."""
 
 
 def set_name(manifest: Path) -> str:
@@ -50,7 +50,7 @@ def in_order(
     work: Callable[[list[tuple[int, Cut]]], Iterable[tuple[int, T]]],
     progress: Progress,
 ) -> Iterator[T]:
-    """What `work` makes of batches of numbered cuts, by their numbers: in the order of the manifest."""
+    """The results of `work` on batches of numbered cuts, with their numbers, in the order of the manifest."""
     from asr.data.cuts import open_cuts
 
     cuts, num_done = iter(open_cuts(manifest)), 0
@@ -64,8 +64,8 @@ def in_order(
 
 
 def batches(window: Sequence[Cut], batch_s: float) -> Iterator[list[tuple[int, Cut]]]:
-    """Cuts of about one length with their places in the window; padded, batch_s seconds, or one cut if
-    longer."""
+    """Batches of cuts of similar length with their indices in the window: batch_s seconds including padding,
+    or a single longer cut."""
     batch: list[tuple[int, Cut]] = []
     for item in sorted(enumerate(window), key=lambda item: -item[1].duration):
         if batch and batch[0][1].duration * (len(batch) + 1) > batch_s:
@@ -94,7 +94,7 @@ def read_batch(
 
 
 def failure(cut: Cut, error: str) -> dict[str, str]:
-    """What failures.jsonl says of an utterance."""
+    """The row of failures.jsonl for an utterance."""
     from asr.data.cuts import cut_path, cut_speaker, cut_text
 
     about = {"id": cut.id, "path": cut_path(cut), "error": error}
@@ -102,7 +102,7 @@ def failure(cut: Cut, error: str) -> dict[str, str]:
 
 
 def list_failures(path: Path, failures: Sequence[dict[str, str]], total: int, done: str) -> None:
-    """Write the failures, and say the first; those of an earlier run are gone either way."""
+    """Write the failures, and report the first; those of an earlier run are removed either way."""
     path.unlink(missing_ok=True)
     if failures:
         with replacing(path) as file:
@@ -117,7 +117,7 @@ def list_failures(path: Path, failures: Sequence[dict[str, str]], total: int, do
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that has its name when it is complete; until then an earlier one keeps it."""
+    """A text file that gets its name when it is complete; until then an earlier file keeps it."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 
 class Progress:
-    """How far a set is: a line that changes on a terminal, one for every 10 % elsewhere."""
+    """Progress on a set: a changing line on a terminal, a line for every 10 % elsewhere."""
 
     def __init__(self, verb: str, name: str, total: int) -> None:
         self.what, self.total = f"{verb} {name}", total

@@ -1,4 +1,4 @@
-"""What `asr transcribe` listens to: files, standard input, the microphone; all as blocks of samples."""
+"""The audio sources of `asr transcribe`: files, standard input, the microphone; all as blocks of samples."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 BLOCK_S = 0.1
 LAG_S = 1.0
-"""More than this between a word and its text is worth a warning."""
+"""A longer delay between a word and its text is worth a warning."""
 COMPLAINT_S = 10.0
-"""Warnings about the microphone come no faster."""
+"""Minimum interval between warnings about the microphone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How sources are to be read."""
+    """How to read sources."""
 
     channel: str = "mix"
     rate: int = 16000
@@ -37,28 +37,28 @@ class Settings:
 
 @dataclass(frozen=True)
 class Source:
-    """One source of sound."""
+    """One source of audio."""
 
     name: str
     """A path, "-" for standard input, or "microphone"."""
 
     output: Path
-    """Where a transcript goes below the folder of -o, without its suffix."""
+    """Path of the transcript below the folder of -o, without its suffix."""
 
     settings: Settings
 
     @property
     def is_live(self) -> bool:
-        """Whether its sound comes no faster than it is spoken."""
+        """Whether its audio arrives no faster than it is spoken."""
         return self.is_gone or self.settings.realtime
 
     @property
     def is_gone(self) -> bool:
-        """Whether its sound cannot be heard again."""
+        """Whether its audio cannot be read again."""
         return self.name in ("-", "microphone")
 
     def blocks(self, sample_rate: int) -> Iterator[Floats]:
-        """Its samples at sample_rate. AudioError where it cannot be used."""
+        """Its samples at sample_rate. AudioError if it cannot be used."""
         from asr.audio import blocks, raw_blocks
 
         settings = self.settings
@@ -82,7 +82,7 @@ def paced(blocks: Iterator[Floats], sample_rate: int) -> Iterator[Floats]:
 
 
 def find_sources(names: list[str], recursive: bool, settings: Settings) -> list[Source]:
-    """The sources of the command line: folders become the sound files in them."""
+    """The sources of the command line, with folders replaced by the audio files in them."""
     if "-" in names and len(names) > 1:
         raise ConfigError("- is standard input, and cannot be read beside files")
     sources: list[Source] = []
@@ -106,7 +106,7 @@ def _sound_files(folder: Path, recursive: bool) -> list[Path]:
 
 
 def _microphone(device: str, sample_rate: int) -> Iterator[Floats]:
-    """Blocks of the microphone; on a terminal with a level meter. What is lost or late is always told."""
+    """Blocks of the microphone, with a level meter on a terminal. Lost or late audio is always reported."""
     from asr.microphone import level_db, microphone_blocks
 
     complaints = Complaints()
@@ -121,7 +121,7 @@ def _microphone(device: str, sample_rate: int) -> Iterator[Floats]:
 
 
 class Complaints:
-    """What goes wrong with a microphone: told when it begins, and then together, every COMPLAINT_S."""
+    """Reports problems with a microphone: the first at once, later ones together, every COMPLAINT_S."""
 
     def __init__(self) -> None:
         self._told_at = -COMPLAINT_S
@@ -135,12 +135,12 @@ class Complaints:
             self.tell()
 
     def end(self) -> None:
-        """Say which losses have not been told."""
+        """Report the losses that have not been reported."""
         if self._num_gaps:
             self.tell()
 
     def tell(self) -> None:
-        """Say what has not been said."""
+        """Report what has not been reported."""
         found = [f"{self._lag_s:.1f} s behind"] if self._lag_s > LAG_S else []
         if self._num_gaps:
             times = "once" if self._num_gaps == 1 else f"{self._num_gaps} times"
@@ -160,7 +160,7 @@ def meter(level_db: float) -> str:
 
 
 def print_devices() -> None:
-    """The microphones, one a line."""
+    """Print the microphones, one per line."""
     from asr.microphone import devices
 
     for device in devices():
@@ -168,7 +168,7 @@ def print_devices() -> None:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal; 80 where it does not say."""
+    """Columns of the terminal; 80 if unknown."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The table that `prepare.py` of a corpus makes for `asr prepare`: tab-separated, a line an utterance."""
+"""The table that `prepare.py` of a corpus writes for `asr prepare`: tab-separated, one line per utterance."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ class Row(NamedTuple):
 
     utt_id: str
     audio: str
-    """Path of the sound file, absolute or from the folder of the table."""
+    """Path of the audio file, absolute or relative to the folder of the table."""
 
     speaker: str
     split: str
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 def read_table(path: Path) -> Iterator[Row]:
-    """The rows of a table, paths made absolute; others are passed over. ManifestError if one lacks."""
+    """The rows of a table, paths made absolute, other columns ignored. ManifestError if one is absent."""
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             for cells in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):

@@ -78,7 +78,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _coverage(made: Tokenizer, manifests: list[Path]) -> str:
-    """Read the texts once more: how long they are in units, and what is not covered."""
+    """Read the texts again: their length in units, and what is not covered."""
     num_texts = num_words = num_ids = num_unknown = 0
     for text in read_texts(manifests):
         ids = made.encode(text)

@@ -1,4 +1,4 @@
-"""`asr train`: train a model, or go on where it stopped."""
+"""`asr train`: train a model, or resume where it stopped."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 UNFINISHED = 75
-"""EX_TEMPFAIL of sysexits.h: what schedulers take for "again, please"."""
+"""EX_TEMPFAIL of sysexits.h, which schedulers treat as "try again"."""
 
 
 def train(
@@ -26,7 +26,7 @@ def train(
 
     Example: torchrun --nproc-per-node 8 -m recipes.cli train --config A.yaml --config B.yaml --exp exp/NAME
     """
-    # oneDNN keeps a thousand kernels, one for each shape: a gigabyte, and no batch has the shape of another
+    # oneDNN caches a thousand kernels, one per shape: a gigabyte, although hardly any two batches share one
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     from asr.config import load_config
     from asr.train.distributed import device_of
@@ -41,4 +41,4 @@ def train(
         lambda line: print(line, file=sys.stderr, flush=True),
     )
     if not why_done(progress, loaded):
-        raise typer.Exit(UNFINISHED)  # so that a recipe does not go on with half of a model
+        raise typer.Exit(UNFINISHED)  # so that a recipe does not continue with a half-trained model

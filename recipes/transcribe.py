@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from asr.runtime.recording import RecordingConfig
 
 CHUNKS_PER_CALL = 4
-"""Of files, whose sound is there already: twice as fast as chunk by chunk, with the same context."""
+"""For files, whose audio is all available: twice as fast as chunk by chunk, with the same context."""
 
 FINISHED_WITH_FAILURES = 3
 
@@ -92,7 +92,7 @@ def transcribe(
 
 
 def _check_options(format_: str, mic: bool, has_sources: bool, vad: bool, realtime: bool) -> None:
-    """ConfigError where they do not go together."""
+    """Raise ConfigError if the options are incompatible."""
     from asr.runtime.transcript import FORMATS
 
     if format_ not in FORMATS:
@@ -104,7 +104,7 @@ def _check_options(format_: str, mic: bool, has_sources: bool, vad: bool, realti
 
 
 def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> RecordingConfig:
-    """The same for pieces: at once, unless chunks are asked for."""
+    """The same options for pieces: at once, unless chunks are requested."""
     from asr.context import WHOLE
     from asr.runtime.cutter import CutConfig
     from asr.runtime.recording import Recording, RecordingConfig
@@ -114,12 +114,12 @@ def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> R
     context = stream_context(bundle.info, config) if in_chunks else WHOLE
     cut = CutConfig(max_s=piece_s)
     pieces = RecordingConfig(mode=config.mode, search=config.search, cut=cut, context=context)
-    Recording(bundle, pieces)  # what is missing, or cannot be, is told before any work
+    Recording(bundle, pieces)  # report what is missing or impossible before any work
     return pieces
 
 
 def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path | None]:
-    """The file of each source, None for standard output. ConfigError where it cannot be."""
+    """The output file of each source, None for standard output. ConfigError if that is not possible."""
     if out is None:
         if len(sources) > 1 and format_ in ("srt", "vtt"):
             raise ConfigError(f"--format {format_}: several sources need a folder; pass -o FOLDER")
@@ -151,19 +151,19 @@ def _is_same(output: Path, source: Path) -> bool:
 
 @dataclass
 class Run:
-    """One call of the program: many sources, one bundle."""
+    """One run of the program: many sources, one bundle."""
 
     bundle: Bundle
     config: StreamConfig
     format: str
     is_single: bool
-    """One source: a failure is the program's, and standard output needs no names."""
+    """Only one source: its failure is that of the program, and standard output needs no names."""
 
     pieces: RecordingConfig | None = None
     """How recordings are cut, if they are."""
 
     broken: AudioError | None = None
-    """What ended a source that cannot be heard again; its transcript is complete until then."""
+    """What ended a source that cannot be read again; its transcript is complete up to there."""
 
     num_done: int = 0
     num_failed: int = 0
@@ -171,14 +171,14 @@ class Run:
     started: float = field(default_factory=time.monotonic)
 
     def transcribe(self, source: Source, output: Path | None) -> None:
-        """Write the transcript of one source; say why, if that cannot be, and go on."""
+        """Write the transcript of one source; if that fails, report why and go on."""
         try:
             with _told_warnings(), self._events(source, output) as events, _opened(output) as file:
                 for line in self._lines(source, events, named=output is None and not self.is_single):
                     file.write(line + "\n")
                     file.flush()
             if self.broken:
-                raise self.broken  # a source that cannot be heard again is the only one
+                raise self.broken  # a source that cannot be read again is the only one
             self.num_done += 1
         except AsrError as error:
             if self.is_single:
@@ -211,7 +211,7 @@ class Run:
                 yield f"{source.name}: {line}" if named else line
 
     def _finals(self, source: Source) -> Iterator[Event]:
-        """The final events of a source; partial ones are shown on a terminal."""
+        """The final events of a source; partial ones appear on a terminal."""
         from asr.runtime import open_stream
 
         config = self.config if source.is_live else replace(self.config, chunks_per_call=CHUNKS_PER_CALL)
@@ -225,12 +225,12 @@ class Run:
         except AudioError as error:
             if not source.is_gone or not stream.duration_s:
                 raise
-            self.broken = error  # what was said until then is worth keeping
+            self.broken = error  # the text so far is worth keeping
         yield from _shown(stream.finish(), source.settings.realtime)
         self.audio_s += stream.duration_s
 
     def summarise(self) -> None:
-        """One line about many sources."""
+        """Print one line about many sources."""
         if not self.is_single:
             wall_s = time.monotonic() - self.started
             failed = f"; {self.num_failed} could not be used" if self.num_failed else ""
@@ -242,8 +242,8 @@ class Run:
 
 
 def _shown(events: list[Event], realtime: bool) -> Iterator[Event]:
-    """The final ones of some events. The last partial one takes a line of the terminal, if there is one;
-    elsewhere each is a line of its own where the words shall be seen as they are spoken."""
+    """The final ones of some events. On a terminal the last partial one is shown in place; elsewhere each
+    gets its own line if the words are to be seen as they are spoken."""
     is_terminal = sys.stderr.isatty()
     for event in events:
         if event.final:
@@ -259,7 +259,7 @@ def _shown(events: list[Event], realtime: bool) -> Iterator[Event]:
 
 @contextlib.contextmanager
 def _opened(output: Path | None) -> Iterator[IO[str]]:
-    """Standard output, or a file that has its name when it is complete."""
+    """Standard output, or a file that gets its name when it is complete."""
     if output is None:
         yield sys.stdout
         return
@@ -274,7 +274,7 @@ def _opened(output: Path | None) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def _told_warnings() -> Iterator[None]:
-    """Warnings about sound on standard error, in one line each."""
+    """Print warnings about audio on standard error, in one line each."""
 
     def tell(message: Any, *_: Any, **__: Any) -> None:
         print(f"asr: {message}", file=sys.stderr)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-    """One of those that are compared."""
+    """One of the models to compare."""
 
     scorer: Scorer
     encode: Callable[[Context], Encode]
@@ -68,13 +68,13 @@ def verify(
         if searches:
             _compare_searches(models["torch"].scorer, models["onnx float32"].scorer, heard)
             float32 = Bundle.load(Path(folder) / "float32")
-            for context in contexts(bundle.info)[1:2]:  # none where the encoder cannot stream
+            for context in contexts(bundle.info)[1:2]:  # none if the encoder cannot stream
                 _compare_streams(models["torch"].scorer, float32, heard, context)
     _print_sizes(bundle)
 
 
 def _models(experiment: Path, checkpoint: str, bundle: Bundle, folder: Path) -> dict[str, Model]:
-    """The checkpoint, and a fresh export of it in float32; BundleError where the bundle is of other units."""
+    """The checkpoint, and a fresh float32 export of it; BundleError if the bundle has other units."""
     from asr.decode.words import word_starts
     from asr.model.torch_scorer import TorchScorer
     from asr.runtime.bundle import Bundle
@@ -104,7 +104,7 @@ def _bundle_model(bundle: Bundle) -> Model:
 
 
 def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -> None:
-    """BundleError where a search of the float32 graphs finds other units than that of the checkpoint."""
+    """Raise BundleError if a search finds other units with the float32 graphs than with the checkpoint."""
     from asr.decode.modes import modes_for
     from export.verify import check_searches, count_same_searches
 
@@ -116,7 +116,7 @@ def _compare_searches(torch: Scorer, onnx: Scorer, heard: Sequence[Utterance]) -
 
 
 def _compare_streams(torch: Scorer, float32: Bundle, heard: Sequence[Utterance], context: Context) -> None:
-    """BundleError where a stream of the float32 graphs writes another text than the checkpoint finds."""
+    """Raise BundleError if a stream of the float32 graphs outputs another text than the checkpoint finds."""
     from asr.decode.modes import modes_for
     from export.verify import check_searches, count_same_streams
 

@@ -46,7 +46,7 @@ def build(folder: Path) -> None:
 
 
 def build_ours(folder: Path) -> None:
-    """Its encoder is not used, and a copy of another graph stands for it."""
+    """Write our bundle. Its encoder is not used, so a copy of another graph takes its place."""
     import torch
 
     from asr.features import FbankConfig
@@ -63,7 +63,7 @@ def build_ours(folder: Path) -> None:
     encoder, decoder = ConformerConfig(**size, num_layers=1), DecoderConfig(**size, num_layers=LAYERS)
     model = build_model(FbankConfig(), encoder, decoder, LossConfig(), NUM_TOKENS).eval()
     with torch.no_grad():
-        # behind each unit it says the one before, surely enough for 8 bits, and does not end
+        # after each unit it predicts the one before, with enough margin for 8 bits, and does not end
         model.decoder.out.weight.copy_(model.decoder.embedding.weight.roll(-1, 0) * DIM**0.5)
         model.decoder.out.bias[1] -= 100
     units = ["<blk>", "<sos/eos>", "<unk>", *(f"▁{i}" for i in range(3, NUM_TOKENS))]
@@ -179,7 +179,7 @@ def ours(folder: Path, num_tokens: int, kind: str, beam: int) -> Pass:
 
 
 def work(folder: Path, name: str, num_tokens: int) -> None:
-    """One pass for every line that comes in; says its processor time and its tokens."""
+    """Run one pass for every input line; report its processor time and its tokens."""
     decode = peer(folder, num_tokens) if name == PEER else ours(folder, num_tokens, *OURS[name])
     decode()
     for _ in sys.stdin:
@@ -222,7 +222,7 @@ def run(folder: Path, num_tokens: int, rounds: int, core: int) -> None:
 
 
 def memory(rounds: int) -> None:
-    """y_h = softmax(q_h K_h') V_h of B queries, written in three ways."""
+    """y_h = softmax(q_h K_h') V_h of B queries, computed in three ways."""
     rng, size = np.random.default_rng(0), DIM // HEADS
     e, wk, wv = (
         rng.normal(0, shape[0] ** -0.5, shape) for shape in ((NUM_FRAMES, DIM), (DIM, DIM), (DIM, DIM))

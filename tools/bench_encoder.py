@@ -71,7 +71,7 @@ def attend(kind: str, length: int) -> None:
 
 
 def resident_bytes() -> int:
-    """The largest resident set so far; ru_maxrss of a new process begins with that of its parent."""
+    """The peak resident set so far; ru_maxrss of a new process starts with that of its parent."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -85,7 +85,7 @@ def growth_of_attention(kind: str, length: int) -> int:
 
 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a fresh process, whose resident set is its own."""
+    """The result of a function in a fresh process, which has its own resident set."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
@@ -105,7 +105,7 @@ def print_memory() -> None:
             tensors.append(largest.bytes)
             residents.append(in_child(growth_of_attention, kind, length))
             print(f"{kind:12} {length:8} {tensors[-1] / 1e6:19.1f} {residents[-1] / 1e6:17.1f}")
-        # the shortest are smaller than what else a process needs
+        # the shortest are smaller than the other memory of a process
         of_residents = slope(lengths[-3:], residents[-3:])
         print(
             f"{kind:12}    slope {slope(lengths, tensors):19.2f} {of_residents:17.2f}  (last three lengths)"
@@ -136,7 +136,7 @@ def pair(dim: int, num_layers: int, heads: int) -> dict[str, nn.Module]:
 
 
 def as_large_as_zipformer() -> dict[str, nn.Module]:
-    """Zipformer M and two Conformers of 512 channels, with as many layers as make parameters equal."""
+    """Zipformer M and two Conformers of 512 channels, with as many layers as give equal parameters."""
     models: dict[str, nn.Module] = {
         "zipformer M": Zipformer(ZipformerConfig(), NUM_BINS).eval(),
         "conformer 4x, kernel 31": encoder(512, 1, 8, subsampling=4, kernel_size=31),
@@ -181,7 +181,7 @@ def print_time(models: dict[str, nn.Module], seconds: float, rounds: int) -> Non
             start = time.perf_counter()
             with torch.no_grad():
                 model(x, x_lens)
-            if number:  # the first is for warming up
+            if number:  # the first is a warm-up
                 measured[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(found) for name, found in measured.items()}
     least = min(medians.values())
@@ -197,7 +197,7 @@ def batch_of(seconds: float) -> tuple[Tensor, Tensor]:
 def encode_long(
     seconds: float, dim: int, num_layers: int, heads: int, threads: int
 ) -> tuple[float, float, int]:
-    """Seconds on the clock, bytes of the resident set before and at most."""
+    """Wall seconds, bytes of the resident set before and at its peak."""
     torch.set_num_threads(threads)
     model = encoder(dim, num_layers, heads, context=[WINDOW.left, WINDOW.right], global_tokens=1)
     features = FbankConfig(type="nemo", low_freq_hz=0, high_freq_hz=0, normalize="per_feature")

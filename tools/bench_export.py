@@ -72,7 +72,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def make_blank_frequent(model: HybridModel, share: float = 0.85) -> None:
-    """Of the frames of made sound, so many are blank."""
+    """Make this share of the frames of made sound blank."""
     samples = torch.from_numpy(made_sound(SOUND_S, model.fbank.config.sample_rate))[None]
     y, _ = model.encode(*model.features(samples, torch.tensor([samples.shape[1]])))
     assert model.ctc is not None

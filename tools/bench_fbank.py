@@ -40,7 +40,7 @@ class Graph(nn.Module):
 
 
 def windows(samples: Floats, fbank: Fbank, piece_s: float) -> list[Floats]:
-    """As a stream has them: whole frames, with the samples that neighbours share."""
+    """Windows as in a stream: whole frames, with the samples that neighbours share."""
     shift, extra = fbank.shift_samples, fbank.frame_samples - fbank.shift_samples
     size = round(piece_s * RATE) // shift * shift
     cut = [samples[None, at : at + size + extra] for at in range(0, len(samples), size)]

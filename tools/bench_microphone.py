@@ -36,7 +36,7 @@ def main() -> None:
 def measure(bundle: Bundle, spoken: list, config: StreamConfig, block_ms: int) -> str:
     """A line about one setting."""
     rate = bundle.info.features.sample_rate
-    play_to_microphone(bundle, spoken[0].samples, config, block_ms)  # the first time warms up
+    play_to_microphone(bundle, spoken[0].samples, config, block_ms)  # the first time is a warm-up
     traces, blocks = [], []
     for samples, words, ends_ms in spoken:
         told, heard = play_to_microphone(bundle, samples, config, block_ms)

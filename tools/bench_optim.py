@@ -31,7 +31,7 @@ DECODER_LAYERS, DECODER, DECODER_HIDDEN, UNITS = 6, 512, 2048, 500
 
 
 def shapes() -> Iterator[tuple[int, ...]]:
-    """Of matrices with their biases, kernels, vectors and single numbers."""
+    """The shapes of matrices with their biases, kernels, vectors and scalars."""
     for layers, dim, hidden, heads, kernel in STACKS:
         for _ in range(layers):
             yield from linear(dim, heads * (2 * QUERY + POSITION))
@@ -63,7 +63,7 @@ def parameters(device: torch.device) -> list[nn.Parameter]:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of a step of each, the median over rounds of as many steps as ScaledAdam needs for one of
+    """Milliseconds per step of each, the median over rounds of as many steps as ScaledAdam needs for one of
     every kind."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     clock = time.perf_counter if device.type == "cuda" else time.process_time

@@ -28,7 +28,7 @@ from export.verify import Utterance, read_utterances
 
 
 def apart(bundle: Bundle, mode: str, utterances: Sequence[Utterance]) -> list[str]:
-    """Every utterance by itself."""
+    """The texts of the utterances, each decoded by itself."""
     scorer = OnnxScorer(bundle)
     found = [decode(scorer, mode_of(scorer, mode), [x.samples], SearchConfig())[0][0] for x in utterances]
     return [bundle.tokenizer.decode(x.tokens) for x in found]
@@ -46,7 +46,7 @@ def as_stream(bundle: Bundle, mode: str, blocks: Iterator[Floats]) -> list[str]:
 
 
 def joined(utterances: Sequence[Utterance], silence_s: float, rate: int, hours: float) -> Iterator[Floats]:
-    """The recording, a block an utterance; the silence is faint noise."""
+    """The recording, one block per utterance; the silence is faint noise."""
     random, seconds = np.random.default_rng(0), 0.0
     while True:
         for x in utterances:

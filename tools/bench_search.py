@@ -2,11 +2,11 @@
 
     python tools/bench_search.py
 
-Frames per second of processor time with a beam of 10 and the 10 likeliest tokens of a frame: ours; the
-search as it is usually written, with a
-dictionary of prefixes (plain); and flashlight-text's decoder without a lexicon (the extra `bench`; left out
-where it is not installed). Medians over the rounds of the ratios of neighbours, with the smallest and the
-largest. That all find the same is said as well: the best text of each, and for the plain one every score.
+Frames per second of processor time with a beam of 10 and the 10 likeliest tokens of a frame: ours; the search
+as it is usually written, with a dictionary of prefixes (plain); and flashlight-text's decoder without a
+lexicon (the extra `bench`; left out if it is not installed). Medians over the rounds of the ratios of
+adjacent runs, with the smallest and the largest. Also whether all find the same: the best text of each, and
+for the plain one every score.
 """
 
 import math
@@ -26,7 +26,7 @@ Nbest = list[tuple[tuple[int, ...], float]]
 
 
 def made_log_probs(num_tokens: int, seed: int) -> Floats:
-    """As of a trained model: about every third frame a token is likely, elsewhere blank."""
+    """Like those of a trained model: about every third frame a token is likely, elsewhere blank."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(NUM_FRAMES, num_tokens))
     spoken = rng.random(NUM_FRAMES) < 0.35
@@ -45,7 +45,7 @@ def plain(log_probs: list[Floats]) -> list[Nbest]:
 
 
 def plain_search(log_probs: Floats) -> Nbest:
-    """A dictionary from each prefix to log-probabilities of its paths that end with a blank, and without."""
+    """With a dictionary from prefix to the log-probabilities of its paths that end with and without blank."""
     beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
     for frame in log_probs:
         likeliest = [BLANK, *(1 + np.argpartition(-frame[1:], TOKENS_PER_FRAME)[:TOKENS_PER_FRAME]).tolist()]
@@ -87,7 +87,7 @@ def flashlight(num_tokens: int) -> Callable[[list[Floats]], list[Nbest]]:
         beam_size=BEAM, beam_size_token=TOKENS_PER_FRAME, beam_threshold=1e9, lm_weight=0.0, sil_score=0.0,
         log_add=True, criterion_type=CriterionType.CTC,
     )  # fmt: skip
-    decoder = LexiconFreeDecoder(options, ZeroLM(), num_tokens, BLANK, [])  # no unit is a silence
+    decoder = LexiconFreeDecoder(options, ZeroLM(), num_tokens, BLANK, [])  # no unit is silence
 
     def run(log_probs: list[Floats]) -> list[Nbest]:
         found = [decoder.decode(x.ctypes.data, len(x), num_tokens)[:1] for x in log_probs]
@@ -97,7 +97,7 @@ def flashlight(num_tokens: int) -> Callable[[list[Floats]], list[Nbest]]:
 
 
 def collapse(path: list[int], silence: int) -> tuple[int, ...]:
-    """The text of a path, at whose ends its decoder puts silence."""
+    """The text of a path; its decoder puts silence at both ends."""
     pairs = zip([BLANK, *path], path, strict=False)
     return tuple(b for a, b in pairs if b not in (a, BLANK, silence))
 

@@ -96,7 +96,7 @@ def _step(model: nn.Module, loss: Callable[[], Tensor], config: ExperimentConfig
 
 
 def measure(steps: list[Step], rounds: int) -> list[list[float]]:
-    """Processor seconds of each step in each round; the first round is for warming up."""
+    """Processor seconds of each step in each round; the first round is a warm-up."""
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(rounds + 1):
         for step, measured in zip(steps, seconds, strict=True):

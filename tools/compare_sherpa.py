@@ -44,7 +44,7 @@ def online(recognizer: sherpa_onnx.OnlineRecognizer, samples: Floats) -> str:
 
 
 def recognizer_of(name: str, folder: Path, end: str) -> Callable[[Floats], str]:
-    """An artefact of the folder; end: ".onnx" or ".int8.onnx"."""
+    """A recognizer for an artefact of the folder; end: ".onnx" or ".int8.onnx"."""
     tokens = str(folder / name / "tokens.txt")
     files = {stem: str(folder / name / f"{stem}{end}") for stem in ("model", "encoder", "decoder")}
     if name == "streaming":
@@ -65,7 +65,7 @@ def recognizer_of(name: str, folder: Path, end: str) -> Callable[[Floats], str]:
 
 
 def context_of(name: str, model: HybridModel) -> tuple[Context, int]:
-    """What the graph of an artefact hears, and samples of silence that it needs behind an utterance."""
+    """The context of an artefact's graph, and the samples of silence that it needs after an utterance."""
     subsampling = model.encoder.subsampling
     if name == "streaming":
         return Context(CHUNK * 4 // subsampling, LEFT), int(16000 * SILENCE_S)

@@ -25,7 +25,7 @@ from asr.train.checkpoint import load_model
 
 
 class Counter(TorchScorer):
-    """Counts what `step` and `score` hear, and their processor time."""
+    """Counts the frames that `step` and `score` attend to, and their processor time."""
 
     heard = 0
     seconds = 0.0
@@ -59,7 +59,7 @@ class Counter(TorchScorer):
 def measure(
     scorer: Counter, mode: str, cuts: Iterable[Cut], search: SearchConfig, context: Context
 ) -> Floats:
-    """Of a recording, mean over all: its frames, frames heard, tokens, seconds of the decoder, and in all."""
+    """Means per recording: its frames, frames attended to, tokens, seconds of the decoder, and in all."""
     rows = []
     for cut in cuts:
         scorer.heard, scorer.seconds = 0, 0.0

@@ -1,9 +1,9 @@
-"""The pictures of docs/streaming.md: what is heard, and when words are written, by the rules of the library.
+"""The figures of docs/streaming.md: what is attended to, and when words are written, by the library's rules.
 
 python tools/draw_streaming.py [FOLDER]
 
-They are schematics: the sentence and its alignment are made up, the rules that are applied to them are those
-of asr.model and asr.decode, with numbers small enough to be seen.
+They are schematics: the sentence and its alignment are made up, but the rules are those of asr.model and
+asr.decode, with numbers small enough to be visible.
 
 T encoder frames · U tokens
 """
@@ -37,14 +37,14 @@ FOLDER = Path(__file__).parents[1] / "docs" / "images"
 
 WORDS = ("turn", "the", "light", "on")
 STARTS, ENDS = (3, 10, 14, 26), (9, 13, 22, 33)
-"""The first frame of each word, and the one behind its last."""
+"""The first frame of each word, and the one after its last."""
 
 SPIKES = (8, 12, 20, 31)
-"""Where CTC writes each, and where the attention of the decoder is when it does."""
+"""Where CTC emits each word, and where the decoder's attention is when it writes it."""
 
 FRAME_S = 0.04
 CHUNK = 8
-"""Of the encoder: frames arrive so many at a time."""
+"""Chunk of the encoder: the number of frames that arrive at a time."""
 
 HEARING = Chunking(step=12, window=15, left=0, hears_eoc=True)
 SEARCH = SearchConfig()
@@ -64,19 +64,19 @@ def look_ahead_mask(num_frames: int, chunk: int, left: int, right: int = 0) -> B
 
 
 def through_layers(mask: Bools, num_layers: int) -> Bools:
-    """(T, T): what a frame knows of, where each layer sees what the one below has seen."""
+    """(T, T): the receptive field of a frame after several layers."""
     return np.linalg.matrix_power(mask.astype(np.int64), num_layers) > 0
 
 
 def utterance() -> int:
-    """Frames up to the one at which the pause behind the last word ends the utterance."""
+    """Frames up to the one at which the pause after the last word ends the utterance."""
     ended = Endpointer(EndpointConfig(), FRAME_S).advance(frame not in SPIKES for frame in range(1000))
     assert ended
     return ended[0]
 
 
 class Hearing(NamedTuple):
-    """What a decoder hears when it writes each of its symbols."""
+    """What a decoder attends to when it writes each of its symbols."""
 
     name: str
     symbols: Sequence[str]
@@ -85,7 +85,7 @@ class Hearing(NamedTuple):
 
 
 def hearings() -> list[Hearing]:
-    """Of every kind of decoder and mode."""
+    """The `Hearing` of every type of decoder and mode."""
     num_frames = utterance()
     arrived = [arrives(partial(alignatt_allows, spike)) for spike in SPIKES]
     triggered = [spike + SEARCH.trigger_frames + 1 for spike in SPIKES]
@@ -126,7 +126,7 @@ def _chunked(num_frames: int) -> Hearing:
 
 
 def alignatt_allows(place: int, num_frames: int) -> bool:
-    """Whether a token may be written whose attention is at frame `place`, of num_frames that have arrived."""
+    """Whether a token may be written whose attention peaks at frame `place`, with num_frames arrived."""
     if place >= num_frames - 1:
         return False
     attention = np.eye(num_frames - 1, dtype=np.float32)[place : place + 1]
@@ -134,14 +134,13 @@ def alignatt_allows(place: int, num_frames: int) -> bool:
 
 
 def arrives(is_enough: Callable[[int], bool]) -> int:
-    """The frames that have arrived, in whole chunks of the encoder, when they are enough for the first time;
-    at the latest at the end of the utterance."""
+    """The number of frames, in whole encoder chunks, that first suffices; at most that of the utterance."""
     last = -(-utterance() // CHUNK) * CHUNK
     return next((n for n in range(CHUNK, last, CHUNK) if is_enough(n)), last)
 
 
 def ctc_writes(word: int, num_frames: int) -> bool:
-    """Whether the best CTC path of the frames that have arrived has come to this word."""
+    """Whether the best CTC path of the frames so far has reached this word."""
     log_probs = np.full((num_frames, len(WORDS) + 2), -9.0, np.float32)
     log_probs[:, BLANK] = 0.0
     for u, spike in enumerate(SPIKES):
@@ -153,7 +152,7 @@ def ctc_writes(word: int, num_frames: int) -> bool:
 
 
 class Writing(NamedTuple):
-    """When a mode writes each word, in frames that have arrived."""
+    """When a mode writes each word, in frames arrived."""
 
     modes: str
     first: list[int]
@@ -162,7 +161,7 @@ class Writing(NamedTuple):
 
 
 def writings() -> list[Writing]:
-    """Of every mode, where it makes no mistake and computing takes no time."""
+    """The `Writing` of every mode, if it makes no mistake and computing takes no time."""
     end = [arrives(lambda n: False)] * len(WORDS)
     ctc = [arrives(partial(ctc_writes, u)) for u in range(len(WORDS))]
     triggered = [arrives(partial(lt, spike + SEARCH.trigger_frames)) for spike in SPIKES]
@@ -208,7 +207,7 @@ def masks() -> Figure:
 
 
 def hearing() -> Figure:
-    """What decoders hear when they write."""
+    """What decoders attend to when they write."""
     rows = hearings()
     figure = Figure(figsize=(8.4, 8.2), layout="constrained")
     heights = [1.5, *(len(x.symbols) for x in rows)]
