@@ -92,9 +92,7 @@ def guard(program: Callable[[], int | None], debug: bool = False) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return 141
-    except (
-        OSError
-    ) as error:  # disk full, read-only, not a folder: only the place is worth reporting
+    except OSError as error:  # disk full, read-only, not a folder: only the place is worth reporting
         if debug or not error.filename:
             traceback.print_exc()
         print(f"asr: {error.filename or error}: {(error.strerror or str(error)).lower()}", file=sys.stderr)

@@ -42,9 +42,9 @@ class _Path:
 
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
-    """Of each token."""
+    """Of each token, by the decoder."""
     frames: tuple[int, ...]
-    """Of the tokens of all closed chunks."""
+    """Frames of the tokens of all closed chunks."""
     score: float
     last: int
     """The decoder's next input."""
