@@ -51,8 +51,8 @@ def hub_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hub_dims(source: Source, weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """The sizes of a model, from its shapes; the number of heads from config.json. CheckpointError if that
-    file is missing, or if the shapes are not those of a Whisper model."""
+    """The sizes of a model, from its shapes; the numbers of heads from config.json, or by the usual channels
+    per head. CheckpointError if that file is missing, or if the shapes are not those of a Whisper model."""
     options = _json(source, "config.json")
     found = hub_weights(weights)
     dims: dict[str, int] = {}
