@@ -1,8 +1,8 @@
-# Sourced by every egs/*/run.sh, in its own folder, after its variables and before its stages:
-#   every variable set so far is an option: stop_stage=99 becomes --stop-stage N
-#   --help           prints the comment at the head of run.sh, and the options
-#   asr              is found in .venv of the repository where no environment is active
-#   stage N "Title"  is true where stage N is asked for, and prints its title and the time of the stage before
+# Sourced by every egs/*/run.sh, in the folder of the run.sh, after its variables and before its stages:
+#   every variable set so far becomes an option: stop_stage=99 is --stop-stage N
+#   --help           prints the comment at the top of run.sh, and the options
+#   asr              is taken from the repository's .venv if it is not on the PATH
+#   stage N "Title"  is true if stage N is to run; prints its title and the time of the previous stage
 
 _options=$(comm -23 <(compgen -v | grep '^[a-z][a-z0-9_]*$' | sort) <(compgen -e | sort) | tr _ -)
 _stop() { echo "run.sh: $1; options: $(sed 's/^/--/' <<<"$_options" | paste -sd ' ')" >&2; exit 2; }

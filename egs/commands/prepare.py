@@ -2,8 +2,8 @@
 
     python prepare.py CORPUS data
 
-CORPUS is the corpus as published, a folder for each word beside validation_list.txt and testing_list.txt, or
-a folder with a transcripts.tsv of its own. Either way the splits have different speakers.
+CORPUS is the corpus as published, one folder per word beside validation_list.txt and testing_list.txt, or a
+folder with its own transcripts.tsv. Either way no speaker is in two splits.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def published(corpus: Path) -> Iterator[Row]:
-    """`bed/0c540988_nohash_0.wav` is speaker 0c540988 saying "bed"; the lists say what is held out."""
+    """`bed/0c540988_nohash_0.wav` is speaker 0c540988 saying "bed"; the lists name what is held out."""
     splits = {line: "dev" for line in (corpus / "validation_list.txt").read_text().split()}
     splits |= {line: "test" for line in (corpus / "testing_list.txt").read_text().split()}
     for sound in corpus.glob("[!_]*/*.wav"):  # _background_noise_ is not speech

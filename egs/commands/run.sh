@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Google Speech Commands: 35 words, joined to utterances of one to eight, speakers of the test unknown. Results: RESULTS.md.
+# Google Speech Commands: 35 words, joined into utterances of one to eight; test speakers are not in train. Results: RESULTS.md.
 #   ./run.sh --corpus DIR                       everything
-#   ./run.sh --corpus DIR --noise DIR           with noise from a folder of sound files in training
+#   ./run.sh --corpus DIR --noise DIR           with noise from a folder of audio files in training
 #   ./run.sh --stage 4 --stop-stage 4           only training
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -4,10 +4,10 @@
 
 CORPUS is the published repository (recordings/7_jackson_32.wav), or a folder with a transcripts.tsv.
 
-Each has the splits train, dev and test:
+Each table has the splits train, dev and test:
 
-official    recordings 0 to 4 of each speaker's digits are test, as its authors have it; 5 to 9 are dev
-speakers    one speaker is test and one dev, whom training never hears
+official    of each digit and speaker, recordings 0 to 4 are test, as its authors define; 5 to 9 are dev
+speakers    one speaker is test and one is dev; neither is in train
 """
 
 import argparse
@@ -45,7 +45,7 @@ def published(corpus: Path) -> Iterator[Row]:
 
 
 def official(row: Row) -> str:
-    """By the number at the end of `digit_speaker_number`."""
+    """The split, by the number at the end of `digit_speaker_number`."""
     number = row.utt_id.rpartition("_")[2]
     if not number.isdigit():
         raise ManifestError(f"{row.utt_id}: not named digit_speaker_number, so not of either split")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Free Spoken Digit Dataset: 8 kHz, six speakers; tested on single digits and on digits joined. Results: RESULTS.md.
-#   ./run.sh --corpus DIR                       the official split: all speakers known
-#   ./run.sh --corpus DIR --split speakers      the speaker of the test unknown
+# Free Spoken Digit Dataset: 8 kHz, six speakers; tested on single and on joined digits. Results: RESULTS.md.
+#   ./run.sh --corpus DIR                       the official split: test speakers are in train
+#   ./run.sh --corpus DIR --split speakers      the test speaker is not in train
 set -euo pipefail
 cd "$(dirname "$0")"
 

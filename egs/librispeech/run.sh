@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LibriSpeech, 960 h of read books, streaming Conformer. For GPUs. Results: RESULTS.md.
 #   ./run.sh --stage 0                          everything, from the download (60 GB) on
-#   ./run.sh --corpus DIR                       with the corpus in another place
+#   ./run.sh --corpus DIR                       with the corpus in another folder
 #   ./run.sh --launch "torchrun --nproc-per-node 8 -m recipes.cli" --stage 4     on eight GPUs
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -19,7 +19,7 @@ stage=1 stop_stage=99
 . ../../recipes/stage.sh # every variable above is now an option
 
 exp=exp/${model}_bpe$vocab
-manifests() { printf 'data/manifests/%s.jsonl.gz\n' "$@"; } # of the parts of the corpus
+manifests() { printf 'data/manifests/%s.jsonl.gz\n' "$@"; } # of the given parts of the corpus
 
 if stage 0 "Download"; then lhotse download librispeech --full download; fi
 if stage 1 "Manifests"; then

@@ -2,7 +2,7 @@
 and demo.wav, a few test sentences in a row, with its text in demo.txt.
 
     python prepare.py data
-    python prepare.py data --train 20000        more speech, for a model that is trained longer
+    python prepare.py data --train 20000        more speech, for longer training
 
 No sentence and no timbre of dev or test is in another split. The same options give the same samples.
 """
@@ -24,7 +24,7 @@ from recipes.cli import guard
 from recipes.tables import TABLE, Row, write_table
 
 PROCESS_UTTERANCES = 125
-"""Spoken by one process, one after the other (see speech.py), which knows 349 voices and timbres at most."""
+"""Utterances that one process speaks in order (see speech.py); eSpeak takes 349 voices and timbres at most."""
 
 TIMBRES = {"train": 400, "dev": 50, "test": 50}
 
@@ -64,9 +64,10 @@ def plan(sizes: dict[str, int], seed: int) -> Splits:
 
 
 def draw_texts(sizes: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
-    """Sentences of dev and test are all different; train may say the same twice.
+    """Sentences of dev and test are all different; train may contain a sentence twice.
 
-    Half of train says any name of the grammar, often one word: words are learnt from short utterances first.
+    About half of train expands any name of the grammar, often to one word: words are learnt from short
+    utterances first.
     """
     rules = read_grammar(Path(__file__).with_name("grammar.txt"))
     held_out: dict[str, None] = {}
@@ -94,14 +95,14 @@ def draw_manner(text: str, timbres: Sequence[Timbre], rng: random.Random) -> Spo
 
 
 def check_disjoint(splits: Splits) -> None:
-    """A result on sentences or voices of the training would mean nothing."""
+    """A result on sentences or voices of the training data would mean nothing."""
     for one, other in (("train", "dev"), ("train", "test"), ("dev", "test")):
         assert not {s.text for s in splits[one]} & {s.text for s in splits[other]}, (one, other)
         assert not {s.timbre for s in splits[one]} & {s.timbre for s in splits[other]}, (one, other)
 
 
 def record(splits: Splits, data: Path) -> dict[str, list[Path]]:
-    """Speak everything into 16-bit files, on all cores, always the same ones in one process."""
+    """Speak everything into 16-bit files, on all cores, each process always speaking the same utterances."""
     files = {
         split: [data / "wav" / split / f"{i:05d}.wav" for i in range(len(splits[split]))] for split in splits
     }
@@ -134,7 +135,7 @@ def rows(splits: Splits, files: dict[str, list[Path]], data: Path) -> Iterator[R
 
 
 def write_demo(utterances: Sequence[Spoken], files: Sequence[Path], data: Path) -> None:
-    """The first utterances of the test in a row, with pauses: what a microphone would have heard."""
+    """The first utterances of the test in a row, with pauses, as a microphone would record them."""
     pause = np.zeros(int(DEMO_PAUSE_S * SAMPLE_RATE))
     parts = [part for file in files[: len(utterances)] for part in (read(file), pause)]
     write(data / "demo.wav", np.concatenate(parts))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Made speech: a small grammar spoken by eSpeak NG, no download. Trains on two CPU cores in minutes. Results: RESULTS.md.
+# Made speech: sentences of a small grammar spoken by eSpeak NG, no download. Trains on two CPU cores in minutes. Results: RESULTS.md.
 #   ./run.sh                                everything, as `make demo` does
-#   ./run.sh --stage 3 --stop-stage 3       only training; started again, it goes on where it stopped
+#   ./run.sh --stage 3 --stop-stage 3       only training; when restarted, it continues where it stopped
 set -euo pipefail
 cd "$(dirname "$0")"
 

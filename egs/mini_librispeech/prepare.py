@@ -3,8 +3,8 @@
     lhotse download librispeech --mini download
     python prepare.py download/LibriSpeech data
 
-CORPUS is the corpus as published, where train-clean-5 is train, and the speakers of dev-clean-2 are dev and
-test by turns; or a folder with a transcripts.tsv of its own.
+CORPUS is the corpus as published: train-clean-5 is train, and the speakers of dev-clean-2 are alternately dev
+and test; or a folder with its own transcripts.tsv.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def published(corpus: Path) -> Iterator[Row]:
 
 
 def utterances(part: Path) -> Iterator[Row]:
-    """Of SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, where a line is "SPEAKER-CHAPTER-NUMBER TEXT"."""
+    """Read from SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, whose lines are "SPEAKER-CHAPTER-NUMBER TEXT"."""
     if not part.is_dir():
         raise ManifestError(
             f"{part}: no such folder; give the folder that holds train-clean-5 and dev-clean-2"

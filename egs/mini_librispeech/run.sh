@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Mini LibriSpeech, five hours of read books: too little to be good, enough to see that all of it works. Results: RESULTS.md.
+# Mini LibriSpeech, five hours of read books: too little for good results, enough to see that everything works. Results: RESULTS.md.
 #   lhotse download librispeech --mini download
 #   ./run.sh                                    everything
-#   ./run.sh --corpus DIR                       with the corpus in another place
+#   ./run.sh --corpus DIR                       with the corpus in another folder
 #   ./run.sh --model conformer-s --config conf/gpu.yaml --vocab 500            a larger model, on a GPU
 set -euo pipefail
 cd "$(dirname "$0")"
