@@ -24,7 +24,7 @@ from recipes.cli import guard
 from recipes.tables import TABLE, Row, write_table
 
 PROCESS_UTTERANCES = 125
-"""Utterances that one process speaks in order (see speech.py); eSpeak takes 349 voices and timbres at most."""
+"""Utterances one process speaks, in order (see speech.py); eSpeak takes at most 349 voices and timbres."""
 
 TIMBRES = {"train": 400, "dev": 50, "test": 50}
 
