@@ -1,4 +1,4 @@
-"""What every test may count on: one thread, no telemetry, the same random numbers, and reference data."""
+"""What every test can rely on: one thread, no telemetry, the same random numbers, and reference data."""
 
 import os
 import random
@@ -49,7 +49,7 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_folder(golden: Path) -> Callable[[str], Path]:
-    """One of those folders by its name; a set may have some of them only."""
+    """One of these folders by name; a data set may have only some of them."""
 
     def find(name: str) -> Path:
         if not (golden / name).is_dir():
@@ -61,13 +61,13 @@ def golden_folder(golden: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def speech_data() -> Path:
-    """Real speech with transcripts, one folder a corpus."""
+    """Real speech with transcripts, one folder per corpus."""
     return _folder("ASR_DATA", "data")
 
 
 @pytest.fixture(scope="session")
 def trained_bundle() -> Path:
-    """A bundle that hears English books, in upper case as LibriSpeech has them."""
+    """A bundle that transcribes English audiobooks, in upper case like LibriSpeech."""
     return _folder("ASR_BUNDLE", "bundle")
 
 
@@ -83,7 +83,7 @@ TINY_SYMBOLS = ["<blk>", "<sos/eos>", "<unk>", "▁", *"abcdefghijklmnop", "▁t
 
 @pytest.fixture(scope="session")
 def tiny_model() -> "HybridModel":
-    """Random weights that hear something: CTC says blank in about half of the frames, and its units vary."""
+    """Random weights with varied output: CTC emits blank in about half of the frames, and different units."""
     from asr.model.conformer import ConformerConfig
     from asr.model.masks import ChunkConfig
 
@@ -100,7 +100,7 @@ def tiny_model() -> "HybridModel":
     ],
 )
 def streaming_model(request: pytest.FixtureRequest) -> "HybridModel":
-    """As `tiny_model`, with each of the other encoders that can stream. Graphs of two take minutes."""
+    """As `tiny_model`, with each of the other streaming encoders. Two of them take minutes to export."""
     from asr.model.fast_conformer import FastConformerConfig
     from asr.model.masks import ChunkConfig
     from asr.model.wenet import WenetConformerConfig
@@ -118,7 +118,7 @@ def streaming_model(request: pytest.FixtureRequest) -> "HybridModel":
 
 @pytest.fixture(scope="session")
 def zipformer_model() -> "HybridModel":
-    """That of `streaming_model`, for tests of Zipformers alone."""
+    """The Zipformer of `streaming_model`, for tests that need only that one."""
     return _tiny(_causal_zipformer())
 
 
@@ -140,7 +140,7 @@ def _zipformer(**options: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def whole_model() -> "HybridModel":
-    """A decoder alone, that is shown a prompt, and an encoder of whole utterances."""
+    """A model without CTC: a decoder with a prompt, and an encoder for whole utterances."""
     from asr.model.wenet import WenetConformerConfig
 
     sizes = {"dim": 32, "num_layers": 1, "num_heads": 2, "ff_dim": 64, "kernel_size": 5, "causal": False}
@@ -164,8 +164,8 @@ def _tiny(encoder: Any, ctc: float | None = 0.3, prompt: Sequence[str] = ()) -> 
             model.cmvn.istd *= 0.3
             if encoder.type == "zipformer":
                 for convolution in model.encoder.front.convolutions:
-                    convolution.weight *= 2  # so that sound changes more than the rounding of its biases
-            model.decoder.out.bias[1] -= 4 if model.ctc else 0  # it does not stop at once
+                    convolution.weight *= 2  # so that audio has more effect than the rounding of biases
+            model.decoder.out.bias[1] -= 4 if model.ctc else 0  # so that it does not stop at once
             if not model.ctc:
                 model.decoder.out.weight *= 4
                 return model
@@ -237,7 +237,7 @@ def _write_tokens(folder: Path) -> Path:
 
 
 class LoudVoice:
-    """In the place of asr.runtime.voice.VoiceActivity: somebody speaks where it is loud."""
+    """Replaces asr.runtime.voice.VoiceActivity: what is loud is speech."""
 
     window = 512
 

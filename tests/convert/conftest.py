@@ -1,4 +1,4 @@
-"""What comparisons with reference implementations read, and source folders of the real layout."""
+"""Data for comparisons with reference implementations, and source folders in the published layout."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def golden_set(golden_folder: Callable[[str], Path]) -> Callable[[str], GoldenSe
 
 @pytest.fixture(scope="session")
 def full_size(golden: Path) -> Tables:
-    """Options of published models whose name begins so, and their tensors, which hold nothing."""
+    """Options of the published models whose name begins with `name`, and their tensors, without values."""
 
     def read(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         folder = golden / "checkpoint_tables"
@@ -95,7 +95,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture
 def tiny_source(tmp_path: Path) -> Path:
-    """A folder of WeNet's form with a model of random numbers, which needs no reference data."""
+    """A folder in WeNet's layout with random weights, which needs no reference data."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = fresh_model(read_config(Options(train_yaml(TINY), "tiny")), TINY["vocab_size"])

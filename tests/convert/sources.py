@@ -1,4 +1,4 @@
-"""What reference data hold, as the files and folders that its family publishes."""
+"""Reference data, written as the files and folders that each family publishes."""
 
 import argparse
 import base64
@@ -29,7 +29,7 @@ class GoldenSet:
 
 
 def symbols(count: int, special: dict[int, str]) -> list[str]:
-    """`count` different units, those in `special` by their names."""
+    """`count` different units, those in `special` with the given names."""
     letters = iter("▁abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x4E00, 0x4E00 + count))))
     return [special[i] if i in special else next(letters) for i in range(count)]
 
@@ -38,7 +38,7 @@ SIZES = ("num_heads", "query_head_dim", "pos_head_dim", "value_head_dim")
 
 
 def icefall_options(config: dict) -> dict:
-    """Those of icefall's training, as its checkpoints keep them."""
+    """icefall's training options, as its checkpoints store them."""
     found = {name: ",".join(map(str, config[name])) for name in SIZES}
     heads = config["attention_decoder"]["num_heads"]
     return found | {"feature_dim": config["feature_dim"], "attention_decoder_num_heads": heads}
@@ -60,14 +60,14 @@ def write_icefall(reference: GoldenSet, folder: Path) -> Path:
 
 
 MARKS = ("<|nospeech|>", "<|en|>", "<|transcribe|>", "<|pnc|>")
-"""Units of Canary whose ids a reference does not say."""
+"""Units of Canary whose ids are not in the reference."""
 
 
 FEATURES = {"sample_rate": 16000, "window_size": 0.025, "window_stride": 0.01, "window": "hann", "n_fft": 512}
 
 
 def canary_units(config: dict[str, Any]) -> list[str]:
-    """The first units of a reference with Canary's decoder, by their ids."""
+    """The first units of a reference with Canary's decoder, in the order of their ids."""
     special = {config["pad"]: "<pad>", config["eos"]: "<|endoftext|>", config["bos"]: "<|startoftranscript|>"}
     others = iter(("<unk>", *MARKS))
     count = max(max(special) + 1, len(special) + 1 + len(MARKS))
@@ -75,7 +75,7 @@ def canary_units(config: dict[str, Any]) -> list[str]:
 
 
 def pieces(count: int, first: Sequence[str] = ("<unk>",)) -> bytes:
-    """A SentencePiece model of so many units, which begin so; behind them are characters."""
+    """A SentencePiece model of `count` units: those of `first`, then characters."""
     model = io.BytesIO()
     num_characters = count - len(first) - 1  # and a space
     text = "".join(map(chr, [*range(ord("a"), ord("z") + 1), *range(0x4E00, 0x4E00 + count)]))
@@ -97,7 +97,7 @@ def pieces(count: int, first: Sequence[str] = ("<unk>",)) -> bytes:
 def pack(
     file: Path, options: dict[str, Any], weights: dict[str, Tensor], model: bytes | dict[str, bytes] | None
 ) -> Path:
-    """Write the archive as NeMo does, with one tokenizer, or several by the names of their files."""
+    """Write the archive as NeMo does, with one tokenizer or with several, by file name."""
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     members = {"model_config.yaml": yaml.safe_dump(options).encode(), "model_weights.ckpt": buffer.getvalue()}
@@ -141,7 +141,7 @@ def write_firered(reference: GoldenSet, folder: Path) -> Path:
 def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
     """WeNet's train.yaml for options as in a golden set."""
     parts = ("input_dim", "encoder_conf", "decoder", "decoder_conf", "model_conf")
-    special = options["special_tokens"]  # None in the older kind, which has sos/eos at the end
+    special = options["special_tokens"]  # None in the older format, which has sos/eos at the end
     return {name: options[name] for name in parts if name in options} | {
         "model": "asr_model",
         "encoder": "conformer",

@@ -1,4 +1,4 @@
-"""Every family goes the whole way: source, experiment, graphs that are the checkpoint, words of a sound."""
+"""Every family end to end: source, experiment, graphs that equal the checkpoint, and a transcript."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +43,7 @@ def write_nemo(reference: GoldenSet, folder: Path) -> Path:
 
 
 def write_streaming_nemo(reference: GoldenSet, folder: Path) -> Path:
-    """The reference has an encoder only, and features of streams are not normalised."""
+    """The reference has only an encoder; streaming features are not normalised."""
     folder.mkdir()
     options = nemo_options(reference.config)
     options["preprocessor"]["normalize"] = "NA"
@@ -96,7 +96,7 @@ def test_a_public_model_becomes_a_bundle_that_writes(
 def test_whisper_hears_recordings_of_any_length(
     asr: Callable, golden_set: Callable[[str], GoldenSet], tmp_path: Path
 ):
-    """The weights are random, so that what it writes is held to be the same, and nothing else."""
+    """The weights are random, so only equality of the texts is checked."""
     source = write_whisper(golden_set("openai_whisper"), tmp_path / "source")
     assert asr("convert", "whisper", source, "-o", tmp_path / "exp")[0] == 0
     assert asr("export", tmp_path / "exp", "--target", "cpu-fp32", "-o", tmp_path / "bundle")[0] == 0
@@ -159,7 +159,7 @@ def test_public_encoders_have_an_8_bit_bundle(
 
 
 def int8_difference(exp: Path, folder: Path) -> float:
-    """The largest of a log-probability, in standard deviations of all; the likeliest units are the same."""
+    """The largest difference of a log-probability, in standard deviations; most best units are equal."""
     bundle = Bundle.load(folder)
     sound = made_sound(3.0, bundle.info.features.sample_rate)
     model, tokenizer, _ = load_model(exp)

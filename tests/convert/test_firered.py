@@ -1,4 +1,4 @@
-"""A folder as FireRedASR-AED is published becomes an experiment that computes what the reference does."""
+"""A folder as published by FireRedASR-AED becomes an experiment with the results of the reference."""
 
 from pathlib import Path
 

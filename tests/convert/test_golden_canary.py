@@ -1,13 +1,12 @@
 """What NeMo's greedy and beam search find with a Canary decoder, with and without a prompt.
 
-Its beam search is ours (unbounded.py), but for three things. In a batch it mixes what the decoder remembers
-of the beginnings of utterances, as `Theirs` does. Pad ends a text, too, except as its first token, and eos
-does not where it is the first: lists whose beam held these are left out. And it divides the scores of a step
-by the length penalties of other hypotheses, which only does no harm where none has ended: others are left
-out, too.
+Its beam search is ours (unbounded.py), with three exceptions. In a batch it mixes up the first decoder states
+of utterances, as `Theirs` does. Pad also ends a text, except as its first token, and eos as the first token
+does not: n-best lists whose beam held these are left out. And it divides the scores of a step by the length
+penalties of other hypotheses, which is harmless only while none has ended: other lists are left out, too.
 
-Its greedy search counts positions from 1 behind a prompt, whatever its length, so that behind a prompt of
-several tokens the positions of the last come again; its beam search counts on, as ours.
+After a prompt its greedy search counts positions from 1, whatever the length of the prompt, so after a prompt
+of several tokens some positions occur twice; its beam search continues counting, like ours.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,17 +50,17 @@ class Canary:
         return range(len(self["x_lens"]))
 
     def prompt(self, start: str) -> list[int]:
-        """In our units, without what begins every text."""
+        """In our units, without the start token."""
         return [self.units.outputs.index(x) for x in self.config["prompt"]] if start == "prompt" else []
 
     def longest(self, start: str) -> int:
-        """Tokens behind the prompt that its greedy search may write; the beam search writes one more."""
+        """Largest number of tokens after the prompt in its greedy search; the beam search allows one more."""
         options = self.config["transf_decoder"]
         num_frames = self["encoder_out"].shape[2] + self.config["max_delta"]
         return min(options["max_sequence_length"], num_frames) - 1 - len(self.prompt(start))
 
     def written(self, tokens: list[int], start: str) -> list[int]:
-        """Theirs behind the prompt and before eos."""
+        """Their tokens between the prompt and eos."""
         first = 1 + len(self.prompt(start))
         assert tokens[:first] == [self.config["bos"], *self.config["prompt"]][:first]
         end = tokens.index(self.config["eos"]) if self.config["eos"] in tokens else len(tokens)
@@ -88,10 +87,10 @@ def canary(golden_set: Callable) -> Iterator[Canary]:
 
 
 class Theirs(TorchScorer):
-    """A batch of several utterances as their beam search hears it, and what was in its beam.
+    """A batch of several utterances as processed by their beam search, and what was in its beam.
 
-    Where one hypothesis becomes a beam, theirs gives hypothesis b of utterance n what the decoder remembers
-    of the beginning of utterance (n * beam + b) % N.
+    When one hypothesis becomes a beam, theirs gives hypothesis b of utterance n the decoder state of
+    the start of utterance (n * beam + b) % N.
     """
 
     def __init__(self, canary: Canary, index: int, beam: int, start: str) -> None:
@@ -118,7 +117,7 @@ class Theirs(TorchScorer):
 
     @property
     def is_sound(self) -> bool:
-        """Whether no text ended with its first token, which theirs overlooks, and none had pad later."""
+        """Whether no text ended with its first token, which theirs ignores, and none had a later pad."""
         first, *later = self.steps[1:]
         return self.sos_eos not in first and 0 not in set().union(*later)
 
@@ -159,7 +158,7 @@ def test_beam_search(canary, start):
 def greedy(
     canary: Canary, index: int, first: list[int], count: int, position: Callable[[int], int]
 ) -> list[int]:
-    """Up to `count` of our units behind `first`, the input of step s > 0 at position(s)."""
+    """Up to `count` of our units after `first`; the input of step s > 0 is at position(s)."""
     decoder, memory = canary.model.decoder, canary.memory(index)
     heard = memory.cross_keys, memory.cross_values, memory.y_lens
     state, tokens, written = None, tensor([first]), []

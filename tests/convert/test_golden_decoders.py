@@ -1,4 +1,4 @@
-"""Attention decoders of other families: their own outputs for forced tokens, from ours with their weights.
+"""Attention decoders of other families: ours with their weights gives their outputs for given tokens.
 
 Sizes and options are those of the config.json beside the arrays. Our units are in another order than theirs.
 """
@@ -20,7 +20,7 @@ from asr.model.masks import valid_mask
 
 @dataclass
 class Forced:
-    """A decoder and what it was taught to say."""
+    """A decoder, and given tokens with the expected output."""
 
     decoder: TransformerDecoder
     units: Units
@@ -32,7 +32,7 @@ class Forced:
     expected: Tensor
     """Logits or log-probabilities (N, U, V)."""
     alone: list[tuple[Tensor, Tensor]]
-    """Encoder output and expected of each utterance alone."""
+    """Encoder output and expected decoder output of each utterance alone."""
 
     def log_probs(self, y: Tensor, y_lens: Tensor, tokens: Tensor) -> Tensor:
         """In the order of their units."""
@@ -43,7 +43,7 @@ class Forced:
         return theirs
 
     def ours(self, tokens: Tensor) -> Tensor:
-        """Unit ids of ours for what goes in."""
+        """Our ids of the input tokens."""
         sos, *rest = ([*column] for column in zip(*tokens.tolist(), strict=True))
         assert {*sos} == {self.units.inputs[1]}
         columns = [[1] * len(sos)] + [[self.units.outputs.index(x) for x in column] for column in rest]
@@ -152,7 +152,7 @@ def forced(request: pytest.FixtureRequest, golden_set: Callable) -> Iterator[For
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """Log-probabilities of units that are never said have many digits in front of the point."""
+    """Log-probabilities of units that never occur are large, so a relative tolerance is needed."""
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -202,7 +202,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_published_whisper_models_have_our_tensors(full_size):
-    """All of them, and a table of units that begin and end a text for their own."""
+    """Every tensor; ours adds untied output weights, key biases and rows of added units."""
     for model, weights in full_size("whisper"):
         dims = model["options"]
         count, dim, layers = dims["n_vocab"], dims["n_text_state"], dims["n_text_layer"]

@@ -1,4 +1,4 @@
-"""FireRedASR-AED's own outputs, from features to n-best lists, from ours with its weights.
+"""Our model with the weights of FireRedASR-AED gives its outputs, from features to n-best lists.
 
 Sizes and options are those of the config.json beside the arrays. Our units are in another order than theirs.
 """
@@ -27,7 +27,7 @@ from asr.model.masks import valid_mask
 from asr.model.torch_scorer import Memory, TorchScorer
 
 LAYER = {"ffn1": "feed_forward_1", "mhsa": "attention", "conv": "convolution", "ffn2": "feed_forward_2"}
-"""Theirs, whose output contains their input: ours."""
+"""Their modules, whose output includes the residual: ours."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ def test_the_modules_of_the_first_layer(fire):
     _, y_lens, _ = fire.model.encoder(*fire.x(int(fire["layer0.utterance_index"])))
     for hook in hooks:
         hook.remove()
-    n = int(y_lens)  # behind it are frames of theirs that nothing hears
+    n = int(y_lens)  # after it theirs has frames that nothing attends to
     close(seen["layer_norm.in"], fire["embed.out"][:, :n])
     close(seen["layer_norm"], fire["layer0.layer_norm"][:, :n])
     for name in LAYER:
@@ -118,7 +118,7 @@ NAMED = {
     "length_penalty": "length_penalty",
     "eos_penalty": "eos_scale",
 }
-"""Options of their search: ours."""
+"""Their search options: ours."""
 
 
 class Recording(TorchScorer):
@@ -134,8 +134,8 @@ class Recording(TorchScorer):
 
 
 def search(fire: FireRed, options: dict, index: int, num_frames: int) -> tuple[list[Hypothesis], set[int]]:
-    """The n-best list of an utterance in a batch whose longest has so many encoder frames, and all units that
-    were in the beam."""
+    """The n-best list of an utterance in a batch whose longest has `num_frames` encoder frames, and all units
+    that were in the beam."""
     assert not options.keys() - NAMED.keys() - {"decode_max_len"}
     y_lens = fire["encoder_out_lens"][index : index + 1]
     y = fire["encoder_out"][index : index + 1, : int(y_lens)]
@@ -152,7 +152,7 @@ def search(fire: FireRed, options: dict, index: int, num_frames: int) -> tuple[l
 
 
 def test_searches(fire):
-    """Theirs does not hear pad where it is in a text, which no text should have; ours hears any unit."""
+    """Theirs masks a pad within a text, which no text should have; ours attends to any unit."""
     pad = firered.units(fire.config["args"]).outputs.index(fire.config["args"]["pad_id"])
     compared = 0
     for name, options in fire.config["search"].items():

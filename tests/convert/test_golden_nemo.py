@@ -1,4 +1,4 @@
-"""NeMo's own outputs: its encoder at once, with limits, in chunks and in a stream, and its CTC head.
+"""NeMo's outputs: its encoder offline, with limited context, in chunks and as a stream, and its CTC head.
 
 Sizes and options are those of the config.json beside the arrays. Padding is not compared.
 """
@@ -23,7 +23,7 @@ from asr.model.fast_conformer import FastConformer
 from asr.model.masks import cache_aware
 
 PARTS = ("encoder.", "decoder.")
-"""Of the names of tensors: all but those of Canary's decoder."""
+"""Prefixes of tensor names: all but those of Canary's decoder."""
 TINY = {"d_model": 8, "n_layers": 1, "subsampling": "dw_striding"}
 
 
@@ -40,7 +40,7 @@ class Golden:
     weights: dict[str, Tensor]
 
     def encoder(self, **changes: object) -> FastConformer:
-        """Theirs, with other options that no tensor depends on."""
+        """Their encoder, with changed options that no tensor depends on."""
         config = replace(encoder_config(self.config["encoder"], "config.json"), **changes)
         model = nn.ModuleDict({"encoder": FastConformer(config, self.config["encoder"]["feat_in"])})
         ours = {x: v for x, v in self.weights.items() if x.startswith("encoder.")}
@@ -151,7 +151,7 @@ def test_chunks_at_once(streaming: Golden) -> None:
 
 
 def test_a_stream_and_its_state_after_every_call(streaming: Golden) -> None:
-    """Their first call has fewer feature frames than ours; so states are compared, and not calls."""
+    """Their first call has fewer feature frames than ours, so states are compared, not calls."""
     encoder, arrays = streaming.encoder(), streaming.arrays
     left, right = streaming.config["encoder"]["att_context_size"]
     context = cache_aware(left, right)

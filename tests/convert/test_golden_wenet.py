@@ -1,8 +1,8 @@
-"""WeNet's own outputs, from features to searches: encoder, caches, CTC, both decoders, losses, n-best lists.
+"""WeNet's outputs, from features to searches: encoder, caches, CTC, both decoders, losses, n-best lists.
 
 Sizes and options are those of the config.json beside the arrays. Our units are in another order than theirs:
-sos/eos is 1 here. The searches hear what the reference heard, each utterance alone. Where padding reaches
-into the reference's batches (symmetric convolutions), ours are compared with what it says of one utterance.
+sos/eos is 1 here. The searches get the reference's encoder output of each utterance alone. Where padding
+changes the reference's batches (symmetric convolutions), ours are compared with its output for one utterance.
 """
 
 import json
@@ -61,7 +61,7 @@ class Golden:
         return self.arrays[name]
 
     def ours(self, tokens: Tensor) -> Tensor:
-        """Unit ids of theirs, anything where they are negative."""
+        """Our ids of their units; arbitrary where they are negative."""
         return torch.argsort(tensor(self.order))[tokens.clamp(min=0)]
 
     def theirs(self, hypothesis: Hypothesis) -> list[int]:
@@ -87,7 +87,7 @@ def memory(decoder: TransformerDecoder, y: Tensor) -> Memory:
 
 
 def build(options: dict) -> HybridModel:
-    """The model of a configuration, with a decoder from right to left if there is one."""
+    """The model of a configuration, with a right-to-left decoder if it has one."""
     features, num_tokens = FbankConfig(num_bins=options["input_dim"]), options["vocab_size"]
     encoder, decoder = encoder_config(options), decoder_config(options, "num_blocks")
     model = build_model(features, encoder, decoder, LossConfig(), num_tokens)
@@ -145,7 +145,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def contexts(wenet: Golden, kind: str) -> list[tuple[int, int, str]]:
-    """Chunk, left and the prefix of their arrays."""
+    """Chunk, left context and prefix of the array names."""
     found = [(c, left, f"{kind}.chunk{c}_left{left}") for c, left in wenet.config["chunks"]]
     if not found:
         pytest.skip("the config of this set has no chunks")
@@ -250,7 +250,7 @@ def test_chunk_by_chunk_with_caches(wenet):
 
 
 def directions(wenet: Golden) -> list[tuple[str, str, TransformerDecoder]]:
-    """Name of a direction, prefix of its arrays, and its decoder."""
+    """Name of the direction, prefix of its array names, and its decoder."""
     found = [("l2r", "att.", wenet.model.decoder)]
     if wenet.config["decoder"] == "bitransformer":
         found.append(("r2l", "att.r_", wenet.model.reverse_decoder))
@@ -289,9 +289,9 @@ def test_losses(wenet):
 
 
 def divergence(log_probs: Tensor, targets: Tensor, lens: Tensor, smoothing: float) -> Tensor:
-    """The cross-entropy whose smoothing spares the target, less the entropy of the smoothed target.
+    """The cross-entropy with smoothing over all but the target, minus the entropy of the smoothed target.
 
-    Ours smooths over all V units, the target included, so V / (V - 1) as much of it is the same.
+    Ours smooths over all V units including the target, so V / (V - 1) times the smoothing is the same.
     """
     others = log_probs.shape[-1] - 1
     loss = label_smoothed_cross_entropy(log_probs, targets, lens, smoothing * (others + 1) / others)
@@ -338,8 +338,8 @@ def test_prefix_beam_search(wenet):
 def check_times(frames: np.ndarray, found: Hypothesis, when: list[int]) -> None:
     """The reference's time of a token is the last frame of its run, ours the first.
 
-    Where two paths of a prefix meet in a frame, the reference may keep the times of the worse: a path that
-    emits the tokens at its times is then less probable than the best.
+    Where two paths of a prefix meet in a frame, the reference may keep the times of the worse one: a path
+    with its times is then less probable than the best.
     """
     ends = (*found.frames[1:], len(frames))
     if all(a <= t < b for a, t, b in zip(found.frames, when, ends, strict=True)):
@@ -354,7 +354,7 @@ def check_times(frames: np.ndarray, found: Hypothesis, when: list[int]) -> None:
 def test_rescoring(wenet):
     scorer = TorchScorer(wenet.model, "cpu")
     for ctc_weight, reverse_weight in wenet.config["rescoring"]:
-        # they add a multiple w of the CTC score, we take shares of 1: w / (1 + w)
+        # they add w times the CTC score; our weights sum to 1: w / (1 + w)
         config = SearchConfig(ctc_weight=ctc_weight / (1 + ctc_weight), reverse_weight=reverse_weight)
         for beam, i, name in beams(wenet):
             expected = f"{name}.rescoring.ctc{ctc_weight}_rev{reverse_weight}"
@@ -401,7 +401,7 @@ def test_a_published_model_has_our_tensors(golden):
 
 
 def parts_of(options: dict) -> nn.ModuleDict:
-    """A HybridModel without what has to be computed."""
+    """The modules of a HybridModel, without building one."""
     encoder, num_tokens = encoder_config(options), options["vocab_size"]
     parts = {
         "cmvn": Cmvn(options["input_dim"]),

@@ -1,4 +1,4 @@
-"""Whisper's own outputs, from samples to transcripts: encoder, searches by its rules, languages.
+"""Whisper's outputs, from samples to transcripts: encoder, searches by its rules, languages.
 
 Sizes, special units and options of decoding are those of the config.json beside the arrays.
 """
@@ -34,21 +34,21 @@ from asr.model.whisper import WhisperEncoder, sinusoid_table
 from asr.whisper_tokens import LANGUAGES, whisper_symbols
 
 GPT2_PIECES = 50256
-"""Of models of English alone; the others have one more."""
+"""In English-only models; the others have one more."""
 
 WINDOW_S = 30
-"""Of the reference, whatever the model: its times are so many seconds over the frames of the encoder."""
+"""Fixed in the reference: its time unit is this divided by the number of encoder frames."""
 
 FIRST_TIME_S = 1
 
 
 def to_ours(theirs: int, end: int) -> int:
-    """The unit of ours that is one of theirs, whose end of the text is `end`."""
+    """Our id of one of their units; `end` is their end of text."""
     return 1 if theirs == end else theirs + 3 - (theirs > end)
 
 
 def to_theirs(ours: int, end: int) -> int:
-    """The inverse, as what comes out of the decoder."""
+    """The inverse, for decoder output."""
     assert ours not in (0, 2)
     return end if ours == 1 else ours - 3 + (ours > end + 2)
 
@@ -81,7 +81,7 @@ class Whisper:
         return [to_theirs(x, self.end) for x in tokens]
 
     def options(self, name: str) -> WhisperOptions:
-        """Of one of the reference's runs."""
+        """The options of one of the reference's runs."""
         given = dict(self.config["decode"][name])
         frames = self.config["dims"]["n_audio_ctx"]
         suppress = self.ours(self.config["special"]["non_speech_tokens"])
@@ -132,7 +132,7 @@ def whisper(golden_set):
 
 
 def parts_of(model: HybridModel) -> nn.ModuleDict:
-    """What a checkpoint has weights for."""
+    """The modules that a checkpoint has weights for."""
     return nn.ModuleDict({"encoder": model.encoder, "decoder": model.decoder})
 
 
@@ -172,7 +172,7 @@ def test_from_samples_to_logits(whisper):
     close(y, whisper["encoder_out"])
     decoder, tokens = whisper.model.decoder, whisper["dec.tokens"]
     start = whisper.config["special"]["sot"]
-    # the start of the transcript has two units that go in
+    # the start of the transcript has two input units
     for first in (1, to_ours(start, whisper.end)):
         ours = tensor(
             [[first if x == start else to_ours(x, whisper.end) for x in row] for row in tokens.tolist()]
@@ -239,7 +239,7 @@ def test_transcripts(whisper):
 
 
 def test_every_head_says_where_it_listens(whisper):
-    """The reference's weights, of all heads of the last half of the layers, and of those that are chosen."""
+    """The reference's attention weights, for all heads of the upper half of the layers and chosen ones."""
     tokens, weights = whisper["dec.tokens"].tolist(), whisper["dec.cross_attention_weights"]
     layers, heads = weights.shape[1:3]
     some = sorted({(0, heads // 2), (0, heads - 1), (layers - 1, 0)})
@@ -272,7 +272,7 @@ def test_paths_and_medians(whisper):
 
 
 def test_published_models_have_our_tensors(full_size):
-    """Names and shapes of all sizes; the units are as many as there are symbols."""
+    """Names and shapes for all sizes; there are as many units as symbols."""
     sizes = []
     for model, weights in full_size("whisper"):
         dims = model["options"]
@@ -286,7 +286,7 @@ def test_published_models_have_our_tensors(full_size):
             parts = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
             load(parts, tensors(weights, model["name"]), NAMES, model["name"], units)
         biases = dims["n_audio_layer"] * dims["n_audio_state"] + 2 * dims["n_text_layer"] * dim
-        untied = len(units.inputs) * (dim + 1) + 2 * dim  # blank and unknown, less the end that goes in
+        untied = len(units.inputs) * (dim + 1) + 2 * dim  # blank and unknown, minus the end as an input
         assert sum(p.numel() for p in parts.parameters()) == model["params"] + biases + untied
         symbols = whisper_symbols([b"a"] * end, languages)
         assert len(symbols) == len(units.inputs)

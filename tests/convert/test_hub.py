@@ -1,4 +1,4 @@
-"""Ids of the hub: downloaded where the package is, one clear error where it is not, or the network is not."""
+"""Hub ids: downloaded if the package is installed; one clear error without the package or the network."""
 
 import shutil
 import sys
@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Stand in for huggingface_hub; returns its calls and what it answers with."""
+    """A stand-in for huggingface_hub: hub(answer) installs it and returns the list of its calls."""
     module, calls = ModuleType("huggingface_hub"), []
 
     def serve(answer):

@@ -1,4 +1,4 @@
-"""A folder as icefall publishes it becomes an experiment that computes what the reference does."""
+"""A folder as published by icefall becomes an experiment with the results of the reference."""
 
 import re
 from pathlib import Path
@@ -33,7 +33,7 @@ def source(reference, tmp_path: Path) -> Path:
 
 
 def units_of(reference) -> list[int]:
-    """Ours in the order of theirs, which is the same in public models."""
+    """Their ids in the order of our units; public models have the same order."""
     options, count = reference.config, reference.config["vocab_size"]
     end, blank = options["attention_decoder"]["eos_id"], options["blank_id"]
     unknown = next(i for i in range(count) if i not in (end, blank))
@@ -102,7 +102,7 @@ def without(prefix: str):
 
 
 def without_a_norm(weights: dict) -> dict:
-    """Of a layer in the middle, which shapes are not inferred from."""
+    """Without the norm bias of a middle layer, from which no sizes are inferred."""
     last = next(x for x in reversed(sorted(weights)) if re.search(r"layers\.0\.norm\.bias$", x))
     return {name: x for name, x in weights.items() if name != last}
 

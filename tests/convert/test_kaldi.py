@@ -1,4 +1,4 @@
-"""Statistics of features in every form that is around give the same mean and deviation."""
+"""Feature statistics in every common format give the same mean and deviation."""
 
 import json
 import struct

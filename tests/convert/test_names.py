@@ -1,4 +1,4 @@
-"""Names of other families: what is put together, rows of units, and what does not fit."""
+"""Parameter names of other families: joined tensors, rows of units, and what does not fit."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def decoder(num_units: int = NUM_UNITS) -> nn.ModuleDict:
 
 
 def theirs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Its tensors under the names of the other family."""
+    """The model's tensors under the names of the other family."""
     found = {}
     for name, x in model.state_dict().items():
         sources = NAMES.sources(list(model.state_dict()))[name]
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_named(change, message):
 
 @pytest.mark.parametrize("count", [5, 6, 8])
 def test_units_are_as_many_as_there_are_rows(count):
-    units = arrange_units(count, sos=1, eos=2)  # two more are made up, so that of 5 rows all would have 7
+    units = arrange_units(count, sos=1, eos=2)  # two units are added: 5 rows would become 7
     with pytest.raises(CheckpointError, match=r"dec\.out\.bias \(7,\) does not fit decoder\.out\.bias"):
         load(decoder(len(units.inputs)), theirs(decoder()), NAMES, "a.pt", units)
 
@@ -105,7 +105,7 @@ def test_units_that_are_not_there_are_made_up():
 
 
 def test_texts_are_as_probable_whatever_the_units_are_called():
-    """Rows go with their units; those made up change nothing, and are never written."""
+    """Rows move with their units; added units change nothing and are never emitted."""
     wanted = decoder().eval()
     units = arrange_units(NUM_UNITS, sos=4, eos=2)
     model = decoder(len(units.inputs)).eval()

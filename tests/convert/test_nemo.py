@@ -1,4 +1,4 @@
-"""A .nemo archive becomes an experiment that computes what the reference does, of CTC or of a decoder."""
+"""A .nemo archive with a CTC head or a decoder becomes an experiment with the results of the reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +67,7 @@ def test_a_model_of_ctc(asr, with_ctc, tmp_path):
 
 
 def test_a_hybrid_model_leaves_its_transducer_out(asr, with_ctc, tmp_path):
-    """In a folder, and characters instead of pieces."""
+    """From a folder, and with characters instead of pieces."""
     count = with_ctc.config["vocab_size"]
     weights = {
         name.replace("decoder.decoder_layers", "ctc_decoder.decoder_layers"): x

@@ -1,4 +1,4 @@
-"""What is downloaded from anybody runs nothing and writes nothing outside; what is wrong with it is said."""
+"""Untrusted downloads run no code and write nothing outside their folder; errors in them are named."""
 
 import argparse
 import io
@@ -24,7 +24,7 @@ from recipes.cli import main
 
 
 class Payload:
-    """A pickle that, when it is read with code, makes a file."""
+    """A pickle that creates a file if unpickling runs code."""
 
     def __init__(self, marker: Path, call: Callable[[str], object] = os.system) -> None:
         self.marker, self.call = marker, call
@@ -123,7 +123,7 @@ def in_training(source: Path) -> None:
 
 
 def stretched(source: Path) -> None:
-    """A few numbers that claim to be many."""
+    """A few stored numbers that claim to be a huge tensor."""
     changed(source, **{"ctc.ctc_lo.weight": torch.ones(1).expand(10**7, 10**5)})
 
 
@@ -195,7 +195,7 @@ def test_help_names_every_family(asr):
     assert all(name in out for name in FAMILIES)
 
 
-# ---- what is carried over in other forms
+# ---- sources in other formats
 
 
 def same(one: Path, other: Path) -> bool:

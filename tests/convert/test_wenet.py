@@ -1,4 +1,4 @@
-"""WeNet's checkpoints: names and shapes are held, and a folder as published becomes an experiment."""
+"""WeNet's checkpoints: names and shapes are checked, and a folder as published becomes an experiment."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ SETS = ["wenet_u2pp_conformer", "wenet_conformer_noncausal"]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of theirs that is the model."""
+    """The model's weights as a WeNet checkpoint."""
     weights = {}
     for name, names in wenet_names([]).sources(list(model.state_dict())).items():
         weights.update(zip(names, model.state_dict()[name].clone().chunk(len(names)), strict=True))
@@ -35,7 +35,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture
 def model() -> nn.Module:
-    """What a checkpoint with one decoder becomes."""
+    """The model for a checkpoint with one decoder."""
     sizes = WenetConformerConfig(dim=24, num_layers=2, num_heads=3, ff_dim=32, kernel_size=4)
     config = DecoderConfig(
         dim=24, num_layers=2, num_heads=3, ff_dim=16, activation="relu", positions="sinusoid"
@@ -153,7 +153,7 @@ def test_where_it_is_from_is_told_and_kept(asr, source, tmp_path):
 
 
 def edited(source: Path, **changes: object) -> None:
-    """Change train.yaml; `encoder_conf__causal=False` is below encoder_conf."""
+    """Change train.yaml; `encoder_conf__causal=False` sets `causal` in encoder_conf."""
     options = yaml.safe_load((source / "train.yaml").read_text())
     for name, value in changes.items():
         *parts, last = name.split("__")

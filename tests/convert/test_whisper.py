@@ -1,4 +1,4 @@
-"""A folder with OpenAI's file and the ranks of its units becomes an experiment that computes the same."""
+"""A folder with OpenAI's checkpoint and unit ranks becomes an experiment with the same results."""
 
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def test_weights_in_16_bits_are_widened_as_this_family_publishes_them(asr, refer
     [(51865, 50257, 99), (51866, 50257, 100), (51864, 50256, 99), (51865, 50256, 0), (51864, 50257, 0)],
 )
 def test_published_units_are_those_of_the_model(tmp_path, num_units, num_pieces, languages):
-    """Those of English alone are one less, which languages could hide."""
+    """English-only models have one unit less, which a different number of languages could hide."""
     write_ranks(tmp_path, num_pieces)
     sizes = {"n_vocab": num_units, "n_audio_ctx": 1500}
     if not languages:
@@ -96,7 +96,7 @@ def changed(source: Path, **dims: int) -> None:
 
 
 def with_other_ranks(source: Path, languages: int) -> None:
-    """As many as leave so many units to languages."""
+    """Write as many ranks as leave room for `languages` language units."""
     dims = torch.load(source / "tiny.pt", weights_only=True)["dims"]
     num_times = dims["n_audio_ctx"] + 1
     write_ranks(source, dims["n_vocab"] - NUM_MARKS - num_times - languages)

@@ -1,4 +1,4 @@
-"""Whisper's units and its mode, and its checkpoints in the form of the hub, which are the same model."""
+"""Whisper's units and its mode; its checkpoints in the hub's format are the same model."""
 
 import base64
 import json
@@ -81,7 +81,7 @@ def write(folder, dims=DIMS, pieces=PIECES, **weights):
 
 
 def write_of_hub(folder):
-    """The same model as the hub has it."""
+    """Write the same model in the hub's format."""
     folder.mkdir()
     torch.manual_seed(1)
     back = {
@@ -139,7 +139,7 @@ def test_the_units_are_written_and_read(converted, tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["♪♪", " ♪", "<<", " <"], ["♯".encode()[:2], b" \xe2", "((", " ♬"]])
 def test_what_is_not_spoken_is_known_by_its_symbols(more, tmp_path):
-    """As units by encoding it: signs that are one unit, and the first one of signs of music."""
+    """Symbols encoded as units: those that are one unit, and the first unit of musical symbols."""
     pieces = [*PIECES]
     for piece in (x.encode() if isinstance(x, str) else x for x in more):
         pieces += [x for i in range(2, len(piece) + 1) if (x := piece[:i]) not in pieces]
@@ -210,7 +210,7 @@ def test_the_form_of_the_hub_is_the_same_model(converted, tmp_path):
 
 
 def test_names_of_the_hub_are_known(tmp_path):
-    """Each is used, and those of the reference stay."""
+    """Every renaming is used, and the reference's names stay valid."""
     source = write_of_hub(tmp_path / "hub")
     names = source.tensors(tmp_path / "hub" / "model.safetensors").weights
     for theirs, _ in RENAMED[1:]:

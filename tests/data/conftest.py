@@ -35,7 +35,7 @@ def write_tsv(folder: Path, rows: Sequence[Sequence[str]]) -> Path:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    """corpus(durations, name) -> a manifest of tones of these durations, of three speakers."""
+    """corpus(durations, name) -> a manifest of tones of these durations, from three speakers."""
 
     def make(durations: Sequence[float], name: str = "train", sample_rate: int = 16000) -> Path:
         rows = []

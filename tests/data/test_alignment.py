@@ -1,4 +1,4 @@
-"""Times of units survive what is done to cuts, and an alignment that does not fit is refused."""
+"""Unit times survive operations on cuts, and an alignment that does not fit is refused."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(params=["char", "bpe"])
 def units(request: pytest.FixtureRequest, tokenizer: Tokenizer, pieces: Tokenizer) -> Tokenizer:
-    """Units with a space of their own, and units that begin with it."""
+    """Units with a separate space, and units that begin with one."""
     return tokenizer if request.param == "char" else pieces
 
 
@@ -137,14 +137,14 @@ def test_joined_words_bring_their_times_along(manifest: Manifest, units: Tokeniz
             number = len(segment.alignment[KIND])
             own = [segment.start + STEP_S * (n + 1) for n in range(number)]
             if units.kind == "char" and segment.start > 0:
-                own.insert(0, segment.start)  # the pause in front of it
+                own.insert(0, segment.start)  # the pause before it
             assert found[: len(own)] == pytest.approx(own)
             found = found[len(own) :]
         assert not found
 
 
 def test_times_are_of_the_sound_that_is_heard(manifest: Manifest, units: Tokenizer) -> None:
-    """Joined, sped up, in noise: each word begins, where its first unit does, after silence."""
+    """Joined, sped up, in noise: each word begins after silence, at the time of its first unit."""
     path = manifest(units)
     batches = epoch(loader(path, units, speed=[0.9, 1.1], join_words=[2, 3], join_pause_s=[0.2, 0.3]))
     assert any(len(text.split()) == 6 for batch in batches for text in batch.texts)
@@ -205,7 +205,7 @@ def test_an_utterance_without_text_needs_no_alignment(manifest: Manifest, tokeni
 
 
 def test_joined_utterances_are_aligned_as_a_whole(corpus: Corpus, units: Tokenizer) -> None:
-    """Each unit keeps its time, those of a later word from the start of that one; the cut is a copy."""
+    """Each unit keeps its time, stored relative to the start of its part; the cut itself does not change."""
     for cut in join_cuts(open_cuts(corpus(DURATIONS)), random.Random(1), (2, 3), max_s=4.0):
         before = cut.to_dict()
         expected = [STEP_S * (n + 1) for n in range(len(symbols(units, cut)))]

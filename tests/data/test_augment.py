@@ -1,4 +1,4 @@
-"""Augmentation does what it says by how much it says, and the same again for the same seed, epoch and cut."""
+"""Augmentation has the stated effect and size, and is the same for the same seed, epoch and cut."""
 
 from pathlib import Path
 

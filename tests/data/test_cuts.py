@@ -1,4 +1,4 @@
-"""Manifests keep what they are given and name the line that is wrong; short utterances become long."""
+"""Manifests keep what they are given and name a wrong line; short utterances are joined."""
 
 import gzip
 import random

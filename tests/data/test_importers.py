@@ -1,4 +1,4 @@
-"""Every source gives the same cuts, and every wrong line its file, its number and a remedy."""
+"""Every source gives the same cuts; an error for a wrong line names file, line and remedy."""
 
 import shutil
 from collections.abc import Callable

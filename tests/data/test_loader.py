@@ -1,4 +1,4 @@
-"""Batches are the same whoever reads them and go on where they stopped; bad audio neither hides nor hangs."""
+"""Batches do not depend on workers and resume where they stopped; bad audio is reported and never hangs."""
 
 import itertools
 import json

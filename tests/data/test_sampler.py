@@ -26,7 +26,7 @@ def ids(batches: Iterator[list[Cut]]) -> list[list[str]]:
 
 
 def of_ranks(some: list[Cut], world_size: int) -> list[list[list[Cut]]]:
-    """An epoch of some cuts: each rank's batches."""
+    """The batches of each rank in an epoch over these cuts."""
     samplers = [
         Sampler(lambda _: iter(some), 60.0, 16.0, rank=r, world_size=world_size) for r in range(world_size)
     ]
@@ -45,7 +45,7 @@ def test_ranks_share_out_an_epoch_in_equal_numbers_of_batches(num_cuts: int, wor
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_batch_keeps_to_its_seconds_and_little_of_it_is_padding(world_size: int) -> None:
-    """An epoch has some batches that nothing more was left for; on average it is little."""
+    """Some batches of an epoch stay incomplete at its end; on average padding is small."""
     padded = spoken = 0.0
     for batch in of_ranks(CUTS, world_size)[-1]:
         longest = max(cut.duration for cut in batch)
@@ -66,7 +66,7 @@ def test_an_epoch_of_short_utterances_has_as_little_padding() -> None:
 
 @pytest.mark.parametrize("num_short", [1240, 1280, 1320])
 def test_the_last_step_of_an_epoch_keeps_to_its_seconds(num_short: int) -> None:
-    """What is left is a batch of short and one of long utterances, to be dealt out to three ranks."""
+    """A batch of short and one of long utterances are left, to be distributed to three ranks."""
     mixed = [MonoCut(f"cut{n}", 0.0, 0.5 if n < num_short else 15.0, 0) for n in range(num_short + 22)]
     for batch in itertools.chain(*of_ranks(mixed, 3)):
         assert len(batch) * max(cut.duration for cut in batch) <= 60.0
@@ -122,7 +122,7 @@ def test_a_small_corpus_makes_full_batches_that_differ_between_epochs() -> None:
 
 
 def test_utterances_longer_than_the_first_ones_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a manifest is sorted: the bounds of the buckets come from its first utterances."""
+    """As with a sorted manifest: bucket bounds come from its first utterances."""
     monkeypatch.setattr(sampler, "BOUNDS_CUTS", 100)
     rising = sorted(CUTS, key=lambda cut: cut.duration)
     batches = of_ranks(rising, 1)[0]

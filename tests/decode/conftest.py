@@ -1,4 +1,4 @@
-"""A toy model small enough to enumerate everything it can say."""
+"""A toy model small enough to enumerate all of its outputs."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ BLANK, SOS_EOS = 0, 1
 
 
 class Toy:
-    """A Scorer whose probabilities are random tables, keyed by the utterance and the tokens so far.
+    """A Scorer with random probability tables, keyed by the utterance and the tokens so far.
 
     A waveform is [seed, number of frames]. `decoder` replaces the decoder's log-probabilities.
     """
@@ -82,7 +82,7 @@ class Toy:
         return Step(ids, np.take_along_axis(table, ids, 1), np.zeros((len(ids), 0), np.float32), grown)
 
     def steps(self, state: list[tuple[int, tuple[int, ...]]], tokens: Ints, k: int) -> Step:
-        """One call, however many tokens."""
+        """Counts as one call, whatever the number of tokens."""
         parts, count = [], self.num_steps
         for column in tokens.T:
             parts.append(self.step(state, column, k))
@@ -118,7 +118,7 @@ def normalised(table: np.ndarray) -> Floats:
 
 
 def by_enumeration(log_probs: Floats) -> dict[tuple[int, ...], float]:
-    """log p of every token sequence that has an alignment, summed over all V ** T paths."""
+    """log p of every token sequence that has an alignment: a sum over all V ** T paths."""
     num_frames, num_tokens = log_probs.shape
     sums: dict[tuple[int, ...], float] = {}
     for path in itertools.product(range(num_tokens), repeat=num_frames):
@@ -171,14 +171,14 @@ def plain_prefix_beam() -> Callable[[Floats, int, int], list[tuple[tuple[int, ..
 
 @pytest.fixture(scope="session")
 def vectors(golden_folder) -> dict[str, np.ndarray]:
-    """Computed by enumeration in float64, and torchaudio's alignments."""
+    """Reference vectors: enumeration in float64, and torchaudio's alignments."""
     with np.load(golden_folder("ctc_rnnt") / "io.npz") as arrays:
         return dict(arrays)
 
 
 @pytest.fixture(scope="session")
 def cases(vectors: dict[str, np.ndarray]) -> Callable[[str], list[str]]:
-    """The names of a kind, as nbest0, nbest1, ..."""
+    """The names of the cases of a kind, such as nbest0, nbest1, ..."""
 
     def find(kind: str) -> list[str]:
         found = {name.partition(".")[0] for name in vectors if re.match(rf"{kind}\d+\.", name)}

@@ -1,4 +1,4 @@
-"""Alignment and total probability of given tokens, against reference vectors and enumeration."""
+"""Forced alignment and total probability, against reference vectors and enumeration."""
 
 import numpy as np
 import pytest

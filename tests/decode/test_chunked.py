@@ -20,7 +20,7 @@ EITHER = pytest.mark.parametrize("hears_eoc", [True, False])
 
 @pytest.fixture
 def chunked(toy):
-    """A toy whose tables are keyed by the window, too. The memory is (seed, frames that have arrived)."""
+    """A toy whose tables are also keyed by the window. The memory is (seed, number of frames so far)."""
 
     class Chunked(toy):
         decoder_type = "chunked"
@@ -30,7 +30,7 @@ def chunked(toy):
             self.chunking, self.table, self.num_heard = chunking, table, 0
 
         def heard(self, seed, tokens, start, end):
-            """Log-probabilities (V,) of what follows tokens, sos first, in a window."""
+            """Log-probabilities (V,) of the next token, given tokens that begin with sos and a window."""
             if self.table is not None:
                 return self.table
             return self.following(zlib.crc32(np.array([seed, start, end]).tobytes()), tokens[1:])
@@ -77,7 +77,7 @@ def path_score(scorer, seed, num_frames, chunks):
 
 
 def every_answer(scorer, seed, num_frames, max_labels):
-    """Text -> the scores of all its alignments."""
+    """Label sequence -> the scores of all its alignments."""
     units = range(2, scorer.num_tokens)
     parts = [x for n in range(max_labels + 1) for x in itertools.product(units, repeat=n)]
     found: dict = {}
@@ -102,7 +102,7 @@ def test_wide_search_finds_the_exact_nbest_list(chunked, chunking, wave, recombi
 
 
 def plainly(scorer, seed, num_frames, beam, max_labels):
-    """The search as it is defined, one hypothesis and one symbol at a time, without a threshold."""
+    """The search by its definition, one hypothesis and one symbol at a time, without a threshold."""
     hypotheses = [((), (EOC,), 0.0)]
     for k in range(-(-num_frames // scorer.chunking.step)):
         paths, closed = hypotheses, {}
@@ -140,7 +140,7 @@ def by_chunks(hypothesis, step, num_frames):
 @EITHER
 @pytest.mark.parametrize("beam", [1, 2, 6])
 def test_each_answer_is_a_path_with_its_score(chunked, hears_eoc, beam):
-    """Frames say in which chunk a token was written; none has more than it may have."""
+    """Frames tell the chunk of each token; no chunk has more tokens than allowed."""
     scorer = chunked(Chunking(4, 6, 2, hears_eoc), num_tokens=6)
     waves = [np.array((seed, frames), np.float32) for seed, frames in enumerate((1, 4, 5, 17, 30, 8))]
     config = SearchConfig(beam=beam, nbest=4, max_labels_per_chunk=3)
@@ -204,7 +204,7 @@ def test_a_chunk_is_written_as_soon_as_its_window_is_there(chunked):
 
 @pytest.mark.parametrize("cap", [0, 1, 3])
 def test_a_decoder_that_never_ends_is_ended(chunked, cap):
-    """Its EOC is not among what the search looks at until the chunk is full; 0: a label for each frame."""
+    """Its EOC is not among the candidates until the chunk is full; 0: one label per frame."""
     table = np.log(np.full(40, 0.025, np.float32))
     table[EOC] = -20.0
     scorer = chunked(Chunking(5, 5, 0, True), 40, table)

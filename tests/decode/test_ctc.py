@@ -1,4 +1,4 @@
-"""The CTC searches against enumeration, a plain implementation, and themselves fed in other pieces."""
+"""The CTC searches against enumeration, a plain implementation, and themselves with other pieces of input."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A decoder that loops or never ends is stopped, and CTC answers instead; one that behaves is left alone."""
+"""A decoder that loops or never ends is stopped and CTC's result used; a good decoder is left alone."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ WAVE = np.array((3, 60), np.float32)
 
 
 def certain(of: dict[int, float], num_tokens: int = 6):
-    """Log-probabilities that give `of` its tokens' probabilities, and the rest to the others."""
+    """Log-probabilities: those of `of` for its tokens, the rest divided among the others."""
     rest = (1 - sum(of.values())) / (num_tokens - len(of))
     return np.log([of.get(v, rest) for v in range(num_tokens)]).astype(np.float32)
 
 
 def never_ends(tokens):
-    """Writes tokens that never repeat a phrase, for ever."""
+    """Emits tokens forever, without repeating a phrase."""
     random = np.random.default_rng(len(tokens)).integers(2, 6)
     return certain({int(random): 0.95, 1: 1e-9})
 
@@ -29,7 +29,7 @@ def loops(tokens):
 
 
 def stops_now_and_then(tokens):
-    """A loop, of which the beam holds ends that are far worse."""
+    """A loop; the beam also holds ended hypotheses that are far worse."""
     return certain({2: 0.9, 1: 0.04})
 
 
@@ -65,7 +65,7 @@ def test_one_runaway_does_not_touch_the_others(toy):
 
 
 def test_an_end_better_than_what_was_cut_stands(toy):
-    """The loop is a poor branch: the answer ends by itself and no guard is named."""
+    """The loop is a poor hypothesis: the result ends by itself and no guard is reported."""
 
     def decoder(tokens):
         return loops(tokens) if tokens[:1] == (2,) else certain({1: 0.9, 2: 0.05})
@@ -75,8 +75,7 @@ def test_an_end_better_than_what_was_cut_stands(toy):
 
 
 def test_a_loop_that_does_not_lead_is_merely_dropped(toy):
-    """Beside the right answer of 12 tokens, the beam holds a loop that is worse at every length but ends
-    never."""
+    """Besides the right text of 12 tokens, the beam holds a loop, worse at every length, that never ends."""
     right = (2, 3, 4, 5, 3, 2, 5, 4, 2, 4, 3, 5)
 
     def decoder(tokens):

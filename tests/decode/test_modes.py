@@ -1,4 +1,4 @@
-"""Every mode against enumeration of all answers, at the limits of its weight, and one by one."""
+"""Every mode against enumeration of all token sequences, at extreme weights, and one utterance at a time."""
 
 import itertools
 
@@ -107,7 +107,7 @@ def test_joint_decoding_needs_one_step_per_label_for_all_utterances(toy):
 
 
 def test_rescoring_looks_at_all_that_the_first_pass_found(toy):
-    """The best of two passes is the best by both scores of the first pass's beam, the empty one included."""
+    """The result is the best of the first pass's beam by both scores, including the empty hypothesis."""
     config = SearchConfig(beam=6, nbest=1, ctc_weight=0.2, tokens_per_frame=4)
     seen_empty = False
     for seed in range(30):
@@ -122,7 +122,7 @@ def test_rescoring_looks_at_all_that_the_first_pass_found(toy):
 
 
 def test_rescoring_in_both_directions_blends_them(toy):
-    """Their share weights scores and confidences; a model with one decoder does not look at it."""
+    """The reverse weight applies to scores and confidences; a model with one decoder ignores it."""
 
     class Both(toy):
         has_reverse = True

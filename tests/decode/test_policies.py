@@ -1,4 +1,4 @@
-"""Policies on a model whose attention is known: what it may write when, and what never changes."""
+"""Policies on a model whose attention is known: what may be committed when, and what never changes."""
 
 import itertools
 from dataclasses import replace
@@ -24,9 +24,9 @@ WIDE = SearchConfig(beam=4, nbest=1, length_margin=100, max_repeats=100)
 def listener(toy):
     """A toy that knows what has arrived: a memory is (seed, frames) of each utterance.
 
-    Token k is heard at frame 3 k + 2, or at the last frame but one before that has arrived; whatever it
-    listens to, a third of the attention rests on the last frame. The decoder's tables depend on how many
-    frames it hears, up to three behind that place.
+    Token k attends to frame 3 k + 2, or to the last frame but one until that has arrived; a third of the
+    attention is always on the last frame. The decoder's tables depend on the number of frames so far, up to
+    three after that position.
     """
 
     class Listener(toy):
@@ -76,7 +76,7 @@ def listener(toy):
 
 
 def run(scorer, mode, wave, config, sizes):
-    """best() after each piece, and the final answers."""
+    """best() after each piece, and the final results."""
     (log_probs,), memory = scorer.encode([np.array(wave)])
     search, shown, start = start_search(mode, scorer, config), [], 0
     for size in itertools.cycle(sizes):
@@ -131,7 +131,7 @@ def test_what_is_written_stays(listener, mode, sizes):
 
 
 def test_the_margin_is_kept_by_every_token(listener):
-    """Token k has its place at 3 k + 2, and the last frame does not count."""
+    """Token k attends to frame 3 k + 2, and the last frame does not count."""
     for margin in (1, 3, 6):
         config = replace(WIDE, margin_frames=margin)
         for seed in range(2):
@@ -141,7 +141,7 @@ def test_the_margin_is_kept_by_every_token(listener):
 
 
 def test_a_larger_margin_never_writes_earlier(listener):
-    """The decoder's tables do not depend on what has arrived, so that only the policy does."""
+    """The decoder's tables do not depend on what has arrived, only the policy does."""
 
     class Steady(listener):
         def following(self, seed, tokens):
@@ -164,7 +164,7 @@ def test_a_share_of_nothing_writes_nothing_before_the_end(listener):
 
 
 def test_only_whole_words_are_written(listener):
-    """Also when the text seems to end between words, and then goes on."""
+    """Also when the text seems to end after a word, and then continues."""
     wrote = 0
     for seed in range(4):
         scorer = listener(8)
@@ -178,7 +178,7 @@ def test_only_whole_words_are_written(listener):
 
 
 def test_half_a_word_waits_for_the_next(listener):
-    """3 begins a word, 5 goes on with it; after six tokens the text ends."""
+    """3 begins a word, 5 continues it; after six tokens the text ends."""
 
     def decoder(tokens):
         following = 1 if len(tokens) == 6 else 5 if len(tokens) % 2 else 3
@@ -213,7 +213,7 @@ def test_silence_is_not_searched(listener):
 
 
 def test_a_guard_leaves_what_is_written(listener):
-    """A decoder that, once it has heard 12 frames, loops for ever: CTC goes on behind what was written."""
+    """A decoder that loops once 12 frames have arrived: CTC continues after the committed tokens."""
 
     class Loops(listener):
         def following(self, seed, tokens):
@@ -252,8 +252,8 @@ def test_triggered_in_pieces_is_triggered_at_once(listener, beam, weight):
 
 
 def test_triggered_hears_up_to_the_look_ahead(listener):
-    """With a beam of one each token is the decoder's best, given the frames up to `trigger_frames` behind
-    its spike; with all frames ahead it is greedy decoding of that length."""
+    """With a beam of one each token is the decoder's best, given the frames up to `trigger_frames` after its
+    spike; with unlimited look-ahead it is greedy decoding of that length."""
     for seed, look_ahead in itertools.product(range(4), (0, 2, 40)):
         scorer = listener(8)
         config = SearchConfig(beam=1, ctc_weight=0.0, trigger_frames=look_ahead)
@@ -286,7 +286,7 @@ def test_triggered_wide_beam_finds_the_best_sequence(toy):
 
 @pytest.mark.parametrize("mode", WRITING)
 def test_agreement_ends_a_search_early(listener, mode):
-    """One step says that nothing more is allowed: pieces cost less than as many whole searches."""
+    """The search stops once no further token is allowed: pieces cost less than as many full searches."""
     whole = listener(8)
     decode(whole, "joint", [np.array((1, 40))], WIDE)
     scorer = listener(8)
@@ -316,7 +316,7 @@ def test_options_that_cannot_be_are_refused(wrong):
 
 
 def test_what_comes_after_a_forbidden_token_waits_too(listener):
-    """The third token is heard at the end, those behind it are heard at the start again."""
+    """The third token attends to the end, later ones to the start again."""
 
     class Jumps(listener):
         def step(self, state, tokens, k, window=None):

@@ -1,4 +1,4 @@
-"""Prefix probabilities against enumeration of all alignments, and as a distribution."""
+"""Prefix probabilities against enumeration of all alignments, and that they form a distribution."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ EVERY = np.arange(4)
 
 
 def walk(scorer: CtcPrefixScorer, owner: int, prefix: tuple[int, ...]):
-    """The state of one prefix, and its own score on the way."""
+    """The state after a prefix, and the score of the prefix."""
     state, score = scorer.start(np.array([owner])), 0.0
     for token in prefix:
         score = float(scorer.score(state, np.array([[token]]))[0, 0])

@@ -1,4 +1,4 @@
-"""The segmental searches against all texts and boundaries, in chunks of any size, and what they cost."""
+"""The segmental searches against all texts and boundaries, in chunks of any size, and their cost."""
 
 import functools
 import gc
@@ -33,17 +33,17 @@ def normalised(table):
 
 
 class State(list):
-    """Of each hypothesis its utterance, and its tokens with sos/eos in front; and what they hear."""
+    """For each hypothesis its utterance and its tokens after sos/eos; and the memory."""
 
     memory = None
 
 
 class Memory(list):
-    """(seed, number of frames that have arrived) of each utterance."""
+    """(seed, number of frames so far) of each utterance."""
 
 
 class Toy:
-    """A segmental model of random tables: a token is as likely as the tokens before it and its segment say.
+    """A segmental model of random tables: a token depends on the tokens before it and its segment.
 
     A waveform is [seed, number of frames].
     """
@@ -98,7 +98,7 @@ class Toy:
 
     @functools.cache  # noqa: B019
     def following(self, seed, tokens, start, end):
-        """(V,): units given that it goes on, sos/eos that it does not."""
+        """(V,): the probabilities of units given that the text continues, and of sos/eos that it ends."""
         table = self.draw((seed, *tokens, -1, start, end), self.num_tokens)
         units = normalised(table[2:])
         return np.concatenate([[-np.inf, -np.logaddexp(0, -table[SOS_EOS])], units]).astype(np.float32)
@@ -124,7 +124,7 @@ class Toy:
 
 
 def terms(toy, seed, tokens, ends, num_frames, kind):
-    """Log-probabilities of tokens, and of lengths, whose segments have those ends."""
+    """Log-probabilities of tokens and of segment lengths, given the segment ends."""
     ends = [*ends]
     text = [*tokens]
     if not ends or ends[-1] < num_frames:
@@ -152,7 +152,7 @@ def every_path(num_frames, units):
 
 
 def every_answer(toy, wave, config):
-    """Each text, with the score of its best segmentation or of all of them, and that segmentation."""
+    """Each text with the score of its best segmentation, or of all of them, and its best segmentation."""
     seed, num_frames = map(int, wave)
     found = {}
     for tokens, ends in every_path(num_frames, range(2, toy.num_tokens)):
@@ -176,7 +176,7 @@ CASES = [
 
 
 def test_a_model_of_tables_is_certain_of_everything_together():
-    """Otherwise the enumeration below would not be one."""
+    """Otherwise the enumeration below would be incomplete."""
     toy = Toy(5)
     total = sum(np.exp(sum(terms(toy, 7, *path, 5, "neural"))) for path in every_path(5, range(2, 5)))
     assert total == pytest.approx(1, abs=1e-6)
@@ -186,7 +186,7 @@ def test_a_model_of_tables_is_certain_of_everything_together():
 @pytest.mark.parametrize("max_frames", [9, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_an_infinite_beam_finds_the_best_of_all(mode, max_frames, case):
-    """Also where a segment is longer than what is heard of it."""
+    """Also where a segment is longer than what its token attends to."""
     config = replace(EXACT, **case)
     for wave in WAVES[: 5 if max_frames == 9 else 2]:
         toy = Toy(max_frames=max_frames)
@@ -207,7 +207,7 @@ def test_an_infinite_beam_finds_the_best_of_all(mode, max_frames, case):
 @pytest.mark.parametrize("odds", [-0.5, -2.5])
 @pytest.mark.parametrize("config", [SearchConfig(beam=3, nbest=3), SearchConfig(beam=1, min_emit=0.0)])
 def test_frames_may_arrive_as_they_like(mode, config, odds):
-    """What has been written is the same, too, wherever a chunk ends."""
+    """Partial texts are also the same, wherever a chunk ends."""
     wave = np.array((8, 40))
     _, memory = Toy().encode([wave])
     partial, answers = {}, []
@@ -255,13 +255,13 @@ def test_every_answer_is_complete(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("odds", [-30.0, 30.0])
 def test_a_length_model_that_is_sure(mode, odds):
-    """It never ends a segment, and what is said is one token, or nothing; or it ends one in each frame."""
+    """It never ends a segment, and the result is one token or none; or it ends one in each frame."""
     (nbest,) = decode(Toy(odds=odds), mode, [np.array((3, 20))], SearchConfig(beam=3))
     assert len(nbest[0].tokens) <= 1 if odds < 0 else len(nbest[0].tokens) >= 19
 
 
 def test_closed_hypotheses_do_not_compete_with_open_ones():
-    """At the first of two frames an open segment seems better, as it has not yet paid for its token."""
+    """At the first of two frames an open segment scores better, as it has not yet paid for its token."""
 
     class Two(Toy):
         def following(self, seed, tokens, start, end):
@@ -294,7 +294,7 @@ def test_little_is_lost_by_trying_only_likely_ends():
 
 
 class Pause(Toy):
-    """Nothing can be heard but at frames 60 and 63; before, an end is always possible and never likely."""
+    """Tokens are likely only at frames 60 and 63; before, an end is always possible but unlikely."""
 
     def following(self, seed, tokens, start, end):
         units = np.array([-0.1, -2.4]) if end in (60, 63) else np.full(2, -30.0)
@@ -306,14 +306,14 @@ class Pause(Toy):
 
 @pytest.mark.parametrize("mode", ONLINE)
 def test_behind_a_long_pause_the_search_goes_on(mode):
-    """Though a segment so long was not likely when it began."""
+    """Although a segment of that length was unlikely when it began."""
     for config in (SearchConfig(beam=4, min_emit=0.0), SearchConfig(beam=4)):
         ((best,),) = decode(Pause(), mode, [np.array((1, 70))], config)
         assert (best.tokens, best.frames) == ((2, 2), (59, 62))
 
 
 class Steady(Toy):
-    """Whatever is said, the next token is 2, and a segment has six frames or so."""
+    """Whatever the history, the next token is 2, and a segment has about six frames."""
 
     def following(self, seed, tokens, start, end):
         return np.log(np.array([1e-300, 0.1, 0.9, 0.1]))
@@ -324,7 +324,7 @@ class Steady(Toy):
 
 @pytest.mark.parametrize("mode", ONLINE)
 def test_the_cost_is_proportional_to_the_frames(mode):
-    """Twenty times the frames, twenty times as much to hear; for one that hears everything, 400 times."""
+    """Twenty times the frames, twenty times the attention; for global attention it would be 400 times."""
     heard = []
     for num_frames in (30, 600):
         toy = Steady(max_frames=8)
@@ -337,8 +337,8 @@ def test_the_cost_is_proportional_to_the_frames(mode):
 
 @pytest.mark.parametrize("mode", ONLINE)
 def test_what_is_not_needed_is_forgotten(mode):
-    """Hypotheses, and states and memories of the decoder, are as many after 400 frames as after 40, though
-    some wait for long."""
+    """There are as many hypotheses, decoder states and memories after 400 frames as after 40, though some
+    wait for long."""
 
     class Seldom(Steady):
         def emit(self, memory, frames, labels, durations):
@@ -360,7 +360,7 @@ def test_what_is_not_needed_is_forgotten(mode):
 
 
 def test_silence_is_waited_out():
-    """Nothing is said for longer than a segment is heard, and then something: hypotheses wait."""
+    """Silence for longer than the attention limit of a segment, then a token: hypotheses wait."""
 
     class Late(Steady):
         def emit(self, memory, frames, labels, durations):

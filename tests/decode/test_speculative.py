@@ -1,4 +1,4 @@
-"""The greedy search that checks drafts writes what the one that writes token by token does, in fewer
+"""The greedy search that verifies drafts gives the same result as the one token by token, in fewer
 calls.
 """
 
@@ -16,7 +16,7 @@ SOS_EOS = 1
 
 
 def peaked(tokens, num_tokens: int) -> np.ndarray:
-    """CTC log-probabilities (T, V) whose best path says `tokens`: each once, and a blank behind it."""
+    """CTC log-probabilities (T, V) whose best path is `tokens`, each once and followed by a blank."""
     path = [unit for token in tokens for unit in (token, 0)] or [0]
     table = np.full((len(path), num_tokens), -9.0, np.float32)
     table[range(len(path)), path] = 0.0
@@ -24,7 +24,7 @@ def peaked(tokens, num_tokens: int) -> np.ndarray:
 
 
 def says(text, num_tokens: int):
-    """A decoder that is nearly sure of a text, whatever else it has been given before."""
+    """A decoder that is nearly certain of a text, whatever tokens it is given."""
 
     def log_probs(tokens) -> np.ndarray:
         following = text[len(tokens)] if len(tokens) < len(text) else SOS_EOS
@@ -36,7 +36,7 @@ def says(text, num_tokens: int):
 
 
 def both(toy_model, log_probs, memory, config):
-    """Answers and calls of the decoder: token by token, and by drafts."""
+    """Results and number of decoder calls: token by token, and with drafts."""
     found = []
     for write in (search, greedy):
         scorer = toy_model()
@@ -66,7 +66,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_any_decoder_and_any_draft(toy, config):
-    """Random ones agree by chance alone; utterances of all lengths in one batch, also without frames."""
+    """Random ones agree only by chance; one batch has utterances of all lengths, also without frames."""
     lens = [(3 * n) % 41 for n in range(30)]
     scorer = toy(6)
     log_probs = [scorer.log_probs(n, num_frames) for n, num_frames in enumerate(lens)]
@@ -117,7 +117,7 @@ def test_mode_attention_uses_it_with_a_beam_of_one(toy):
 
 
 def test_a_draft_is_aligned_by_the_fewest_edits():
-    """Where it went on as before, and where what was written says that it did not."""
+    """The rest of the draft, where the written tokens follow it and where they do not."""
     draft = Draft((2, 3, 4, 5, 6))
     assert draft.rest() == [2, 3, 4, 5, 6]
     rests = {2: [3, 4, 5, 6], 9: [4, 5, 6], 3: [4, 5, 6], 5: [6], 6: []}

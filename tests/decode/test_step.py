@@ -1,4 +1,4 @@
-"""Temperature, the price of an end, length penalty and limits: against enumeration and by hand."""
+"""Temperature, end penalty, length penalty and limits: against enumeration and by hand."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def wave(num_frames: int) -> np.ndarray:
 
 
 def heard(scorer, tokens, config: SearchConfig) -> np.ndarray:
-    """log p(next) at the temperature, with the end at its price, by the definition."""
+    """log p(next) with temperature and end penalty, by definition."""
     table = np.exp(scorer.following(SEED, tokens).astype(np.float64) / config.temperature)
     log_probs = np.log(table / table.sum())
     log_probs[SOS_EOS] *= config.eos_scale
@@ -42,7 +42,7 @@ def test_a_wide_beam_finds_the_exact_nbest_list(toy, config):
     for length in range(num_frames + 1):
         for text in itertools.product(range(2, 5), repeat=length):
             score = sum(heard(scorer, text[:u], config)[v] for u, v in enumerate(text))
-            if length < num_frames:  # what fills the frames need not end
+            if length < num_frames:  # a text that fills the frames need not end
                 score += heard(scorer, text, config)[SOS_EOS]
             penalty = ((config.length_offset + length) / (config.length_offset + 1)) ** config.length_penalty
             expected.append((score / penalty, text))
@@ -54,7 +54,7 @@ def test_a_wide_beam_finds_the_exact_nbest_list(toy, config):
 
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_an_end_at_a_lower_price_may_enter_the_best(toy):
-    """It was fourth of the units, so that those who ask for three would not hear of it."""
+    """It was the fourth unit, so a search that asks for three would not see it."""
     scorer = toy(6)
     tokens = next(
         text

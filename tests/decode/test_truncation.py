@@ -1,4 +1,4 @@
-"""Policies that ask whether what has arrived ends with a word, on a toy that says so."""
+"""Policies that ask whether the audio so far ends at a word boundary, on a toy that knows."""
 
 import itertools
 from dataclasses import replace
@@ -27,14 +27,14 @@ COMPLETE, TRUNCATED = (0.1, 0.0, 0.0, 0.9), (0.9, 0.1, 0.0, 0.0)
         ([0.9], True),
         ([0.5, 0.4], True),
         ([1, 0], True),
-        ([1, 0, 0], False),  # the word ended two frames before the last
+        ([1, 0, 0], False),  # the word ended two frames before the end
         ([0, 1, 0], True),
         ([0, 0, 1], True),
         ([0, 1, 0, 0, 0, 1, 0], True),  # the second word
         ([0, 1, 0, 0, 1, 0, 0], False),
         ([0, 0.9, 0.1, 0, 0, 0.5], False),  # the second word is half there
         ([0, 0.9, 0, 0, 0.1, 0.7], True),  # 1.7 is two words
-        ([0, 0.9, 0, 0, 0.1, 0.3], False),  # 1.3: the second word is only begun
+        ([0, 0.9, 0, 0, 0.1, 0.3], False),  # 1.3: the second word has only begun
         ([0.05] * 20, False),  # one word, the middle of it at frame 9
         ([0, 0.9, 0, 0, 0, 0.9, 0, 0, 0, 0, 0.8], True),  # scaled by 3 / 2.6
         ([0, 0.6, 0, 0, 0], False),
@@ -46,7 +46,7 @@ def test_a_word_ends_where_the_running_sum_passes_its_half(alpha, expected):
 
 
 def test_a_long_sum_does_not_drift():
-    """The scaled sum of 2,000 words is 2,000, however it is rounded on the way."""
+    """The scaled sum of 2,000 words is 2,000, despite rounding."""
     word = np.array([0, 0, 0.05, 0.1, 0.8, 0.07], np.float32)
     alpha = np.tile(word, 2000)
     assert ends_with_a_word(alpha)
@@ -56,9 +56,9 @@ def test_a_long_sum_does_not_drift():
 
 @pytest.fixture
 def speaker(toy):
-    """A decoder that says 3 5 3 5 ... of which 3 begins a word, two tokens for every eight frames heard, then
-    eos; its attention is on the first frame, or where `places` says for the token. Every frame has a spike of
-    CTC. `alpha` are the weights, whatever is heard."""
+    """A decoder that emits 3 5 3 5 ..., where 3 begins a word, two tokens for every eight frames, then eos. It
+    attends to the first frame, or to where `places` puts the token. Every frame has a CTC spike. `alpha` are
+    the weights of the head, whatever the input."""
 
     class Speaker(toy):
         has_fire = True
@@ -107,7 +107,7 @@ def speaker(toy):
 
 
 def pieces(scorer, mode, config, ends, alphas=None):
-    """Tokens written after each piece, and the answer."""
+    """Tokens committed after each piece, and the final result."""
     (log_probs,), memory = scorer.encode([np.array([0, ends[-1]])])
     search, shown, start = start_search(mode, scorer, config), [], 0
     for end, alpha in zip(ends, alphas or itertools.repeat(scorer.alpha), strict=alphas is not None):
@@ -132,7 +132,7 @@ def test_the_last_word_of_a_text_that_ended_is_kept_or_dropped(speaker, mode):
 
 @pytest.mark.parametrize("mode", POLICIES)
 def test_a_complete_word_does_not_wait_for_the_next(speaker, mode):
-    """Token 3, the end of the second word, may not be written yet; the decoder would go on with the word."""
+    """Token 3, the end of the second word, may not be committed yet; the decoder would continue the word."""
     for alpha, config, expected in (
         (COMPLETE, CONFIG, (3, 5)),
         (TRUNCATED, DETECT, (3, 5)),
@@ -145,7 +145,7 @@ def test_a_complete_word_does_not_wait_for_the_next(speaker, mode):
 
 @pytest.mark.parametrize("mode", POLICIES)
 def test_a_word_that_another_follows_is_written_all_the_same(speaker, mode):
-    """Token 4, the beginning of the third word, may not be written yet: the second is no longer the last."""
+    """Token 4, the start of the third word, may not be committed yet: the second is no longer the last."""
     for alpha, config in itertools.product((COMPLETE, TRUNCATED), (CONFIG, DETECT)):
         scorer = speaker()
         scorer.places, scorer.alpha = {4: 22}, alpha

@@ -1,4 +1,4 @@
-"""The search that nothing bounds: against enumeration, and what it does that mode attention does not."""
+"""The unbounded search: against enumeration, and how it differs from mode attention."""
 
 import itertools
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ WAVE = np.array((SEED, NUM_FRAMES), np.float32)
 
 
 def every_answer(scorer) -> Iterator[tuple[tuple[int, ...], float]]:
-    """All that ends within the frames, and all that fills them without an end; blank is never likely."""
+    """All texts that end within the frames, and all that fill them without an end; blank is never likely."""
     units = range(2, scorer.num_tokens)
     for length in range(NUM_FRAMES + 1):
         texts = list(itertools.product(units, repeat=length))
@@ -49,7 +49,7 @@ def test_nothing_stops_a_loop_not_even_of_blanks(toy):
 
 
 def test_what_has_ended_takes_its_place_in_the_beam(toy):
-    """With a beam of one the first end is the answer, where a longer one would have been better."""
+    """With a beam of one the first end is the result, although a longer text would be better."""
 
     def decoder(tokens):
         return certain({1: 0.5, 2: 0.45}) if not tokens else certain({1: 0.99})

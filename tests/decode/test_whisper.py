@@ -1,4 +1,4 @@
-"""Whisper's rules hold for whatever the decoder says, and its search finds the best of what they allow."""
+"""Whisper's rules hold whatever the decoder predicts, and its search finds the best text that they allow."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def options(**changes):
 
 
 def mask(written, favoured=(), **changes):
-    """Which units may follow, where some are much likelier than others."""
+    """Which units may follow, where those in `favoured` are much likelier."""
     table = np.zeros((1, V))
     table[0, list(favoured)] += 20
     rules = Rules(SPECIALS, options(**changes), V)
@@ -56,7 +56,7 @@ def test_units_are_known_by_their_names():
     [
         ([], {TIME, TIME + 1}),  # the latest first time is 1
         ([TIME], FREE),
-        ([TIME, A], FREE | TIMES - {TIME}),  # text lasts for some time
+        ([TIME, A], FREE | TIMES - {TIME}),  # text has a duration
         ([TIME + 1, A], FREE | {TIME + 2, TIME + 3}),
         (
             [TIME, A, TIME + 2],
@@ -73,7 +73,7 @@ def test_times_come_in_pairs_and_never_go_back(written, expected):
 
 def test_likely_times_keep_text_out():
     assert mask([TIME, A], favoured=[TIME + 2]) == TIMES - {TIME}
-    assert mask([TIME], favoured=[TIME + 2]) == FREE  # a time may not follow
+    assert mask([TIME], favoured=[TIME + 2]) == FREE  # no time may follow
 
 
 def test_without_times_all_but_marks_may_come():
@@ -100,7 +100,7 @@ def test_what_the_decoder_is_shown():
 
 
 def best_of_all(toy, seed, given, most):
-    """By enumeration: answers that have ended, or have all the tokens there is room for."""
+    """By enumeration: texts that have ended, or fill all the room for tokens."""
     rules = Rules(SPECIALS, given, V)
     shown = behind_start(SPECIALS, given, given.language, CONTEXT)
     found = {}
@@ -178,7 +178,7 @@ def test_an_answer_ends_with_the_room_that_there_is(toy):
 
     given = options(beam=1, timestamps=False, max_tokens=100, prompt=(B,) * 9)
     found = search_window(toy(V, follow), [0], 0, SPECIALS, given, CONTEXT)
-    # 10 tokens before the start, which is one, and 3 behind it; of the last nothing is asked
+    # 10 tokens before the start token and 3 after it; the last one's output is not needed
     assert found.tokens == (A,) * (CONTEXT + 1 - 14)
     found = search_window(toy(V, follow), [0], 0, SPECIALS, options(beam=1, timestamps=False), CONTEXT)
     assert found.tokens == (A,) * (CONTEXT // 2)
@@ -197,7 +197,7 @@ def test_the_language_is_heard(toy):
 
 
 def test_steps_may_answer_in_any_order(toy):
-    """As scorers sort their candidates by themselves."""
+    """Scorers sort candidates in an order of their own."""
 
     class Shuffled(toy):
         def step(self, *args):
@@ -247,7 +247,7 @@ def test_tokens_begin_where_heads_begin_to_listen():
     attention = np.full((2, 4, 30), 0.01, np.float32)
     for u, (first, last) in enumerate(itertools.pairwise([*starts, 20])):
         attention[:, u, first:last] += 1
-    attention[:, :, 25:] += 7  # silence, which is not looked at
+    attention[:, :, 25:] += 7  # silence, which is ignored
     attention[1, 2, 3] += 2  # one frame of one head is smoothed away
     assert token_starts(attention, 20).tolist() == starts
 
@@ -264,10 +264,10 @@ def test_a_median_is_that_of_neighbours_mirrored_at_the_ends():
 @pytest.mark.parametrize(
     ("answer", "stretches", "advance"),
     [
-        # text that ends before the window does: nothing is said behind it
+        # text that ends before the window does: no speech after it
         ("0 a 5", [(0, 5, "a")], 1500),
         ("0 a 5 7 b 9", [(0, 5, "a"), (7, 9, "b")], 1500),
-        # text that has only begun is heard again, from its beginning
+        # text that is cut off is decoded again from its start
         ("0 a 5 7 b 9 9", [(0, 5, "a"), (7, 9, "b")], 9),
         ("0 a 5 7 b", [(0, 5, "a")], 5),
         # text without an end lasts as long as the window

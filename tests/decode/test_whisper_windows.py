@@ -1,4 +1,4 @@
-"""A recording of any length is heard whole by Whisper's rule of windows, and its answers are judged."""
+"""A recording of any length is transcribed by Whisper's windows, and their results are checked."""
 
 import itertools
 
@@ -24,8 +24,8 @@ A, TIME = 3, SPECIALS.timestamps
 
 
 class Told:
-    """A Whisper that knows: a frame is a sample, and a sample the unit that is spoken in it, 0 for none. A
-    word is a run of the same unit."""
+    """A Whisper that knows the text: a frame is one sample, whose value is the unit spoken in it, 0 for none.
+    A word is a run of the same unit."""
 
     symbols, num_tokens, sos_eos, frame_s = SYMBOLS, V, SOS_EOS, 0.02
     decoder_type, has_ctc, max_tokens, max_samples, prompt = "whisper", False, 40, WINDOW, ()
@@ -45,7 +45,7 @@ class Told:
         return [state[b] for b in index]
 
     def answer(self, window):
-        """Each word between its times; one that may go on behind the window has no end."""
+        """Each word between its times; one that may continue after the window has no end."""
         tokens, changes = [], [0, *(np.flatnonzero(np.diff(window)) + 1).tolist(), len(window)]
         for first, end in itertools.pairwise(changes):
             if window[first] == 0:
@@ -56,7 +56,7 @@ class Told:
         return tokens
 
     def following(self, window, tokens):
-        """After the tokens: what is next in the answer, almost surely."""
+        """After the tokens: the next one of the answer, with near certainty."""
         table = np.full(V, -40.0)
         table[SOS_EOS] = -80.0
         start = len(tokens) - 1 - tokens[::-1].index(SOS_EOS)
@@ -80,7 +80,7 @@ class Told:
         return Step(ids, np.take_along_axis(table, ids, 1), np.zeros((len(ids), 0), np.float32), grown)
 
     def listen(self, memory, utterance, tokens):
-        """Two heads that listen to the frames of what comes next, and behind the last to those behind it."""
+        """Two heads that attend to the frames of the next token, and after the last one to later frames."""
         window = np.array(memory[utterance])
         found = np.full((2, len(tokens), WINDOW), 0.01, np.float32)
         end = 0
@@ -109,9 +109,9 @@ def test_every_word_is_heard_once_and_whole_and_in_its_place():
     told = Told()
     ((found,),) = decode(told, "whisper", [spoken(*WORDS)], SearchConfig(beam=2))
     assert found.tokens == tuple(unit for unit, _, _ in WORDS)
-    # of a text that is alone in its window the first time does not count
+    # of a single text in a window the first time does not count
     assert np.abs(np.array(found.frames) - [first for _, first, _ in WORDS]).max() <= 1
-    # the third word does not fit into the first window, so the second begins behind the word before it
+    # the third word does not fit into the first window, so the next one starts after the second word
     assert len(told.windows[0]) == WINDOW
     assert told.windows[1] == spoken(*WORDS)[7:17].tolist()
     assert np.abs(np.array(found.ends) - [end for _, _, end in WORDS]).max() <= 2
@@ -124,7 +124,7 @@ def test_the_language_of_the_first_window_is_that_of_the_recording():
     decode(told, "whisper", [spoken(*WORDS)], SearchConfig(beam=1))
     asked = [x for x in told.shown if x[-1] == SOS_EOS]
     assert len(told.windows) > 2
-    # of the first window it is asked, and every window is begun once
+    # the first window is asked for it, and every window is begun once
     assert len(asked) == len(told.windows) + 1
     shown = [x for x in told.shown if SPECIALS.languages["de"] in x]
     assert shown
@@ -165,7 +165,7 @@ def test_improbable_answers_are_drawn_again_or_are_silence(no_speech, expected):
 
 
 def flattened(table):
-    """As if it knew nothing of the text."""
+    """A uniform distribution, as if it knew nothing of the text."""
     if table.argmax() in SPECIALS.languages.values():
         return table
     return np.where(np.arange(V) > 2, -np.log(V), table)
@@ -191,7 +191,7 @@ def endless(window, tokens, known):
 
 
 def test_what_is_drawn_follows_the_probabilities():
-    """A draw at a low temperature is what a search with a beam of one finds."""
+    """Sampling at a low temperature gives the result of a search with a beam of one."""
     given = WhisperOptions(language="de", beam=1, max_first_time=5)
     window = spoken(*WORDS)[:WINDOW].tolist()
     searched = search_window(Told(), [window], 0, SPECIALS, given, 40)

@@ -1,4 +1,4 @@
-"""Models of a decoder alone, and what every text of theirs begins with."""
+"""Models without CTC, and the prompt that every text of theirs begins with."""
 
 import itertools
 
@@ -16,7 +16,7 @@ WAVE = np.array((3, 5), np.float32)
 
 @pytest.fixture
 def alone(toy):
-    """A toy without a CTC head, whose attention goes forward by one frame with each token."""
+    """A toy without a CTC head, whose attention advances by one frame per token."""
 
     class Alone(toy):
         has_ctc = False
@@ -36,7 +36,7 @@ def alone(toy):
 
 
 def every_text(scorer, units, longest, prompt=()):
-    """Log-probabilities of the texts by the decoder alone, the best first."""
+    """Texts with their log-probabilities by the decoder, best first."""
     texts = [t for n in range(longest + 1) for t in itertools.product(units, repeat=n)]
     scores = scorer.score([int(WAVE[0])], np.zeros(len(texts), int), texts, prompt)
     return sorted(
@@ -48,7 +48,7 @@ def every_text(scorer, units, longest, prompt=()):
 @pytest.mark.parametrize("mode", WITHOUT_CTC)
 def test_the_best_texts_are_found_and_the_prompt_is_no_part_of_them(alone, mode, prompt):
     scorer = alone(5)
-    count = 4 if mode == "attention" else 2  # the other gives texts that have not ended, too
+    count = 4 if mode == "attention" else 2  # the other mode also gives texts that have not ended
     config = SearchConfig(beam=400, nbest=count, prompt=prompt, max_repeats=9)
     expected = every_text(scorer, range(2, 5), 5, prompt)[:count]
     found = decode(scorer, mode, [WAVE], config)[0]
@@ -56,7 +56,7 @@ def test_the_best_texts_are_found_and_the_prompt_is_no_part_of_them(alone, mode,
     np.testing.assert_allclose([x.score for x in found], [s for s, _ in expected], rtol=0, atol=1e-5)
     for x in found:
         assert list(x.parts) == ["attention"]
-        where = [min(len(prompt) + i, 4) for i in range(len(x.tokens))]  # as the toy listens
+        where = [min(len(prompt) + i, 4) for i in range(len(x.tokens))]  # where the toy attends
         assert list(x.frames) == where
         assert all(0 < p <= 1 for p in x.confidence)
 
@@ -98,7 +98,7 @@ def test_a_decoder_of_so_many_tokens_is_given_no_more(alone):
 
 
 def writes(*tokens):
-    """A decoder that goes round in `tokens` for ever; the end is a little less likely each time."""
+    """A decoder that repeats `tokens` forever; the end gets a little less likely each time."""
 
     def follow(past):
         table = np.full(6, -30.0, np.float32)

@@ -1,4 +1,4 @@
-"""Every corpus recipe: its run.sh as a table of contents, its preparation on a tiny corpus of the layout."""
+"""Every corpus recipe: its run.sh as a table of contents, and prepare.py on a tiny corpus."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ RECIPES = sorted(path.parent.name for path in EGS.glob("*/run.sh"))
 
 
 def load(path: Path) -> ModuleType:
-    """A module of a recipe, which is no package, with the modules beside it in reach."""
+    """Load a module of a recipe, which is not a package, so that it can import its neighbours."""
     spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec
     assert spec.loader
@@ -47,7 +47,7 @@ def call(*command: object, cwd: Path) -> str:
 
 
 def copied(recipe: str, root: Path) -> Path:
-    """The recipe in a repository of its own, as run.sh writes beside itself."""
+    """The recipe copied to a repository of its own, since run.sh writes next to itself."""
     folder = root / "egs" / recipe
     folder.parent.mkdir(parents=True)
     (root / "recipes").symlink_to(EGS.parent / "recipes")
@@ -93,7 +93,7 @@ def test_a_run_sh_has_no_branch_but_its_stages(recipe):
 
 @pytest.mark.parametrize("path", sorted(EGS.glob("*/conf/*.yaml")), ids=lambda x: f"{x.parts[-3]}-{x.stem}")
 def test_the_configuration_is_valid(path):
-    """By itself, and behind the one that it goes on from."""
+    """By itself, and merged after train.yaml."""
     from asr.config import load_config
 
     load_config([path.with_name("train.yaml"), path], [])
@@ -214,7 +214,7 @@ def test_librispeech_takes_the_parts_it_is_told(tmp_path):
     assert (folder / "data" / "bpe28" / "tokens.model").exists()
 
 
-# A folder of one's own
+# One's own recordings
 
 
 def test_folder_reads_text_beside_sound(tmp_path):
@@ -272,7 +272,7 @@ def test_made_check_finds_a_shared_voice_or_sentence(made):
 
 
 def test_our_timbres_are_heard(made, tmp_path):
-    """The engine says nothing where it finds no timbre of a name, and goes on with another."""
+    """The engine does not report an unknown timbre but uses another one."""
     speech = sys.modules["speech"]
     said = {
         name: [speech.Spoken("oh", "en-us", speech.Timbre(name, f"pitch {hz} {hz}\n"), snr_db=60)]
