@@ -1,4 +1,4 @@
-"""One loader for every sound file: what it accepts, warns of and refuses, and in how much memory."""
+"""One loader for every audio file: what it accepts, warns about and refuses, and its memory."""
 
 import errno
 import io
@@ -35,7 +35,7 @@ def encode(samples: np.ndarray, rate: int = RATE, format: str = "WAV", subtype: 
 def wav(
     data: bytes, size: int | None = None, rate: int = RATE, channels: int = 1, codec: int = 1, align: int = 2
 ) -> bytes:
-    """A WAV by hand, so that any field of its header can be wrong."""
+    """A WAV built by hand, so that any field of its header can be wrong."""
     size = len(data) if size is None else size
     fmt = struct.pack("<4sIHHIIHH", b"fmt ", 16, codec, channels, rate, rate * align & 0xFFFFFFFF, align, 16)
     return (
@@ -233,7 +233,7 @@ def test_info_counts_what_is_there(put):
     assert info(put(wav(PCM))) == AudioInfo(0.025, 16000, 1)
     assert info(put(wav(PCM[:160], size=800))).duration_s == 0.005
     flac = bytearray(ACCEPTED["flac"])
-    flac[21] &= 0xF0  # the number of samples, as an encoder leaves it that writes to a pipe
+    flac[21] &= 0xF0  # no number of samples, as from an encoder that writes to a pipe
     flac[22:26] = bytes(4)
     assert info(put(bytes(flac))).duration_s == 0.025
     np.testing.assert_allclose(read(put(bytes(flac))), FLOATS, atol=1e-4)
@@ -248,7 +248,7 @@ def test_a_flac_cut_off_is_used_as_far_as_it_goes(put):
     np.testing.assert_allclose(samples, noise[: len(samples)], atol=1e-4)
 
 
-# What is no file
+# What is not a file
 
 
 def test_paths_that_are_no_file_say_so(tmp_path):
@@ -305,7 +305,7 @@ def test_three_hours_need_no_more_memory_than_three_minutes(tmp_path):
     for minutes in (3, 180):
         path = tmp_path / f"{minutes}.wav"
         path.write_bytes(wav(b"", size=minutes * 60 * 8000 * 2, rate=8000))
-        os.truncate(path, 44 + minutes * 60 * 8000 * 2)  # silence that takes no place on the disk
+        os.truncate(path, 44 + minutes * 60 * 8000 * 2)  # silence that takes no space on disk
         done = subprocess.run(
             [sys.executable, "-c", program, path], check=True, capture_output=True, text=True
         )
@@ -319,7 +319,7 @@ def test_three_hours_need_no_more_memory_than_three_minutes(tmp_path):
 
 
 class Dribble(io.RawIOBase):
-    """A pipe: every read returns another number of bytes."""
+    """A pipe: every read returns a different number of bytes."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.turn = data, 0

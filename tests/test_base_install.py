@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Absent())
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in an interpreter that cannot import what only the extras bring."""
+    """Run a program in an interpreter that cannot import what only the extras install."""
     program = WITHOUT_EXTRAS + program
     return subprocess.run(
         [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Pieces of UTF-8: every text goes in and comes out, through tokens.txt too."""
+"""Pieces of UTF-8: every text survives encoding and decoding, also through tokens.txt."""
 
 import base64
 import itertools
@@ -22,7 +22,7 @@ PIECES = [
 
 
 def make_ranks() -> list[bytes]:
-    """All bytes in an order that is not theirs, then pieces, each behind its beginnings."""
+    """All bytes, not in numerical order, then pieces, each after its prefixes."""
     found = [bytes([x]) for x in (*range(33, 256), *range(33))]
     for piece in map(str.encode, PIECES):
         found += [piece[:i] for i in range(2, len(piece) + 1) if piece[:i] not in found]
@@ -110,7 +110,7 @@ def test_words_know_their_units(tokenizer):
 
 
 def test_pieces_join_in_the_order_of_their_ranks(tokenizer):
-    """As the definition says: always the pair that is the unit with the lowest id, the first of equals."""
+    """By definition: always the pair that is the unit with the lowest id, the first among equals."""
     ranks = {data: i for i, data in enumerate(RANKS)}
     for word in ("thethe", "inghello", "éé字字", "wwworlds"):
         parts = [bytes([x]) for x in word.encode()]
@@ -171,7 +171,7 @@ def test_a_file_of_ranks(tmp_path):
     lines = [f"{base64.b64encode(x).decode()} {i}\n" for i, x in enumerate(RANKS)]
     path.write_text("".join(reversed(lines)))
     assert read_ranks(path) == RANKS
-    path.write_text("".join(lines) + f"= {len(RANKS)}\n")  # as the last of Whisper's
+    path.write_text("".join(lines) + f"= {len(RANKS)}\n")  # like the last one of Whisper
     assert read_ranks(path) == [*RANKS, b""]
 
 

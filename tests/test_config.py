@@ -1,4 +1,4 @@
-"""A configuration says what is wrong with it, where, and in which file."""
+"""Errors in a configuration say what is wrong, where, and in which file."""
 
 import ast
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def test_an_error_names_the_file_that_made_it(tmp_path: Path) -> None:
 
 
 def test_an_override_without_a_value_is_no_text() -> None:
-    """As a recipe passes on an option that was not given."""
+    """This is how a recipe passes on an option that was not given."""
     assert load_config([], ["augment.noise="]).augment.noise == ""
     with pytest.raises(ConfigError, match=r'optim.lr: "" is not a number'):
         load_config([], ["optim.lr="])
@@ -135,10 +135,10 @@ def options(config: Any) -> Iterator[str]:
 
 
 def test_every_option_is_read_somewhere() -> None:
-    """An option that the code never reads does nothing, and nothing would say so."""
+    """An option that the code never reads would have no effect, silently."""
     sources = [path for path in (CONF.parents[1] / "asr").rglob("*.py") if path.name != "config.py"]
     trees = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in sources]
-    # self.x is a class looking at itself, as a configuration that checks its values does
+    # self.x does not count: a configuration reads itself to check its values
     read = {
         node.attr
         for tree in trees

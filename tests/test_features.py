@@ -13,7 +13,7 @@ from asr.features import FLOOR, Cmvn, Fbank, FbankConfig
 
 @dataclass
 class Kaldi:
-    """Its options, and what it computed."""
+    """Kaldi's options and its results."""
 
     options: dict
     arrays: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Lagging and delays of traces that were computed by hand; when a word is written, by its definition."""
+"""Lagging and delays of traces, computed by hand; when a word is written, by definition."""
 
 from collections.abc import Sequence
 
@@ -99,7 +99,7 @@ def test_dal_does_not_catch_up(read_ms: tuple[float, ...], expected: float):
 
 
 def test_computing_does_not_end_the_count_early():
-    """By the clock the third word is written behind the end of the sound, by what was read it is not."""
+    """By the clock the third word is written after the end of the audio, by what was read it is not."""
     made = trace([0, 300, 1100, 1200], 4, elapsed_ms=[0, 300, 1210, 1210])
     assert average_lagging(made, made.read_ms) == (0 + 0 + 500 + 300) / 4
     assert average_lagging(made, made.elapsed_ms) == (0 + 0 + 610 + 310) / 4
@@ -149,7 +149,7 @@ def test_final_texts_follow_each_other():
     texts = [
         Told(1, 8, "a", False),
         Told(2, 9, "a b", True),
-        Told(3, 10, "a", False),  # of the next utterance: not the word that stands already
+        Told(3, 10, "a", False),  # of the next utterance: not the word already written
         Told(4, 11, "a", True),
         Told(4, 11, "c", False),
         Told(5, 12, "c d", True),
@@ -169,7 +169,7 @@ def test_what_no_final_text_follows_is_not_written():
     [
         (told("a", "a b", final="a b c"), 0),
         (told("a b", "a c", final="a c"), 1),
-        (told("a b c", "x b c", final="x b c"), 3),  # all behind the change is written anew
+        (told("a b c", "x b c", final="x b c"), 3),  # all words after the change count as rewritten
         (told("a b", "a", final="a b"), 1),
         (told("a b", "", final="a"), 2),
         (told("a b c", final="a"), 2),
@@ -194,7 +194,7 @@ def test_written_is_as_defined(texts: list[str]):
     assert written(told(*partial, final=final)) == expected
 
 
-# Delays behind the speaker
+# Delays after the speaker
 
 
 def spoken(ref: str, hyp: str, ends_ms: Sequence[float | None] | None = None) -> Trace:
@@ -235,7 +235,7 @@ def test_figures_of_several_utterances():
     found = summarise(
         [
             spoken("a b c", "a b c"),
-            spoken("a b", "x b c"),  # its first word is wrong, a word is too many
+            spoken("a b", "x b c"),  # first word wrong, one word inserted
             spoken("a b", ""),
             spoken("", "a"),
             spoken("a b", "a b", [None, 150]),

@@ -1,7 +1,7 @@
-"""The architecture is a test too: who may import whom, what needs no torch, how large things may grow.
+"""The architecture is tested too: who may import whom, what needs no torch, how large things may grow.
 
 Each check is a function from the root of a tree to the violations in it, `file:line: what`, so that the last
-tests can plant a violation of each kind in a tree of their own: a checker that never speaks is worth nothing.
+tests can plant a violation of each kind in a tree of their own: a check that never fails is worth nothing.
 """
 
 import ast
@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[1]
 
 TRAINING = {"asr.data", "asr.features", "asr.model", "asr.losses", "asr.optim"}
 
-ANYBODYS = {"asr", "asr.errors", "asr.context"}  # the version, what a user can mend, what attention may see
+ANYBODYS = {"asr", "asr.errors", "asr.context"}  # the version, errors a user can fix, what attention may see
 
 MAY_IMPORT = {  # layer: what it may import of this repository, besides itself and ANYBODYS
     "asr": set(),
@@ -73,7 +73,7 @@ TORCH_FREE = {"asr", "asr.decode", "asr.runtime"} | {
 NOT_IN_THE_LIBRARY = {"argparse", "typer", "click", "rich"}
 OURS = {"asr", "recipes", "export", "egs", "tools", "tests"}
 UNSAFE_FOR_A_REASON = {
-    # the pipe of a Kaldi wav.scp is a shell command by definition; refused unless the user allows pipes
+    # a pipe in a Kaldi wav.scp is a shell command by definition; refused unless the user allows pipes
     ("asr/data/importers.py", "subprocess.run"),
 }
 NOT_CODE = {"data", "exp", "download", "__pycache__"}  # below egs/<corpus>/
@@ -105,7 +105,7 @@ def layer_of(name: str) -> str:
 
 
 def imports(root: Path, path: Path) -> Iterator[tuple[int, str]]:
-    """Line and module of every import, inside functions too; `from asr import audio` is asr.audio."""
+    """Line and module of every import, also inside functions; `from asr import audio` is asr.audio."""
     package = module_name(root, path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -181,7 +181,7 @@ def long_files(root: Path) -> Iterator[str]:
 
 
 def large_functions(root: Path) -> Iterator[str]:
-    """Over 60 lines; or over 8 parameters, where it is not a verb, whose parameters are options."""
+    """Over 60 lines, or over 8 parameters unless it is a verb, whose parameters are options."""
     for path in python_files(root, "asr", "recipes", "export", "egs", "tools", "tests"):
         where = path.relative_to(root)
         for f in functions(parse(path)):
@@ -202,7 +202,7 @@ def symlinks(root: Path) -> Iterator[str]:
 
 
 def large_closure(root: Path, start: str = "recipes.train", limit: int = 12000) -> Iterator[str]:
-    """All of our files that training imports, directly or not, must fit into one head."""
+    """All of our files that training imports, directly or not, must be few enough for one person to read."""
     todo, sizes = [start], {}
     while todo:
         name = todo.pop()
@@ -227,7 +227,7 @@ def unsafe_calls(root: Path) -> Iterator[str]:
 
 
 def why_unsafe(call: ast.Call) -> str:
-    """Why a call may run what a file says, or write where it should not; empty where it may not."""
+    """Why a call might run code from a file, or write where it should not; empty if it cannot."""
     name = ast.unparse(call.func)
     true = {k.arg for k in call.keywords if isinstance(k.value, ast.Constant) and k.value.value is True}
     if name in {"eval", "exec", "os.system", "yaml.load"} or name.endswith(".extractall"):

@@ -29,7 +29,7 @@ def close(actual, expected, **tolerance):
 
 
 def _ctc(exact: dict[str, Tensor], prefix: str, x_lens: Tensor) -> None:
-    """Losses equal the sum over all paths; where there is none, 0 instead of infinity."""
+    """Losses equal the sum over all paths; without any path, 0 instead of infinity."""
     logits = exact[f"{prefix}.logits"].requires_grad_()
     tokens, token_lens = exact[f"{prefix}.targets"].clamp(min=0), exact[f"{prefix}.target_lens"]
     loss = ctc_loss(logits.log_softmax(-1), x_lens, tokens, token_lens)
@@ -149,7 +149,7 @@ def test_consistency_is_the_divergence_of_the_frames_that_are_there():
 
 
 def test_each_view_learns_from_the_other_which_does_not_move():
-    """The gradient is that of differences of what is learnt, with the targets held."""
+    """The gradient equals finite differences with the targets held fixed."""
     logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     lens = tensor([3, 3])
     consistency_loss(logits.log_softmax(-1), lens).sum().backward()

@@ -1,4 +1,4 @@
-"""The microphone, on a stand-in for PortAudio, and (slow) on a real PulseAudio source."""
+"""The microphone, with a stand-in for PortAudio, and (slow) with a real PulseAudio source."""
 
 import builtins
 import ctypes.util
@@ -24,9 +24,9 @@ from asr.microphone import FLOOR_DB, devices, level_db, microphone_blocks
 
 
 class FakePortAudio(ModuleType):
-    """In the place of sounddevice. It knows what the tests use, and has limits: no clock and no thread
-    (a test calls `deliver`, and so decides what has come before the next block is read), no times for the
-    callback, and only the rates in `rates` can be opened."""
+    """Replaces sounddevice, as far as the tests need: no clock and no thread (a test calls `deliver`, and so
+    decides what has arrived before the next block is read), no times for the callback, and only the rates
+    in `rates` can be opened."""
 
     class PortAudioError(Exception):
         pass
@@ -74,7 +74,7 @@ class FakeStream(SimpleNamespace):
     def deliver(self, samples, overflow=False) -> None:
         buffer = np.array(samples, np.float32)[:, None]
         self.callback(buffer, len(buffer), None, SimpleNamespace(input_overflow=overflow))
-        buffer[:] = np.nan  # PortAudio's buffer is gone when its callback has returned
+        buffer[:] = np.nan  # PortAudio's buffer is invalid after its callback returns
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ np.save(sys.argv[2], np.concatenate([b.samples for b in got]))
 
 @pytest.fixture
 def pulseaudio():
-    """A PulseAudio of its own, in a home of its own: the environment in which its microphone is there."""
+    """A separate PulseAudio with its own home: the environment in which its microphone exists."""
     for program in ("pulseaudio", "paplay", "pactl"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")

@@ -84,7 +84,7 @@ def test_long_recordings_are_computed_in_pieces(monkeypatch):
 
 
 def test_the_frames_of_a_window_are_those_of_the_utterance():
-    """Behind the end, samples that fade away as pre-emphasis has it: what it makes of them is silence."""
+    """After the end, samples decay so that pre-emphasis turns them into silence."""
     fbank, samples = build(), torch.randn(1, 4000)
     whole = frames(fbank, samples[0])
     first = fbank.frame_samples // 2 + 1

@@ -118,7 +118,7 @@ def test_which_optimizer_is_built() -> None:
 
 
 def test_clipping_is_that_of_the_optimizer() -> None:
-    """AdamW's by length; ScaledAdam's by the median of lengths, of which there is none at first."""
+    """AdamW clips at a fixed norm, ScaledAdam relative to the median norm, which is missing at first."""
     for config, length in ((OptimConfig(clip_norm=0.5), 0.5), (ScaledAdamConfig(clip_norm=0.5), 6.0)):
         model = nn.Linear(3, 3, bias=False)
         optimizer = build_optimizer(model, config)

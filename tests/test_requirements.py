@@ -22,7 +22,7 @@ def declared() -> list[Requirement]:
 
 
 def installed_with(requirements: list[Requirement]) -> set[str]:
-    """The names of all that pip installs on this machine for some requirements."""
+    """The names of everything that pip installs on this machine for some requirements."""
     found, todo = set(), [(r, extra) for r in requirements for extra in (r.extras or {""})]
     while todo:
         requirement, extra = todo.pop()

@@ -1,4 +1,4 @@
-"""ScaledAdam moves as the reference does, as its formulas say one tensor at a time, and after a resume."""
+"""ScaledAdam equals the reference, its formulas for one tensor at a time, and itself after a resume."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def parameters() -> list[nn.Parameter]:
 
 
 def gradients(steps: range) -> Iterator[list[Tensor]]:
-    """Of each step; every 13th are twenty times as long."""
+    """The gradients of each step; every 13th are twenty times as large."""
     for step in steps:
         numbers = torch.Generator().manual_seed(100 + step)
         scale = 20.0 if step % 13 == 12 else 1.0
@@ -82,7 +82,7 @@ def test_it_moves_as_the_formulas_say_tensor_by_tensor(lr):
     params = parameters()
     plain = [Plain(p) for p in params]
     optimizer = ScaledAdam(params, lr)
-    for count, grads in enumerate(gradients(range(260))):  # behind 228 v is unbiased
+    for count, grads in enumerate(gradients(range(260))):  # after step 228 v is unbiased
         for p, one, grad in zip(params, plain, grads, strict=True):
             p.grad = grad
             one.step(grad, lr)
@@ -135,7 +135,7 @@ def test_the_first_step_scales_with_the_tensor():
 
 
 def lengths(optimizer: ScaledAdam, factors: list[float]) -> list[float]:
-    """The length of gradients after clipping, over that of an ordinary one."""
+    """The norms of gradients after clipping, relative to that of an ordinary one."""
     p = optimizer.param_groups[0]["params"][0]
     found = []
     for factor in factors:
@@ -147,7 +147,7 @@ def lengths(optimizer: ScaledAdam, factors: list[float]) -> list[float]:
 
 
 def test_long_gradients_are_shortened_to_twice_the_median():
-    """Never before step 10, to four times it up to step 100, when a median is taken of the last hundred."""
+    """Never before step 10; to four times it until step 100; then the median is that of the last hundred."""
     ordinary = [1.0] * 8
     found = lengths(
         ScaledAdam([nn.Parameter(torch.ones(4))], 0.0),
@@ -159,7 +159,7 @@ def test_long_gradients_are_shortened_to_twice_the_median():
 
 
 def test_the_median_is_of_what_was_remembered():
-    """The lengths of steps 1 to 10, of which 5 is element 2 (10 // 4) of the sorted ones."""
+    """The norms of steps 1 to 10: 5 is their element 2 (10 // 4) when sorted."""
     optimizer = ScaledAdam([nn.Parameter(torch.ones(4))], 0.0)
     found = lengths(optimizer, [100.0, 10.0, 3.0, 1.0, 9.0, 2.0, 5.0, 8.0, 7.0, 6.0, 4.0, 50.0])
     assert found[-2:] == pytest.approx([4.0, 2 * 2 * 5.0])
@@ -178,7 +178,7 @@ def test_what_is_not_finite_is_neither_shortened_nor_remembered():
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 14, 107])
 def test_resumed_equals_uninterrupted(stop):
-    """From a file without code, to the last bit, wherever it stops."""
+    """From a file without code, bit-exact, wherever it stops."""
     whole = ScaledAdam(parameters(), 0.045)
     walk(whole, range(stop))
     file = io.BytesIO()
@@ -189,7 +189,7 @@ def test_resumed_equals_uninterrupted(stop):
     walk(begun, range(stop))
     params = parameters()
     resumed = ScaledAdam(params, 0.1)
-    walk(resumed, range(1))  # what it did before is forgotten
+    walk(resumed, range(1))  # its previous state is replaced
     with torch.no_grad():
         for p, saved in zip(params, begun.param_groups[0]["params"], strict=True):
             p.copy_(saved)

@@ -1,4 +1,4 @@
-"""Units and ids: round trips of every kind, files that are wrong, and what decoding alone needs."""
+"""Units and ids: round trips of every kind, wrong files, and what decoding needs."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_a_character_never_seen_is_unk_and_decodes_to_a_visible_mark(folders, ki
     ids = tokenizer.encode("the Ω house <blk>")
     assert ids.count(UNK) >= 1
     assert tokenizer.decode(ids).startswith(f"the {UNKNOWN_MARK} house")
-    assert 0 not in ids  # the name of a special unit in a text is only letters
+    assert 0 not in ids  # the name of a special unit in a text is ordinary letters
     assert 1 not in ids
 
 

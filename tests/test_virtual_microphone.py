@@ -1,4 +1,4 @@
-"""A microphone on a clock of its own: no test waits, and no sound is needed to come in time."""
+"""A microphone with its own clock: no test waits, and no audio has to arrive in real time."""
 
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ SOUND = np.arange(1, 16001, dtype=np.float32) / 16000
 
 
 class Machine:
-    """A computer whose time passes only when it is told to compute."""
+    """A computer whose clock advances only when it is told to compute."""
 
     def __init__(self) -> None:
         self.time_s = 1000.0
@@ -32,7 +32,7 @@ class Machine:
 
 
 def listen(device: VirtualMicrophone, count: int, machine: Machine, cost_s: float = 0.0) -> list[Block]:
-    """The first blocks of 100 ms, to a reader who needs cost_s for each."""
+    """The first blocks of 100 ms, for a reader that takes cost_s for each."""
     got = []
     for block in islice(microphone_blocks(simulation=device), count):
         got.append(block)
@@ -59,11 +59,11 @@ def test_a_reader_who_is_slow_falls_behind_and_what_it_loses_is_told(monkeypatch
     got = listen(VirtualMicrophone(np.zeros(0), 16000, machine), 200, machine, cost_s=0.15)
     lags = [block.lag_s for block in got]
     assert lags[:10] == pytest.approx([0.05 * n for n in range(10)])
-    assert max(lags) == pytest.approx(1.5, abs=0.16)  # never more than the queue holds
+    assert max(lags) == pytest.approx(1.5, abs=0.16)  # at most what the queue holds
     lost_s = sum(block.lost_s for block in got)
     assert lost_s > 5
     assert sum(block.overflowed for block in got) == sum(block.lost_s > 0 for block in got) > 20
-    # what was delivered, was lost, and still waits with the losses between is what was said
+    # delivered, lost and still waiting samples add up to all of the audio
     said_s = 0.15 * 199 + 0.1
     assert said_s - 2 <= 0.1 * len(got) + lost_s <= said_s + 0.2
 
@@ -103,7 +103,7 @@ def test_another_rate_is_resampled():
     assert sum(len(block.samples) for block in listen(device, 10, machine)) == pytest.approx(16000, abs=900)
 
 
-# how late a bundle is
+# the lag of a bundle
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Error counts against brute force, intervals against kaldialign and against what they promise."""
+"""Error counts against brute force; intervals against kaldialign and against their nominal coverage."""
 
 from functools import cache
 

@@ -24,7 +24,7 @@ def frames(fbank: WhisperFbank, samples: Tensor) -> Tensor:
 
 
 def reference(fbank: WhisperFbank, samples: Tensor) -> Tensor:
-    """As defined, by torch's Fourier transform in double precision."""
+    """By definition, with torch's Fourier transform in double precision."""
     n = fbank.frame_samples
     window = torch.hann_window(n, dtype=torch.float64)
     power = torch.stft(samples.double(), n, fbank.shift_samples, window=window, return_complex=True)

@@ -56,7 +56,7 @@ def test_a_long_sum_does_not_drift():
 
 @pytest.fixture
 def speaker(toy):
-    """A decoder that emits 3 5 3 5 ..., where 3 begins a word, two tokens for every eight frames, then eos. It
+    """A decoder that emits 3 5 3 5 ..., where 3 begins a word, two tokens per eight frames, then eos. It
     attends to the first frame, or to where `places` puts the token. Every frame has a CTC spike. `alpha` are
     the weights of the head, whatever the input."""
 

@@ -1,4 +1,4 @@
-"""The graphs that are written by hand say what the modules say, whatever is called how."""
+"""The graphs built node by node give the same results as the modules, however they are called."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -62,7 +62,7 @@ TOLERANCE = {"conformer": 2e-5, "zipformer": 1e-4}
 def build(
     encoder: ConformerConfig | ZipformerConfig, ctc: float | None = 0.3, num_bins: int = 80
 ) -> HybridModel:
-    """Random weights, and none of them what a factor or a sign would not change."""
+    """Random weights, none of them zero, so that a wrong factor or sign is noticed."""
     torch.manual_seed(1)
     decoder = DecoderConfig(dim=8, num_layers=1, num_heads=2, ff_dim=8)
     model = build_model(FbankConfig(num_bins=num_bins), encoder, decoder, LossConfig(ctc=ctc), 11).eval()
@@ -111,7 +111,7 @@ class Ours:
 
 
 class Theirs:
-    """The same of the modules."""
+    """Streams through the modules."""
 
     def __init__(self, model: HybridModel, n: int, context: Context) -> None:
         self.model, self.context = model, context
@@ -129,7 +129,7 @@ class Theirs:
 
 
 class Both:
-    """Each beside the other; what they say must be the same."""
+    """Both in parallel; their outputs must be equal."""
 
     def __init__(self, pair: Model, n: int, context: Context) -> None:
         model, session = pair
@@ -218,7 +218,7 @@ def test_activations_are_those_of_the_modules_however_far_from_zero(
     ids=["conformer", "zipformer"],
 )
 def test_it_stays_small(encoder: ConformerConfig | ZipformerConfig, layer: str, most: int):
-    """What makes it fast: no operation that a layer needs to find out about sizes."""
+    """This makes it fast: no layer has operations that only determine sizes."""
     nodes = encoder_graph(build(encoder)).graph.node
     ops = Counter(node.op_type for node in nodes if node.name.startswith((f"{layer}.", f"{layer}/")))
     assert not {"Shape", "Gather", "Expand", "Where", "Range", "Cast", "Softplus"} & set(ops)

@@ -27,7 +27,7 @@ def graphs(tiny_bundles: Path) -> Graphs:
 
 @pytest.fixture(scope="module")
 def utterances(tiny_bundles: Path) -> list[Utterance]:
-    """Made sound with what the float32 bundle hears of it, one word a letter, so float32 has no errors."""
+    """Synthetic audio with the float32 bundle's own text, one word per letter, so float32 has no errors."""
     bundle = Bundle.load(tiny_bundles / "cpu-fp32")
     sound = made_sound(12.0, 16000)
     parts = [Utterance(str(n), sound[n * 32000 : (n + 2) * 32000], "") for n in range(5)]
@@ -42,8 +42,8 @@ def hearing(tiny_bundles: Path, utterances: list[Utterance]) -> BundleHearing:
 
 
 def with_outliers(graphs: Graphs, names: Collection[str]) -> Graphs:
-    """The same function in float32: in the matrices of modules that follow an activation, one input is always
-    0, and its weights are so large that the others are 0 in 8 bits."""
+    """The same function in float32: matrices that follow an activation get one input that is always 0, with
+    weights so large that the others become 0 in 8 bits."""
     changed = {}
     for key, graph in graphs.items():
         changed[key] = onnx.ModelProto()
@@ -60,7 +60,7 @@ def with_outliers(graphs: Graphs, names: Collection[str]) -> Graphs:
 
 
 def _with_a_zero(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
-    """A tensor that is the first input of a node, and a channel of zeros behind the others."""
+    """The name of the node's first input with a channel of zeros appended."""
     pads, last, name = f"{node.name}/pads", f"{node.name}/last", f"{node.name}/padded"
     for constant, value in ((pads, [0, 1]), (last, [-1])):
         model.graph.initializer.append(numpy_helper.from_array(np.array(value), constant))

@@ -16,7 +16,7 @@ from export.latency import Listener, Spoken, draw, measure, play, read_spoken, w
 from export.verify import Utterance, made_sound
 
 PAUSES = EndpointConfig(trailing_s=0.12, silence_s=0.4)
-"""The tiny model pauses for no longer."""
+"""The tiny model has no longer pauses."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def texts(told: list[Told]) -> list[str]:
     ("step_ms", "expected"),
     [
         (0, [20, 40, 60, 60]),
-        (5, [25, 45, 65, 70]),  # only the end waits: for the last block
-        (30, [50, 80, 110, 140]),  # slower than the sound: each waits for all before it
+        (5, [25, 45, 65, 70]),  # only the end waits, for the last block
+        (30, [50, 80, 110, 140]),  # slower than real time: each waits for all before it
     ],
 )
 def test_a_block_waits_for_its_sound_and_for_the_one_before(
@@ -87,7 +87,7 @@ def test_nothing_is_told_before_its_sound(
         if text.read_ms < source_ms:
             assert end_ms <= text.read_ms - late_ms
         assert end_ms <= text.read_ms + 20  # the last frame may reach beyond the end
-        # a chunk is complete with the 7.5 ms that its last frame reaches beyond it, so in the next block
+        # a chunk is complete only with the 7.5 ms after it that its last frame covers, so in the next block
         assert text.read_ms == source_ms or text.read_ms % chunk_ms == 20
 
 
@@ -120,7 +120,7 @@ def test_a_stream_that_is_too_slow_falls_behind(bundle: Bundle, sound: Floats, c
         lags.append(found.latency.aware.dal - found.latency.unaware.dal)
         assert found.rtf == pytest.approx(clock.step_ms / 20, rel=0.02)
     assert lags[0] == 0
-    assert lags[1] < 21  # its own block, at the end another
+    assert lags[1] < 21  # its own block, and one more at the end
     assert lags[2] > 1000
 
 
@@ -128,7 +128,7 @@ def test_a_stream_that_is_too_slow_falls_behind(bundle: Bundle, sound: Floats, c
 
 
 class Aligner:
-    """A scorer that hears a given path of symbols, 40 ms each."""
+    """A scorer whose CTC output is a given path of symbols, 40 ms each."""
 
     def __init__(self, path: str) -> None:
         symbols = ["<blk>", "<sos/eos>", "<unk>", "▁", "a", "b"]
@@ -147,7 +147,7 @@ class Aligner:
     [
         ("-a-bb- -a", "ab a", [200, 360]),
         ("-ab--", "ab", [120]),
-        ("-a b-", "a xb", [80, None]),  # x is no unit
+        ("-a b-", "a xb", [80, None]),  # x is not a unit
         ("ab", "a b a", [None, None, None]),  # too few frames
         ("-a-", "", []),
     ],

@@ -1,4 +1,4 @@
-"""Comparing with sherpa-onnx: what is compared, by whom, and what cannot be."""
+"""Comparison with sherpa-onnx: what is compared, by which process, and what cannot be."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def test_the_most_streams_are_found_within_an_eighth(capacity: int):
 
 
 def test_work_is_counted_from_the_matrices(tiny_bundles: Path):
-    """The same in 8 bits as in float32: of layers 25 times a second, of features 100 times."""
+    """The same in 8 bits as in float32: layers run 25 times a second, features 100 times."""
     ours, theirs = (multiply_adds(Bundle.load(tiny_bundles / x)) for x in ("cpu-int8", "cpu-fp32"))
     layer = 4 * 32 * 64 + 32 * 96 + 32 * 32 + 32 * 64 + 32 * 32
     rest, features = 8 * 20 * 32 + 32 * 22, 2 * 200 * 256 + 256 * 80

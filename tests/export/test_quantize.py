@@ -52,7 +52,7 @@ def test_every_matrix_of_a_layer_is_quantized(tiny_bundles: Path):
     kept = tuple(f"{name}{end}" for name in KEPT for end in "./")
     matrices = [n for n in before.graph.node if n.op_type == "MatMul" and n.input[1] in constants]
     weights = [node for node in matrices if not node.name.startswith(kept)]
-    assert len(weights) == 2 * 8  # eight a layer
+    assert len(weights) == 2 * 8  # eight per layer
     assert ops(after).count("MatMulInteger") == len(weights)
 
 
@@ -127,7 +127,7 @@ def test_a_model_of_real_width_is_smaller_and_faster():
         for built in (graphs, quantized)
     ]
     times: list[list[float]] = [[], []]
-    for _ in range(30):  # interleaved, so that both meet the same company on the machine
+    for _ in range(30):  # interleaved, so that both see the same load on the machine
         for session, taken in zip(sessions, times, strict=True):
             started = time.process_time()
             session.run(None, inputs)
@@ -136,7 +136,7 @@ def test_a_model_of_real_width_is_smaller_and_faster():
 
 
 def test_tables_with_a_matrix_for_each_head_stay_in_float32():
-    """Such as those of positions, which no runtime multiplies with as integers."""
+    """Such as position tables, for which no runtime has an integer product."""
     shapes = {"table": (1, 2, 4, 8), "weight": (8, 4)}
     value_info = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, (1, 2, 3, size))

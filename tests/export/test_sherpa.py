@@ -1,4 +1,4 @@
-"""Released sherpa-onnx, in a process of its own as it ends on errors, hears what our models hear."""
+"""Released sherpa-onnx gives our models' results; it runs in its own process, as it exits on errors."""
 
 import base64
 import json
@@ -70,7 +70,7 @@ else:
 
 
 def recognized(name: str, folder: Path, samples: Sequence[Floats], end: str = ".onnx") -> list[str]:
-    """What sherpa-onnx hears, spaces and letters' cases aside, which it sets in its own way."""
+    """Texts of sherpa-onnx, without spaces and in one case, since it handles both in its own way."""
     pytest.importorskip("sherpa_onnx")
     path = folder / "samples.npz"
     np.savez(path, *samples)
@@ -85,13 +85,13 @@ def _plain(text: str) -> str:
 
 
 def spelt(folder: Path, tokens: Sequence[int]) -> str:
-    """All units as they stand, which is how sherpa-onnx writes those that are no text, too."""
+    """All units literally, as sherpa-onnx writes also those that are not text."""
     return _plain("".join(load_tokenizer(folder).symbols[token] for token in tokens))
 
 
 @pytest.fixture(scope="module")
 def utterances(request: pytest.FixtureRequest) -> list[Floats]:
-    """20 real ones of one to four seconds, or made ones where there are none."""
+    """20 real ones of one to four seconds, or synthetic ones if there are none."""
     try:
         folder: Path = request.getfixturevalue("speech_data")
     except pytest.skip.Exception:
@@ -143,7 +143,7 @@ def test_online_ctc(sherpa, tiny_model, tiny_bundles, utterances):
     found = recognized("streaming", sherpa, padded)
     expected = heard(tiny_model, tiny_bundles, "ctc-greedy", padded, Context(8, 2, 0))
     for ours, theirs in zip(expected, found, strict=True):
-        assert ours.startswith(theirs)  # silence that fills no chunk is not decoded
+        assert ours.startswith(theirs)  # silence that does not fill a chunk is not decoded
         assert len(ours) - len(theirs) < 8 + 2
 
 
@@ -152,12 +152,12 @@ def test_attention_decoder_from_samples(sherpa, tiny_model, tiny_bundles, uttera
         x, _ = tiny_model.features(torch.tensor(samples)[None], torch.tensor([len(samples)]))
         ours = spelt(tiny_bundles, greedy(tiny_model, x, 100))
         assert len(theirs) >= 5
-        assert ours.startswith(theirs)  # its limit is 15 tokens for each 0.6 s of what it takes for frames
+        assert ours.startswith(theirs)  # its limit is 15 tokens per 0.6 s of what it takes for frames
 
 
 @pytest.mark.parametrize("name", ["ctc", "streaming", "aed"])
 def test_8_bit_graphs_are_heard(sherpa, utterances, name):
-    """Random weights are no measure of what 8 bits cost; that they run, and say about the same, is."""
+    """Random weights cannot show the loss of 8 bits, only that the graphs run and give similar texts."""
     exact, quantized = (recognized(name, sherpa, utterances[:4], end) for end in (".onnx", ".int8.onnx"))
     assert all(quantized)
     lengths = [len("".join(texts)) for texts in (exact, quantized)]
@@ -185,7 +185,7 @@ def test_what_a_limit_is_measured_on_is_what_sherpa_hears(
 
 @pytest.fixture
 def exported_before(sherpa, monkeypatch):
-    """The graphs of the folder, in the place of those that an export would make again."""
+    """Use the graphs of the folder instead of exporting them again."""
     graphs = [onnx.load(x) for x in sherpa.rglob("*.onnx") if "int8" not in x.name]
     by_inputs = {tuple(x.name for x in graph.graph.input): graph for graph in graphs}
     monkeypatch.setattr("export.sherpa_bundle.export", lambda trace, _: by_inputs[tuple(trace.inputs)])
@@ -211,7 +211,7 @@ def refuse(*_):
 
 
 def test_attention_decoder_of_fire_red(tiny_model, tiny_bundles, utterances, tmp_path):
-    """With features as that runtime makes them, here by the library that it makes them with."""
+    """With the features of that runtime, computed by the library that it uses."""
     fbank = pytest.importorskip("kaldi_native_fbank")
     model = variant(tiny_model, FbankConfig(high_freq_hz=0.0, snip_edges=True, scale=32768.0))
     assert "fire_red" not in artefacts(tiny_model)[0]
@@ -249,7 +249,7 @@ def variant(model: HybridModel, features: FbankConfig) -> HybridModel:
 
 @pytest.mark.parametrize("subsampling", [4, 8])
 def test_caches_of_sherpa_hold_the_whole_state(subsampling):
-    """Its loop with the graph, chunk after chunk, caches zero at first, equals the masked whole."""
+    """Its loop over chunks, with caches that start at zero, equals the masked whole utterance."""
     encoder = ConformerConfig(
         dim=32, num_layers=2, num_heads=2, ff_dim=32, subsampling=subsampling, subsampling_channels=4
     )
@@ -298,7 +298,7 @@ def test_graphs_written_by_hand_are_the_modules(subsampling, name):
 
 
 def test_frames_given_twice_are_not_heard_twice(tiny_model):
-    """As of a model with 8x subsampling, which may write twice as many tokens then."""
+    """For a model with 8x subsampling, which may then emit twice as many tokens."""
     module = AudioEncoder(tiny_model).eval()
     decoder, tokens = AudioDecoder(tiny_model).eval(), torch.tensor([[5]])
     config = tiny_model.decoder.config
@@ -339,7 +339,7 @@ class Twice(torch.nn.Module):
 
 
 class Otherwise(torch.nn.Module):
-    """The same to three frames."""
+    """The same function, but only up to three frames."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x if x.shape[1] <= 3 else 3 * x

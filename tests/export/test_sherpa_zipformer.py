@@ -1,4 +1,4 @@
-"""A causal Zipformer in released sherpa-onnx: what its runtime keeps of a stream, and what it hears."""
+"""A causal Zipformer in released sherpa-onnx: the state that its runtime keeps, and its results."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ from export.sherpa_hearing import SherpaHearing, zipformer_silence
 from export.verify import Utterance, made_sound
 
 CONTEXT, SHIFT, LENGTH = Context(16, 4), 64, 77
-"""Of the graph of `zipformer_model`: the latter two in feature frames, of which a call takes some twice."""
+"""For the graph of `zipformer_model`; the last two in feature frames, with an overlap between calls."""
 
 RECOGNIZE = """
 import json, sys
@@ -55,7 +55,7 @@ print(json.dumps([recognizer.tokens(stream) for stream in streams]))
 
 
 def recognized(folder: Path, samples: Sequence[Floats], end: str = ".onnx") -> list[list[str]]:
-    """The units that sherpa-onnx hears, all streams at once, which grow by 0.1 s."""
+    """Units by sherpa-onnx, all streams at once, fed 0.1 s at a time."""
     pytest.importorskip("sherpa_onnx")
     path = folder / "samples.npz"
     np.savez(path, *samples)
@@ -66,13 +66,13 @@ def recognized(folder: Path, samples: Sequence[Floats], end: str = ".onnx") -> l
 
 
 def chunks_heard(num_samples: int) -> int:
-    """So many are full, with what lies behind them, when there is a frame more."""
+    """The number of chunks that it decodes: each needs its overlap and one more frame."""
     num_frames = (num_samples - 280) // 160 + 1
     return len(range(0, num_frames - LENGTH, SHIFT))
 
 
 def written(model: HybridModel, tokens: Path, samples: Floats) -> list[str]:
-    """What the model hears of the same chunks."""
+    """The model's units for the same chunks."""
     (log_probs,), _ = TorchScorer(model, "cpu").encode([samples], CONTEXT)
     search = CtcGreedy()
     search.advance(log_probs[: CONTEXT.chunk * chunks_heard(len(samples))])
@@ -86,7 +86,7 @@ def with_silence(samples: Floats) -> Floats:
 
 @pytest.fixture(scope="module")
 def utterances(request: pytest.FixtureRequest) -> list[Floats]:
-    """Eight real ones of one to four seconds, or made ones where there are none."""
+    """Eight real ones of one to four seconds, or synthetic ones if there are none."""
     try:
         folder: Path = request.getfixturevalue("speech_data")
     except pytest.skip.Exception:
@@ -126,7 +126,7 @@ def test_with_silence_behind_it_an_utterance_is_heard_up_to_its_end(
 
 @pytest.mark.slow
 def test_8_bit_graphs_are_heard(sherpa, utterances):
-    """Random weights are no measure of what 8 bits cost; that they run, and say about the same, is."""
+    """Random weights cannot show the loss of 8 bits, only that the graphs run and give similar texts."""
     samples = [with_silence(x) for x in utterances]
     exact, quantized = (sum(map(len, recognized(sherpa, samples, end))) for end in (".onnx", ".int8.onnx"))
     assert 0.5 < quantized / exact < 2
@@ -153,7 +153,7 @@ def test_a_folder_says_how_it_is_used(sherpa):
 
 
 def made_of(metadata: dict[str, Any], n: int) -> list[Tensor]:
-    """The states of n new streams, as the C++ makes them of what it reads."""
+    """The states of n new streams, as the C++ code creates them from the metadata."""
     names = ("encoder_dims", "query_head_dims", "value_head_dims", "num_heads", "num_encoder_layers")
     names += ("cnn_module_kernels", "left_context_len")
     states = []
@@ -167,7 +167,7 @@ def made_of(metadata: dict[str, Any], n: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("chunk", [4, 8, 16])
 def test_states_of_sherpa_hold_the_whole_state(chunk):
-    """Its loop with the module, chunk after chunk, states zero at first, equals the masked whole."""
+    """Its loop over chunks, with states that start at zero, equals the masked whole utterance."""
     config = ZipformerConfig(
         dims=[16, 24, 20],
         unmasked_dims=[8, 8, 8],
@@ -200,7 +200,7 @@ def test_states_of_sherpa_hold_the_whole_state(chunk):
         lens = torch.tensor(2 * [x.shape[1]])
         y, _ = model.encode(model.cmvn(x + 2 * np.log(0.5)), lens, Context(chunk, 4, 0))
         expected = model.ctc_log_probs(y)[:, : num_chunks * chunk]
-    assert states[-1].tolist() == 2 * [2 * num_chunks * chunk]  # frames of the front
+    assert states[-1].tolist() == 2 * [2 * num_chunks * chunk]  # frames of the front end
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
 
 

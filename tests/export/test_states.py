@@ -1,4 +1,4 @@
-"""Which sizes of a state vary is found out by making it."""
+"""Which sizes of a state vary is found by creating it."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -83,7 +83,7 @@ class _Sum(nn.Module):
 
 
 def test_a_graph_takes_every_size_that_fits():
-    """Of stacks at several rates, the sizes are multiples of one."""
+    """With stacks at several rates, the sizes are multiples of one of them."""
     encoder = stacks([2, 1, 0.25])
     fields = encoder_fields(encoder)
     shapes = dynamic_shapes(fields, Dim("N"))

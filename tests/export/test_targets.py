@@ -1,4 +1,4 @@
-"""What a target makes of graphs is nearly what they were, and as small as it says."""
+"""Converted graphs are close to the originals, and as small as the target promises."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ Graphs = dict[str, onnx.ModelProto]
 MADE = [Utterance(str(n), made_sound(4.0, 16000)[n * 16000 :], "") for n in range(2)]
 
 LARGEST = {"cpu-int8": 0.1, "cpu-int8-static": 0.2, "cpu-int4": 1.0, "cuda-fp16": 0.02}
-"""Difference of log-probabilities, of a model of random weights."""
+"""Allowed difference of log-probabilities, for a model with random weights."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ assert logging.getLogger().isEnabledFor(logging.WARNING)
 
 
 def test_a_conversion_is_silent_and_leaves_logging_alone():
-    """In a process of its own, as pytest has set logging up."""
+    """In a process of its own, since pytest has configured logging."""
     done = subprocess.run([sys.executable, "-c", CONVERT], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -136,7 +136,7 @@ def test_weights_of_static_graphs_are_signed_with_a_scale_a_channel(converted: d
         and x.input[0] in constants
         and constants[x.input[0]].dtype == np.int8
     ]
-    assert len(weights) == 2 * 9  # eight matrices and a convolution a layer
+    assert len(weights) == 2 * 9  # eight matrices and a convolution per layer
     for weight, scale in weights:
         assert np.abs(weight.astype(int)).max() <= 64  # 7 bits: see export/quantize.py
         assert scale.size in weight.shape
@@ -145,7 +145,7 @@ def test_weights_of_static_graphs_are_signed_with_a_scale_a_channel(converted: d
 
 
 def test_calibration_hears_what_streams_hear(float32: Bundle, graphs: Graphs):
-    """Louder sound, larger numbers: a scale is of what was heard, and not of anything else."""
+    """Louder audio gives larger scales: they come from the calibration data alone."""
     scales = []
     for gain in (0.01, 1.0):
         heard = [x._replace(samples=gain * x.samples) for x in MADE]
@@ -156,7 +156,7 @@ def test_calibration_hears_what_streams_hear(float32: Bundle, graphs: Graphs):
 
 
 def test_a_static_stream_does_not_depend_on_its_company(converted: dict[str, Graphs], float32: Bundle):
-    """As with dynamic scales it does: they are of the whole call."""
+    """With dynamic scales it does: they are those of the whole call."""
     rng = np.random.default_rng(0)
     y = (
         rng.normal(size=(2, 5, float32.info.dim)).astype(np.float32)

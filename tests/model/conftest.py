@@ -63,7 +63,7 @@ TINY: dict[str, dict[str, object]] = {
 """Small sizes of every encoder that can stream."""
 
 WHOLE = ("firered", "whisper")
-"""Those that cannot (test_streaming.py holds that)."""
+"""Those that cannot (test_streaming.py checks that)."""
 
 
 @pytest.fixture(params=WHOLE)
@@ -74,7 +74,7 @@ def whole_encoder(request: pytest.FixtureRequest) -> Encoder:
 
 @pytest.fixture(params=[name for name in ENCODERS if name not in WHOLE])
 def any_encoder(request: pytest.FixtureRequest) -> Callable[..., Encoder]:
-    """Makes an encoder of each type in ENCODERS that can stream; none of its parameters is zero."""
+    """Builds each streaming encoder of ENCODERS, with no parameter equal to zero."""
     assert request.param in TINY, "give this encoder its tiny sizes in TINY, so that it is tested"
 
     def build(**changes: object) -> Encoder:
@@ -113,7 +113,7 @@ def tiny_model() -> HybridModel:
 def stream() -> Callable[..., tuple[Tensor, State]]:
     """Feed an encoder `chunks_per_call` chunks at a time; the last call may be short.
 
-    Where more frames must come behind the end, all streams end with one call, which takes the rest of each.
+    If the encoder needs frames after the end, all streams end with one call, which takes the rest of each.
     """
 
     def feed(

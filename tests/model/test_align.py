@@ -1,4 +1,4 @@
-"""The likeliest CTC path: as in the reference vectors, as without torch, and alike whatever the batch."""
+"""The best CTC path: equals the reference vectors and the version without torch, in any batch."""
 
 import itertools
 
@@ -84,7 +84,7 @@ def test_times_are_those_of_the_frames_and_end_with_the_audio(tiny_model):
     log_probs = tiny_model.ctc_log_probs(
         tiny_model.encode(*tiny_model.features(torch.from_numpy(samples)[None], torch.tensor([12345])))[0]
     )[0].detach()
-    many = [4, 5] * (len(log_probs) // 2)  # so that the last has the last frame, which is not a whole one
+    many = [4, 5] * (len(log_probs) // 2)  # so that the last token has the last frame, which is incomplete
     for tokens in ([4, 5, 6, 6], many):
         expected = align(log_probs.numpy(), tokens)
         (spans,) = aligner([samples], [tokens])

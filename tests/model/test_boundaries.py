@@ -1,4 +1,4 @@
-"""The likeliest ends of the segments of a known text: as by enumeration, and alike whatever the batch."""
+"""The likeliest segment ends of a known text: against enumeration, and the same in any batch."""
 
 import itertools
 from dataclasses import replace
@@ -15,14 +15,14 @@ EVERYWHERE = 20
 
 def tiny(**changes):
     decoder = SegmentalDecoder(replace(CONFIG, **changes), 6, memory_dim=6).eval()
-    with torch.no_grad():  # decided enough for everything to matter
+    with torch.no_grad():  # peaked enough for everything to matter
         for layer in (decoder.out, decoder.cross, decoder.length.out, decoder.length.frame):
             layer.weight *= 4
     return decoder
 
 
 def loss_of(decoder, y, tokens, ends):
-    """-log p(tokens, ends | y) of one utterance (1, T, C) and many ends."""
+    """-log p(tokens, ends | y) of one utterance (1, T, C) for each of many ends."""
     count, rows = len(ends), torch.tensor(ends).reshape(len(ends), -1)
     frames, lens = (torch.full((count,), value) for value in (y.shape[1], len(tokens)))
     texts = torch.tensor([tokens] * count, dtype=torch.int64).reshape(count, -1)
@@ -47,7 +47,7 @@ def test_the_ends_are_the_best_of_all(num_frames, tokens, left_tokens):
     end, score = found_in(decoder, y, tokens, near=every[0])
     assert end == every[int(losses.argmin())]
     assert (score < 0).all()
-    assert float(score.sum()) > -float(losses.min()) - 1e-4  # without what is behind the last token
+    assert float(score.sum()) > -float(losses.min()) - 1e-4  # without the frames after the last token
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_loss(num_layers):
 
 
 def test_a_decoder_of_several_layers_gets_no_worse():
-    """It need not find the best, but what it finds is as likely as the loss says, and better than before."""
+    """It may miss the best ends, but their score agrees with the loss and is no worse than before."""
     decoder, tokens = tiny(num_layers=3), (3, 3, 5)
     for _ in range(5):
         y = torch.randn(1, 8, 6)

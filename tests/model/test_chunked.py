@@ -1,4 +1,4 @@
-"""The chunked decoder at its limits, where it is something known, and step by step."""
+"""The chunked decoder in limiting cases with a known equivalent, and step by step."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def chunked_config(**changes: object) -> ChunkedConfig:
 def chunked_decoder(step: int, window: int, left: int = 0, **changes: object) -> ChunkedDecoder:
     frames = {"step_frames": step, "window_frames": window, "left_frames": left}
     decoder = ChunkedDecoder(chunked_config(**frames, **changes), 11, memory_dim=24).eval()
-    with torch.no_grad():  # decided enough for what it hears to matter
+    with torch.no_grad():  # peaked enough for what it attends to to matter
         decoder.out.weight.mul_(4)
     return decoder
 
@@ -40,7 +40,7 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 
 def walk(tokens: list[int], ends: list[int], num_frames: int, step: int) -> list[int]:
-    """Labels and EOCs as they are met from frame to frame."""
+    """Labels and EOCs in the order of the frames."""
     symbols = []
     for t in range(num_frames):
         if t > 0 and t % step == 0:
@@ -100,7 +100,7 @@ def test_ends_are_brought_into_the_utterance_and_into_order():
 @EITHER
 @pytest.mark.parametrize("step", [6, 100])
 def test_one_chunk_of_everything_is_the_plain_decoder(tiny_decoder, step, hears_eoc):
-    """With eos for EOC; its parameters, which have the same names, can be taken over."""
+    """With eos as EOC; the parameters have the same names and can be reused."""
     decoder = chunked_decoder(step, step, hears_eoc=hears_eoc)
     decoder.load_state_dict(tiny_decoder.state_dict())
     y, y_lens = torch.randn(3, 6, 24), tensor([6, 4, 1])
@@ -113,7 +113,7 @@ def test_one_chunk_of_everything_is_the_plain_decoder(tiny_decoder, step, hears_
 
 @pytest.mark.parametrize(("num_frames", "count"), [(1, 0), (1, 3), (5, 0), (4, 3), (3, 5)])
 def test_chunks_of_one_frame_are_a_transducer(num_frames, count):
-    """Without EOC to hear and with one layer, whose state knows nothing of the audio; all alignments."""
+    """Without EOC in the history and with one layer, whose state does not depend on audio; all alignments."""
     decoder = chunked_decoder(1, 1, num_layers=1, hears_eoc=False)
     y, tokens = torch.randn(1, num_frames, 24), torch.randint(2, 11, (1, count))
     y_lens, lens = tensor([num_frames]), tensor([count])
@@ -130,7 +130,7 @@ def test_chunks_of_one_frame_are_a_transducer(num_frames, count):
 @EITHER
 @pytest.mark.parametrize(("step", "window", "left"), [(3, 3, 0), (3, 5, 2), (1, 2, 0), (4, 9, 0)])
 def test_stepping_equals_teacher_forcing(step, window, left, hears_eoc):
-    """Symbol by symbol, given nothing but the frames of the window; several labels in a chunk, or none."""
+    """Symbol by symbol, given only the frames of the window; several labels in a chunk, or none."""
     decoder = chunked_decoder(step, window, left, hears_eoc=hears_eoc)
     y = torch.randn(1, 11, 24)
     for count in (0, 1, 6):
@@ -172,7 +172,7 @@ def test_every_parameter_is_taught(hears_eoc):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())
 
 
-# ---- what it writes
+# ---- what it emits
 
 
 def model(**changes: object):
@@ -184,10 +184,10 @@ def model(**changes: object):
 
 @EITHER
 def test_what_is_found_has_the_score_of_teacher_forcing(hears_eoc):
-    """Of its labels in the chunks where they were found; in pieces as at once."""
+    """For the labels in the chunks where they were found; in pieces as in one go."""
     chunked = model(step_frames=5, window_frames=7, left_frames=2, hears_eoc=hears_eoc)
     with torch.no_grad():
-        chunked.decoder.out.weight.mul_(12)  # so that ends of chunks are not always the best there is
+        chunked.decoder.out.weight.mul_(12)  # so that EOC is not always the best symbol
     scorer, config = TorchScorer(chunked, "cpu"), SearchConfig(beam=5, nbest=5, max_labels_per_chunk=3)
     samples = [np.random.default_rng(n).normal(0, 0.1, n).astype(np.float32) for n in (16000, 9000)]
     _, memory = scorer.encode(samples)
@@ -204,7 +204,7 @@ def test_what_is_found_has_the_score_of_teacher_forcing(hears_eoc):
     assert any(len(nbest[0].tokens) > 2 for nbest in answers)
 
 
-# ---- what cannot be
+# ---- what is refused
 
 
 @pytest.mark.parametrize(
@@ -229,4 +229,4 @@ def test_a_batch_without_times_is_refused():
     none = torch.zeros(1, 0, dtype=torch.int64)
     with pytest.raises(ConfigError, match="run asr align"):
         decoder.loss(y, lens, tensor([[5]]), tensor([1]), none, 0.1)
-    assert decoder.loss(y, lens, none, tensor([0]), none, 0.1) > 0  # silence needs no times
+    assert decoder.loss(y, lens, none, tensor([0]), none, 0.1) > 0  # silence needs no alignment

@@ -133,7 +133,7 @@ def test_sizes_that_do_not_fit_are_refused(wrong, message):
 
 @pytest.mark.parametrize("options", FAMILIES)
 def test_every_option_matters(y, options):
-    """With the same parameters, as far as there are the same, the others say something else."""
+    """With the same parameters, as far as they exist, another value of the option changes the output."""
     decoder = family(**options)
     weights = decoder.state_dict()
     for name in options:
@@ -147,7 +147,7 @@ def test_every_option_matters(y, options):
 
 
 def test_the_norm_of_the_embedding_is_that_of_what_is_not_scaled():
-    """Also where an embedding is so small that it matters how the norm is kept from dividing by nothing."""
+    """Also where an embedding is so small that the epsilon of the norm matters."""
     decoder = family(positions="sinusoid", embedding_norm=True)
     with torch.no_grad():
         decoder.embedding.weight *= 1e-2
@@ -170,7 +170,7 @@ def test_a_text_longer_than_the_table_of_positions_is_refused(y):
 
 
 class Graph(nn.Module):
-    """Tensors alone, as a graph has."""
+    """Only tensors as inputs and outputs, as in a graph."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def test_a_window_of_everything_changes_nothing(tiny_decoder, y):
 
 
 def test_each_token_hears_its_window_alone(tiny_decoder, y):
-    """Teacher forcing with windows equals steps that are given nothing but the frames of each window."""
+    """Teacher forcing with windows equals steps that are given only the frames of each window."""
     start, end = tensor([[0, 2, 2, 0, 3], [1, 0, 2, 2, 3]]), tensor([[2, 5, 3, 6, 3], [4, 4, 3, 4, 4]])
     whole = tiny_decoder(TOKENS, *tiny_decoder.memory(y), Y_LENS, window=Window(start, end)).logits
     for n in range(2):
@@ -242,7 +242,7 @@ def test_the_attention_of_the_guide_is_what_the_values_are_weighted_with(tiny_de
         attention = tiny_decoder(TOKENS, *memory, Y_LENS, window=window, guide=guide).attention
         assert attention.shape == (2, 5, 6)
         sums = attention.sum(-1)
-        close(sums[0], tensor([1.0, 1, 1, 1, 0]))  # the last one hears nothing
+        close(sums[0], tensor([1.0, 1, 1, 1, 0]))  # the last one attends to nothing
         close(sums[1], torch.ones(5))
         close(attention[0, 1, [0, 5]], torch.zeros(2), atol=0)
     cross = tiny_decoder.layers[0].cross

@@ -118,7 +118,7 @@ def test_the_future_beyond_a_chunk_is_not_heard():
     encoder = tiny()
     x, x_lens = torch.randn(1, 120, NUM_BINS), tensor([120])
     changed = x.clone()
-    changed[:, 57:] += 1  # what encoder frame 8 is the first to see
+    changed[:, 57:] += 1  # encoder frame 8 is the first to see this
     y, changed_y = (encoder(frames, x_lens, None, 4)[0] for frames in (x, changed))
     close(changed_y[:, :8], y[:, :8], atol=0)
     assert (changed_y - y)[:, 8].abs().max() > 1e-3
@@ -131,7 +131,7 @@ def test_a_context_may_be_tensors():
     for context in ((2, 3, 0), (0, -1, 0)):
         y, of_tensors = (encoder(x, x_lens, state, *c)[0] for c in (context, map(tensor, context)))
         close(of_tensors, y, atol=0)
-    close(y[:, :10], encoder(x, x_lens)[0][:, :10])  # the window, with a mask; look-ahead ends the last one
+    close(y[:, :10], encoder(x, x_lens)[0][:, :10])  # the window as a mask; the last frame lacks look-ahead
 
 
 # ---- windows
@@ -189,7 +189,7 @@ def test_distances_are_aligned_with_keys():
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that anything made."""
+    """The bytes of the largest tensor created."""
 
     bytes = 0
 

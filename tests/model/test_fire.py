@@ -1,4 +1,4 @@
-"""The head that counts words: its loss, what it leaves alone, and whether it finds truncated ends."""
+"""The head that counts words: its loss, what it leaves unchanged, and whether it detects truncation."""
 
 from dataclasses import asdict
 
@@ -63,7 +63,7 @@ def test_a_word_ends_where_the_next_begins_or_the_text_ends():
 
 
 def test_the_loss_is_the_missing_or_surplus_number_of_words():
-    """Frames whose weights are given: y is their logit."""
+    """Frames with given weights: y is their logit."""
     fire = Fire(1)
     fire.word_starts = STARTS
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_the_gradient_is_that_of_finite_differences():
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
 def test_prefixes_are_whole_chunks_of_every_length(chunk):
-    """Weights that are all one, and no words: the loss is the mean of the two lengths."""
+    """All weights are one and there are no words: the loss is the mean of the two lengths."""
     fire = Fire(1)
     fire.word_starts = STARTS
     torch.nn.init.constant_(fire.bias, 50.0)
@@ -175,8 +175,8 @@ def test_the_configuration_says_so(tmp_path):
 
 
 def speech(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Encodings (N, 60, 6) of one-token words of 5 to 9 frames, each with a bump at its end, in noise; number
-    of words (N,) and where they end (N, U)."""
+    """Noisy encoder output (N, 60, 6) of one-token words of 5 to 9 frames, each with a bump at its end; how
+    many words (N,) and their ends (N, U)."""
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(count, 60, 6, generator=generator) * 0.3
     lengths = torch.randint(5, 10, (count, 12), generator=generator)

@@ -1,4 +1,4 @@
-"""FireRedASR's encoder: for whole utterances, each as if it were alone."""
+"""FireRedASR's encoder: whole utterances, each as if it were alone in the batch."""
 
 from collections.abc import Callable
 
@@ -96,7 +96,7 @@ def test_sizes_that_do_not_fit_are_refused(wrong, message):
 
 
 class Whole(nn.Module):
-    """Tensors alone, as a graph has."""
+    """Only tensors as inputs and outputs, as in a graph."""
 
     def __init__(self, encoder: FireRedEncoder) -> None:
         super().__init__()

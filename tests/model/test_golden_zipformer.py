@@ -1,7 +1,7 @@
-"""The Zipformer against icefall's own outputs: modules, whole utterances, masked chunks, and streams.
+"""The Zipformer against icefall's outputs: modules, whole utterances, masked chunks, and streams.
 
-Sizes and options are those of the config.json beside the arrays. In the reference padding reaches into the
-shorter utterances of a batch, so ours are compared with what it says of each utterance alone.
+Sizes and options are those of the config.json beside the arrays. In the reference padding affects the
+shorter utterances of a batch, so ours are compared with its output for each utterance alone.
 """
 
 import json
@@ -67,7 +67,7 @@ EMBED = {  # theirs: ours
 
 
 class Model(nn.Module):
-    """What HybridModel has of it."""
+    """The parts that HybridModel has of it."""
 
     def __init__(self, options: dict) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Golden:
         return self["x"][index : index + 1, :n], tensor([n])
 
     def contexts(self, kind: str) -> list[tuple[int, int, str]]:
-        """Chunk and left of ours, whose frames are twice as long, and the prefix of their arrays."""
+        """Our chunk and left context, in frames twice as long, and the prefix of their array names."""
         return [
             (chunk // 2, left // chunk, f"{kind}.chunk{chunk}_left{left}")
             for chunk, left in self.config["streams"]
@@ -172,7 +172,7 @@ def test_the_front(icefall):
         x = nn.functional.pad(x, (0, 0, 0, icefall.model.encoder.flush_frames(0)))
         y, y_lens, _ = front(x, x_lens, front.init_frames(1), None)
         assert y_lens == icefall["embed.out_lens"][i]
-        end = int(y_lens) - (SIDE if y_lens < icefall["embed.out"].shape[1] else 0)  # there it hears padding
+        end = int(y_lens) - (SIDE if y_lens < icefall["embed.out"].shape[1] else 0)  # there it sees padding
         close(y[0, :end], icefall["embed.out"][i, :end])
 
 
@@ -180,7 +180,7 @@ def test_the_front(icefall):
 
 
 def hook(module: nn.Module, seen: dict[str, Tensor], name: str, inputs: tuple[str, ...] = ()) -> None:
-    """Keep the output of a module, and those of its inputs that have a name."""
+    """Keep the output of a module, and its named inputs."""
 
     def keep(_: nn.Module, args: tuple, output: object) -> None:
         seen[name] = output[0] if isinstance(output, tuple) else output
@@ -220,7 +220,7 @@ def check_modules(icefall: Golden) -> int:
         hook(stack.bypass, seen, "out_combiner", ("", "upsample"))
     for i, other in enumerate(encoder.stacks):
         hook(other, seen, f"stack{i}_out", ("stack_in",) if i == number else ())
-    with torch.enable_grad():  # nothing is cut in pieces, which hooks would see one by one
+    with torch.enable_grad():  # so that nothing is computed in pieces, which hooks would see one by one
         encoder(*icefall.x(int(icefall["sub.utterance_index"])))
     length = len(icefall["sub.layer_in"])
     checked = 0
@@ -236,7 +236,7 @@ def check_modules(icefall: Golden) -> int:
 
 
 def as_theirs(key: str, x: Tensor, expected: Tensor) -> Tensor:
-    """Without the frames that only we have: behind the end, or because they kept the first ones."""
+    """Without the frames that only we have: after the end, or because they kept the first ones."""
     if key.startswith("embed_"):
         return x[:, :, : expected.shape[2]] if x.dim() == 4 else x[:, : expected.shape[1]]
     x = x.transpose(0, 1)
@@ -291,7 +291,7 @@ def check_state(icefall: Golden, state, name: str) -> None:
 
 
 def test_streams_equal_the_masked_reference_to_the_end(icefall):
-    """Where the reference's own streams do not, since they hear what pads the end."""
+    """The reference's own streams do not, since they attend to the padding at the end."""
     encoder = icefall.model.encoder
     for chunk, left, name in icefall.contexts("mask"):
         step = chunk * encoder.subsampling

@@ -105,7 +105,7 @@ def test_a_few_steps_teach_a_batch(tiny_model, x):
 
 
 def test_the_second_decoder_learns_from_right_to_left(tiny_model, x):
-    """With the weights of the first it has its loss for mirrored tokens, padding where it was."""
+    """With the weights of the first one, it has that one's loss for mirrored tokens, padded at the end."""
     tiny_model.reverse_decoder = copy.deepcopy(tiny_model.decoder)
     losses = {}
     for share in (0.0, 0.3, 1.0):
@@ -137,6 +137,6 @@ def test_the_losses_of_two_views_are_their_mean_and_how_far_they_are_from_each_o
 
 
 def test_times_become_the_frames_behind_them(tiny_model):
-    """A token that ends with frame 2, at 0.12 s, ends before frame 3, whatever float32 makes of the time."""
+    """A token that ends with frame 2, at 0.12 s, ends before frame 3, despite float32 rounding."""
     times = tensor([0.0, 0.001, 0.04, 0.0401, 0.12, 0.36, 3.0, 12.0])
     assert tiny_model.frames_behind(times).tolist() == [0, 1, 1, 2, 3, 9, 75, 300]

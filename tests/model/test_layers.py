@@ -7,7 +7,7 @@ from asr.model.subsampling import Subsampling
 
 
 def test_keep_takes_what_ends_at_each_length():
-    x = torch.arange(14).view(2, 7)  # 3 of the past, 4 new of which 4 and 1 count
+    x = torch.arange(14).view(2, 7)  # 3 past frames, 4 new ones, of which 4 and 1 are valid
     assert keep(x, tensor([4, 1]), 3, dim=1).tolist() == [[4, 5, 6], [8, 9, 10]]
     assert keep(x[:, :4], tensor([4, 1]), 0, dim=1).shape == (2, 0)
 

@@ -1,4 +1,4 @@
-"""A stream that looks ahead is a shift register of layers, and equals the masked whole utterance."""
+"""A stream with look-ahead is a shift register of layers, and equals the masked whole utterance."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_one_call_for_streams_that_have_come_to_different_places(tiny_encoder):
 @pytest.mark.parametrize("context", [*LIMITED, *CHUNKED])
 @pytest.mark.parametrize("frame", [4, 5, 6, 7])
 def test_the_first_frame_that_is_not_heard(tiny_encoder, context, frame):
-    """D = layers * right * chunk frames, and those to the end of the chunk that this leads to."""
+    """It sees D = layers * right * chunk frames more, and those to the end of the chunk reached."""
     encoder = tiny_encoder(num_layers=2)
     to_end = context.chunk - 1 - frame % context.chunk
     beyond = frame + 2 * context.delay + to_end + 1

@@ -102,7 +102,7 @@ def test_impossible_contexts_of_a_list_are_refused(pair):
 
 
 def test_without_look_ahead_the_contexts_are_those_that_were_always_drawn():
-    """What a generator gives must not change, or a training that is resumed would not go on as it was."""
+    """The draws of a generator must not change, or a resumed training would differ."""
     generator = torch.Generator().manual_seed(5)
     found = [tuple(draw_context(200, generator, ChunkConfig())) for _ in range(12)]
     chunked = {0: (11, 16, 0), 1: (3, 8, 0), 7: (19, -1, 0), 9: (6, 23, 0), 11: (19, -1, 0)}

@@ -1,4 +1,4 @@
-"""The segmental decoder: one segment is ordinary attention, all texts and boundaries together are certain."""
+"""The segmental decoder: one segment is ordinary attention; all texts and boundaries sum to 1."""
 
 import itertools
 from dataclasses import replace
@@ -22,14 +22,14 @@ CONFIG = SegmentalConfig(dim=16, num_layers=2, num_heads=2, ff_dim=32, length_di
 
 def tiny(num_tokens=5, **changes):
     decoder = SegmentalDecoder(replace(CONFIG, **changes), num_tokens, memory_dim=6).eval()
-    with torch.no_grad():  # decided enough for everything to matter
+    with torch.no_grad():  # peaked enough for everything to matter
         decoder.out.weight *= 3
         decoder.length.out.weight *= 3
     return decoder
 
 
 def every_path(num_frames, units):
-    """All pairs of tokens and their ends in num_frames frames; the last token may end at the last frame."""
+    """All pairs of tokens and their ends within num_frames; the last token may end at the last frame."""
     for count in range(num_frames + 1):
         for ends in itertools.combinations(range(1, num_frames + 1), count):
             for tokens in itertools.product(units, repeat=count):
@@ -43,7 +43,7 @@ def padded(rows, width):
 
 
 def loss_of(decoder, y, tokens, ends, smoothing=0.0, width=None):
-    """Of one utterance or several, y (N or 1, T, C), with lists of tokens and ends."""
+    """The loss of one or several utterances y (N or 1, T, C) with lists of tokens and ends."""
     n, width = len(tokens), width or max(map(len, tokens), default=0)
     y_lens = torch.full((n,), y.shape[1])
     lens = torch.tensor([len(x) for x in tokens])
@@ -63,7 +63,7 @@ def test_all_texts_and_boundaries_are_certain_together(num_frames, num_tokens, m
 
 
 def test_the_loss_is_that_of_the_boundaries_written_out():
-    """Step by step: each segment by itself, with the frames it hears and the lengths it has."""
+    """Step by step: each segment by itself, with its frames and its length."""
     decoder, y = tiny(), torch.randn(1, 9, 6)
     for tokens, ends in (((3, 2, 4), (1, 3, 8)), ((3, 2, 4), (2, 8, 9)), ((), ())):
         keys, values = decoder.memory(y)
@@ -108,7 +108,7 @@ def test_smoothing_spreads_over_the_tokens_that_can_be():
 
 
 def test_one_segment_is_ordinary_attention():
-    """With the same parameters, by name; what can follow is normalised in another way."""
+    """With the same parameters, by name; only the normalisation over next tokens differs."""
     decoder = tiny(max_segment_frames=20)
     ordinary = TransformerDecoder(CONFIG, 5, memory_dim=6).eval()
     missing, unexpected = ordinary.load_state_dict(decoder.state_dict(), strict=False)
@@ -125,7 +125,7 @@ def test_one_segment_is_ordinary_attention():
     units = log_probs[..., 2:] + torch.log1p(-log_probs[..., 1:2].exp())
     torch.testing.assert_close(units, all_units[..., 1:], rtol=0, atol=1e-5)
 
-    alone = loss_of(decoder, y[:1], [(3,)], [(9,)])  # U = 1, and it ends at the last frame
+    alone = loss_of(decoder, y[:1], [(3,)], [(9,)])  # U = 1, ending at the last frame
     lengths = sum(
         torch.nn.functional.softplus(decoder.length(y[0, t - 1], torch.tensor(1), torch.tensor(t)))
         for t in range(1, 9)
@@ -134,7 +134,7 @@ def test_one_segment_is_ordinary_attention():
 
 
 def test_a_token_hears_its_segment_and_no_more():
-    """The loss of the first segment does not change with frames behind it; a long one is heard at its end."""
+    """Frames after a segment do not change its loss; of a long one only the last frames count."""
     decoder = tiny(num_layers=1, length_weight=0.0)
     y = torch.randn(1, 12, 6)
     tokens, ends = [(3, 2)], [(3, 10)]
@@ -156,7 +156,7 @@ def test_gradients_reach_everything():
 
 
 def test_padding_changes_nothing():
-    """Of frames and of tokens; and utterances without tokens, without frames, or with too many tokens."""
+    """Padding of frames and of tokens; also with no tokens, no frames, or too many tokens."""
     decoder = tiny()
     y, lens = torch.randn(5, 9, 6), [9, 4, 7, 0, 2]
     tokens, ends = [(3, 2, 4), (2,), (), (), (2, 3, 4)], [(2, 5, 9), (3,), (), (), (1, 2, 3)]
@@ -259,7 +259,7 @@ def test_ends_are_odds():
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("mode", ["segmental", "segmental-simple", "segmental-label"])
 def test_what_is_found_is_as_likely_as_the_loss_says(mode, num_layers):
-    """With one layer, where what was heard before is forgotten, it is also the best there is."""
+    """With one layer, whose state does not depend on earlier audio, it is also the best."""
     encoder = ConformerConfig(dim=16, num_layers=1, num_heads=2, ff_dim=16, subsampling_channels=4)
     model = build_model(
         FbankConfig(num_bins=16), encoder, replace(CONFIG, num_layers=num_layers), LossConfig(), 4

@@ -39,7 +39,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def gradient_through(module: Any, x: Tensor, grad: Tensor) -> Tensor:
-    """What arrives at x; forward, x is what it was."""
+    """The gradient at x; the forward pass leaves x unchanged."""
     x = x.clone().requires_grad_()
     y = module(x)
     assert torch.equal(y, x)
@@ -90,7 +90,7 @@ def test_limited_parameters_and_penalised_values_are_those_of_the_reference(refe
 
 
 def test_schedules_are_those_of_the_reference(reference):
-    """Its corners are where its values bend; between them and behind them it is as the others say."""
+    """Corners are where the slope of the table changes; all other values must follow from them."""
     rows = reference[1]["scheduled_float.table"].tolist()
     slopes = [(d - b) / (c - a) for (a, b), (c, d) in itertools.pairwise(rows)]
     bends = [abs(b - a) > 1e-9 * max(abs(a), abs(b)) for a, b in itertools.pairwise(slopes)]
@@ -108,7 +108,7 @@ def test_a_schedule_is_constant_in_front_of_its_points_and_behind_them():
 
 
 def difference(penalty: Any, x: Tensor) -> Tensor:
-    """The gradient of a penalty, from differences of its values."""
+    """The gradient of a penalty by finite differences."""
     gradient = torch.zeros_like(x)
     for index in np.ndindex(*x.shape):
         ends = [x.clone(), x.clone()]
@@ -120,7 +120,7 @@ def difference(penalty: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("channel_dim", [-1, 1])
 def test_a_balancer_adds_the_gradient_of_its_penalty(channel_dim):
-    """The first channel is too small, the second seldom positive, the third is well."""
+    """The first channel is too small, the second rarely positive, the third within limits."""
     x = torch.randn(7, 3).double() * torch.tensor([0.01, 1, 1]) - torch.tensor([0, 2, 0])
     x = x[:, :, None].repeat(1, 1, 2) * torch.tensor([1.0, 1.1]) if channel_dim == 1 else x
     limits = (mean_over_std(0.2), mean_over_std(0.8), rms_of_abs(0.1), rms_of_abs(10.0))

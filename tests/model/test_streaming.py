@@ -1,4 +1,4 @@
-"""Encoding chunk by chunk equals encoding at once, whatever the chunk, the context and the company.
+"""Encoding chunk by chunk equals encoding the whole, for any chunk, context and batch.
 
 `any_encoder` is each of ENCODERS in turn; chunks are in its units.
 """
@@ -34,7 +34,7 @@ def in_units(encoder, chunk, left=-1, right=0):
 
 
 def overlapping(encoder, units):
-    """The feature frames of a call that goes on, of so many chunk units."""
+    """The number of feature frames in a call of so many chunk units that is not the last."""
     return units * encoder.chunk_unit * encoder.subsampling + encoder.overlap_frames
 
 
@@ -46,7 +46,7 @@ def test_streaming_equals_masked_full_context(any_encoder, stream, chunk, left):
     x, x_lens = (
         torch.randn(3, 203, 16),
         tensor([203, 150, 17]),
-    )  # the last chunk is short, for each differently
+    )  # the last chunk is short, of a different length for each
     whole, y_lens, _ = encoder(x, x_lens, None, *context)
     parts, _ = stream(encoder, x, x_lens, context)
     close(parts, whole)
@@ -140,7 +140,7 @@ def test_a_stream_may_run_for_a_month(tiny_encoder):
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_nothing_beyond_the_chunk_is_heard(any_encoder, chunk):
-    """Nor beyond the frames that overlap."""
+    """Nor anything beyond the overlapping frames."""
     encoder = any_encoder()
     context = in_units(encoder, chunk)
     last, num = overlapping(encoder, 2 * chunk), overlapping(encoder, 4 * chunk)

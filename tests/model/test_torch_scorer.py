@@ -1,4 +1,4 @@
-"""The model as the searches see it: what a step gives is what scoring gives, alone and in any batch."""
+"""The model as the searches see it: steps agree with scoring, alone and in any batch."""
 
 import copy
 
@@ -17,7 +17,7 @@ LENGTHS = (16000, 5000, 0, 60, 11111)
 
 @pytest.fixture
 def scorer(tiny_model):
-    with torch.no_grad():  # decided enough for searches to differ, and likely to end
+    with torch.no_grad():  # peaked enough for searches to differ, and likely to end
         tiny_model.ctc.weight.mul_(8)
         tiny_model.decoder.out.weight.mul_(4)
         tiny_model.decoder.out.bias[1] -= 3
@@ -45,7 +45,7 @@ def test_a_padded_batch_changes_nothing(scorer, waves, context):
 
 
 def test_steps_equal_scoring(scorer, waves):
-    """Hypotheses that are repeated, dropped and reordered on the way keep their own tokens and utterance."""
+    """Hypotheses repeated, dropped and reordered on the way keep their own tokens and utterance."""
     _, memory = scorer.encode(waves)
     state, last = scorer.start(memory, np.array([0, 1, 4])), np.array([1, 1, 1])
     texts, values = [[], [], []], [[], [], []]
@@ -105,7 +105,7 @@ def test_every_mode_runs_and_does_not_depend_on_the_batch(scorer, waves, mode):
 def test_the_model_keeps_its_mode_and_trains_on(scorer, waves):
     scorer.model.train()
     dropped = [decode(scorer, "joint", waves[:1], SearchConfig(beam=2)) for _ in range(2)]
-    assert dropped[0] == dropped[1]  # no dropout while it decodes
+    assert dropped[0] == dropped[1]  # no dropout while decoding
     assert scorer.model.training
     x, x_lens = scorer.model.features(torch.randn(1, 8000), torch.tensor([8000]))
     loss = scorer.model(x, x_lens, torch.tensor([[2, 3]]), torch.tensor([2]))

@@ -1,4 +1,4 @@
-"""WeNet's encoder streams as ours does, its checkpoints load strictly; its numbers: test_golden_wenet.py."""
+"""WeNet's encoder streams like ours, its checkpoints load strictly; its values: test_golden_wenet.py."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def close(actual, expected, atol=1e-5):
 
 
 def stream(encoder, x, x_lens, chunk, left, chunks_per_call=1):
-    """Overlapping calls of `chunks_per_call` chunks, the last as long as what is left."""
+    """Overlapping calls of `chunks_per_call` chunks; the last one takes what is left."""
     frames = chunk * chunks_per_call
     step = frames * encoder.subsampling
     state, parts = encoder.init_state(len(x), max(left, 0) * chunk), []
@@ -150,7 +150,7 @@ def test_a_decoder_with_sinusoids_steps_as_it_is_taught(steps):
         parts.append(logits)
     close(torch.cat(parts, dim=1), whole)
     repeated = decoder(tensor([[9, 9, 9]]), *(x[:1] for x in memory), y_lens[:1]).logits
-    assert (repeated[:, 1] - repeated[:, 2]).abs().max() > 1e-3  # by its position alone
+    assert (repeated[:, 1] - repeated[:, 2]).abs().max() > 1e-3  # they differ only by position
 
 
 def test_a_decoder_of_odd_size_is_refused():

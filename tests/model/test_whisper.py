@@ -1,4 +1,4 @@
-"""Whisper's encoder: windows of one length, all of which counts."""
+"""Whisper's encoder: windows of a fixed length, without masking."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""A Zipformer streams as it is masked, padding changes nothing, and training follows its schedules.
+"""A Zipformer's stream equals its masked form, padding changes nothing, and training follows its schedules.
 
-Its numbers: test_golden_zipformer.py.
+Its values: test_golden_zipformer.py.
 """
 
 from dataclasses import fields, replace
@@ -39,7 +39,7 @@ SIZES = {
 
 def tiny(**changes) -> Zipformer:
     encoder = Zipformer(ZipformerConfig(**SIZES | changes), NUM_BINS).eval()
-    with torch.no_grad():  # as it starts, a layer adds next to nothing
+    with torch.no_grad():  # initially a layer adds next to nothing
         for parameter in encoder.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return encoder
@@ -50,7 +50,7 @@ def close(actual, expected, atol=1e-5):
 
 
 def stream(encoder, x, x_lens, chunk, left, chunks_per_call=1, wrap=int):
-    """Overlapping calls of `chunks_per_call` chunks until all is out; frames of each, zero behind the end."""
+    """Overlapping calls of `chunks_per_call` chunks until all is out; frames of each, zero after the end."""
     step = chunk * chunks_per_call * encoder.subsampling
     x = nn.functional.pad(x, (0, 0, 0, step + encoder.overlap_frames), value=9.0)
     state, parts = encoder.init_state(len(x), max(left, 0) * chunk), []
@@ -138,7 +138,7 @@ def test_an_utterance_is_the_same_alone_and_in_a_batch(causal, chunk, left):
     if chunk and not causal:
         return
     encoder = tiny(causal=causal)
-    x, x_lens = torch.randn(5, 90, NUM_BINS), tensor([90, 57, 33, 9, 8])  # the last is nothing
+    x, x_lens = torch.randn(5, 90, NUM_BINS), tensor([90, 57, 33, 9, 8])  # the last gives no frame
     x[1, 57:] = torch.nan
     y, y_lens, _ = encoder(x, x_lens, None, chunk, left)
     assert y_lens.tolist() == [21, 13, 7, 1, 0]
@@ -205,7 +205,7 @@ def test_the_future_beyond_a_chunk_is_not_heard():
     encoder = tiny()
     x, x_lens = torch.randn(1, 131, NUM_BINS), tensor([131])
     changed = x.clone()
-    changed[:, 64 + 13 :] += 1  # behind all that two chunks of 8 frames hear
+    changed[:, 64 + 13 :] += 1  # after all that two chunks of 8 frames see
     y, changed_y = (encoder(frames, x_lens, None, 8)[0] for frames in (x, changed))
     close(changed_y[:, :16], y[:, :16], atol=0)
     assert (changed_y[:, 16] - y[:, 16]).abs().max() > 1e-4
@@ -213,13 +213,13 @@ def test_the_future_beyond_a_chunk_is_not_heard():
     changed[:, 64 + 12] += 1
     changed_y = encoder(changed, x_lens, None, 8)[0]
     close(changed_y[:, :8], y[:, :8], atol=0)
-    assert (changed_y[:, 8] - y[:, 8]).abs().max() > 1e-5  # a chunk is heard to its end
+    assert (changed_y[:, 8] - y[:, 8]).abs().max() > 1e-5  # a frame sees its chunk to the end
 
 
 @needs_no_grad
 @pytest.mark.parametrize("causal", [False, True])
 def test_pieces_are_the_whole(causal):
-    """Without gradients it is computed piece by piece: more than one of the front and of attention."""
+    """Without gradients it is computed in pieces: several for the front end and for attention."""
     encoder, lens = tiny(causal=causal), tensor([437, 303])
     x = torch.randn(2, 437, NUM_BINS)
     chunk, left = (8, 2) if causal else (0, -1)
@@ -240,7 +240,7 @@ def test_the_left_context_ends():
     x, x_lens = torch.randn(1, 400, NUM_BINS), tensor([400])
     changed = x.clone()
     changed[:, :32] += 1
-    for left, end in ((0, 16), (1, 8 * (2 + 3 * 3))):  # a layer attends to what it attended to, three times
+    for left, end in ((0, 16), (1, 8 * (2 + 3 * 3))):  # the context adds up over three layers
         y, changed_y = (encoder(frames, x_lens, None, 8, left)[0] for frames in (x, changed))
         close(changed_y[:, end:], y[:, end:], atol=0)
     assert (changed_y - y)[:, 16:24].abs().max() > 1e-5

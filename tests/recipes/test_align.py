@@ -1,4 +1,4 @@
-"""asr align: every unit of every text has its time, and what cannot be aligned is listed and left out."""
+"""asr align: every unit of every text gets its time; what cannot be aligned is listed and left out."""
 
 import json
 import random
@@ -30,7 +30,7 @@ RATES = [16000, 8000, 16000, 16000, 16000]
 
 @pytest.fixture(params=[DecoderConfig])
 def exp(request, tmp_path):
-    """An experiment whose tiny model was never trained."""
+    """An experiment with a tiny untrained model."""
     torch.manual_seed(1)
     folder = tmp_path / "exp"
     tokenizer = train_tokenizer(TEXTS, "char", 0, folder / "tokens")
@@ -50,7 +50,7 @@ def exp(request, tmp_path):
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Noise with texts; one of 8 kHz, one without text."""
+    """Noise with texts; one utterance at 8 kHz, one without text."""
     cuts = []
     for n, (text, seconds, rate) in enumerate(zip(TEXTS, SECONDS, RATES, strict=True)):
         path = tmp_path / f"{n}.wav"

@@ -1,4 +1,4 @@
-"""`asr bench --latency`: a line a setting, a file with all of it, and what is not possible."""
+"""`asr bench --latency`: one line per setting, a file with everything, and what is refused."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 @pytest.fixture
 def bundle(tiny_bundles: Path, tmp_path: Path) -> Path:
-    """The tiny bundle with a lexicon, so that it can spell, and align, words of its letters."""
+    """The tiny bundle with a lexicon, so that it can align words of its letters."""
     folder = shutil.copytree(tiny_bundles / "cpu-fp32", tmp_path / "bundle")
     words = {word for text in texts(folder) for word in text.split()} | {"ab"}
     lines = [f"{word} {' '.join(word)}\n" for word in sorted(words) if set(word) <= set("abcdefghijklmnop")]
@@ -43,7 +43,7 @@ def sounds() -> list:
 
 
 def texts(folder: Path) -> list[str]:
-    """What the bundle hears in each of the sounds."""
+    """The bundle's text for each recording."""
     found = []
     for sound in sounds():
         stream = Stream(Bundle.load(folder))

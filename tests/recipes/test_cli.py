@@ -1,4 +1,4 @@
-"""The front door: every verb explains itself, and each kind of end has its exit status."""
+"""The command line: every verb has its help, and every kind of exit its status."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[2]
 
 @pytest.fixture
 def verb(monkeypatch):
-    """A function that registers another as the verb `knead`, in a module of its own."""
+    """A function that registers a function as the verb `knead`, in a module of its own."""
 
     def register(function):
         module = ModuleType("recipes.knead")

@@ -1,4 +1,4 @@
-"""asr decode: what it writes, what it prints, and how it goes on past what it cannot read."""
+"""asr decode: what it writes, what it prints, and how it continues after what it cannot read."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ SECONDS = [0.9, 0.3, 1.2, 0.3]
 
 @pytest.fixture
 def exp(tmp_path):
-    """An experiment whose tiny model was never trained, but has something to say."""
+    """An experiment with a tiny untrained model that produces some text."""
     torch.manual_seed(1)
     folder = tmp_path / "exp"
     tokenizer = train_tokenizer(TEXTS, "char", 0, folder / "tokens")
@@ -46,7 +46,7 @@ def exp(tmp_path):
         model.ctc.weight.mul_(8)
         model.ctc.bias[1] = -30.0  # no CTC emits sos/eos after training
         model.decoder.out.weight.mul_(4)
-        model.decoder.out.bias[1] = -2.0  # or the likeliest answer would be the empty one
+        model.decoder.out.bias[1] = -2.0  # or the best text would be the empty one
     safetensors.torch.save_file(model.state_dict(), folder / "average.safetensors")
     return folder
 

@@ -38,7 +38,7 @@ def asr(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 def experiment(
     tiny_model: HybridModel, tiny_bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """The tiny model as an experiment, whose export was made before."""
+    """The tiny model as an experiment that is already exported."""
     path = tmp_path / "exp" / "tiny"
     (path / "tokens").mkdir(parents=True)
     (path / "tokens" / "tokens.txt").write_bytes((tiny_bundles / "tokens.txt").read_bytes())
@@ -169,7 +169,7 @@ def test_a_graph_that_is_not_the_model_is_not_written(asr, experiment: Path, mon
 
 
 def test_verify_compares_three_ways(asr, experiment: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(verify, "MAX_UNITS", 100.0)  # random weights are not sure of anything
+    monkeypatch.setattr(verify, "MAX_UNITS", 100.0)  # random weights are never certain
     assert asr("export", experiment)[0] == 0
     status, out, err = asr("verify", experiment, manifest, "--utterances", 2, "--searches")
     assert (status, err) == (0, "")

@@ -1,4 +1,4 @@
-"""asr prepare: what it prints, what it writes, what it leaves out, and how it refuses."""
+"""asr prepare: what it prints, what it writes, what it leaves out, and what it refuses."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`asr transcribe --vad`: the journal and the bar, with loudness in the place of silero-vad."""
+"""`asr transcribe --vad`: the journal and the progress bar, with loudness in place of silero-vad."""
 
 import io
 import json
@@ -26,7 +26,7 @@ Asr = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def calls(loud_voice: type, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Batches that were decoded."""
+    """The batches that were decoded."""
     found: list[object] = []
     monkeypatch.setattr(recording, "VoiceActivity", loud_voice)
     monkeypatch.setattr(recording, "BATCH_S", 4.0)
@@ -111,7 +111,7 @@ def test_after_a_crash_the_same_command_goes_on(
 def test_after_a_kill_the_same_command_goes_on(
     asr: Asr, talk: Path, tmp_path: Path, tiny_bundles: Path, calls: list[object]
 ):
-    """SIGKILL while the third batch is decoded; a child, so that it is real."""
+    """SIGKILL while the third batch is decoded, in a child process, so that it is real."""
     assert asr(talk, "--vad", "-o", tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     child = os.fork()

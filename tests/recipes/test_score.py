@@ -1,4 +1,4 @@
-"""asr score: the numbers, the tables, what is counted as what, and how it refuses."""
+"""asr score: the numbers, the tables, what counts as which error, and what is refused."""
 
 import json
 

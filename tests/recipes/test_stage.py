@@ -1,4 +1,4 @@
-"""A run.sh made of `recipes/stage.sh`: which stages run, and how its variables become options."""
+"""A run.sh that sources `recipes/stage.sh`: which stages run, and how its variables become options."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""asr tokenizer: what it reads, what it writes, and how it refuses."""
+"""asr tokenizer: what it reads, what it writes, and what it refuses."""
 
 import gzip
 import json

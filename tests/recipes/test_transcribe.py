@@ -37,7 +37,7 @@ def asr(tiny_bundles: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three sound files, one of them below, and one that is none."""
+    """Three audio files, one of them in a subfolder, and one other file."""
     sound = made_sound(9.0, 16000)
     path = tmp_path / "sounds"
     (path / "below").mkdir(parents=True)
@@ -219,7 +219,7 @@ def test_partial_texts_are_lines_where_a_file_is_played_without_a_terminal(
 
 
 class FakeMicrophone:
-    """asr.microphone, with sound of its own; the user interrupts at the end."""
+    """A stand-in for asr.microphone with its own audio; the user interrupts at the end."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ def test_a_microphone_that_is_pulled_out_leaves_what_was_said_and_is_told(
 
 @pytest.mark.parametrize("lag_s", [0.0, 3.0])
 def test_every_loss_of_a_microphone_is_told(lag_s: float, monkeypatch: pytest.MonkeyPatch, capsys):
-    """At once, or together with others when the last complaint is long enough ago, or at the end."""
+    """At once, or together with others when enough time has passed since the last message, or at the end."""
     clock = [0.0]
     monkeypatch.setattr(sources.time, "monotonic", lambda: clock[0])
     complaints = Complaints()

@@ -42,8 +42,8 @@ def speech(speech_data: Path) -> list[Floats]:
 
 @pytest.fixture(scope="session")
 def writes_as_torch(speech_data: Path) -> Callable[[TorchScorer, Bundle, str, SearchConfig], None]:
-    """Whether streams of a bundle hear in 100 real utterances, token for token, what torch does in the same
-    chunks; 1.25 seconds of each."""
+    """Asserts that streams of a bundle give the same tokens as torch in the same chunks, for 1.25 seconds of
+    100 real utterances."""
     paths = sorted((speech_data / "librispeech_mini").rglob("*.opus"))[::13][:100]
     assert len(paths) == 100
     never = EndpointConfig(trailing_s=1e6, silence_s=1e6, max_s=1e6)

@@ -32,7 +32,7 @@ def test_streams_that_join_and_leave_are_what_they_are_alone(
     batch = StreamBatch(float32, config)
     streams, events, sent = {}, {n: [] for n in range(4)}, [0] * 4
     for time in range(200):
-        if time in (0, 3, 17):  # the fourth joins with the third
+        if time in (0, 3, 17):  # the fourth joins together with the third
             for n in {0: [0], 3: [1], 17: [2, 3]}[time]:
                 streams[n] = batch.join()
         blocks = {}
@@ -94,7 +94,7 @@ def test_no_streams_are_no_error(float32: Bundle):
 
 
 def test_company_changes_eight_bits_slightly_at_most(int8: Bundle, sounds: list[Floats]):
-    """Streams of one call share the scales of activations. Probabilities move by a per cent or so."""
+    """Streams of one call share the scales of activations: probabilities change by about a per cent."""
     scorer = OnnxScorer(int8)
     loud = made_sound(1.0, 16000) * 3
     windows = np.stack([x[: 31 * 160 + 400] for x in (*sounds[:3], loud)])

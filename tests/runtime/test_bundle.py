@@ -18,7 +18,7 @@ from asr.runtime.onnx_scorer import OnnxScorer
 
 @pytest.fixture
 def copy(tiny_bundles: Path, tmp_path: Path) -> Path:
-    """A bundle that may be damaged."""
+    """A copy of a bundle that tests may damage."""
     return Path(shutil.copytree(tiny_bundles / "cpu-fp32", tmp_path / "bundle"))
 
 
@@ -28,7 +28,7 @@ def edit(folder: Path, **values: object) -> None:
 
 
 def list_again(folder: Path, name: str) -> None:
-    """Make model.json believe in a changed file."""
+    """Write the hash of a changed file to model.json."""
     info = read_info(folder)
     dataclasses.replace(info, files=info.files | {name: hash_file(folder / name)}).write(folder)
 

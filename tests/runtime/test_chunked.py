@@ -1,4 +1,4 @@
-"""A chunked decoder from a bundle: what torch finds, at once and as a stream."""
+"""A chunked decoder in a bundle: the same as in torch, offline and as a stream."""
 
 import copy
 import shutil
@@ -63,7 +63,7 @@ def test_the_graphs_find_what_torch_finds(model, bundle, sound):
 @pytest.mark.parametrize("right", [0, 1])
 @pytest.mark.parametrize("block", [4000, 48000])
 def test_a_stream_says_what_is_found_at_once(bundle, sound, block, right):
-    """And says the beginning of it before the end."""
+    """And shows the start of it before the end."""
     (nbest,) = decode(OnnxScorer(bundle), "chunked", [sound[:48000]], SEARCH, Context(CHUNK, LEFT, right))
     never = EndpointConfig(trailing_s=100, silence_s=100, max_s=100)
     config = StreamConfig(

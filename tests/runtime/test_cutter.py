@@ -1,4 +1,4 @@
-"""Pieces of recordings: nothing that is spoken is lost, whatever the pauses are."""
+"""Pieces of recordings: no speech is lost, whatever the pauses."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ RATE, WINDOW, UNIT = 16000, 512, 640
 def cut(
     samples: Floats, speech: list[float], config: CutConfig, block: int = 16000
 ) -> tuple[list[Piece], int]:
-    """The pieces, and the most samples that were held."""
+    """The pieces, and the largest number of samples held."""
     cutter, pieces, held, given = Cutter(config, RATE, WINDOW, UNIT), [], 0, 0
     for start in range(0, len(samples), block):
         there = min(start + block, len(samples)) // WINDOW
@@ -26,14 +26,14 @@ def cut(
 
 
 def made(*parts: tuple[float, float]) -> tuple[Floats, list[float]]:
-    """(seconds, probability of speech) in a row, as noise that is as loud as it is probable."""
+    """(seconds, probability of speech) in a row, as noise whose loudness is that probability."""
     speech = [p for seconds, p in parts for _ in range(round(seconds * RATE / WINDOW))]
     loudness = np.repeat(np.array(speech) + 0.01, WINDOW)
     return (np.random.default_rng(0).normal(0, 0.1, len(loudness)) * loudness).astype(np.float32), speech
 
 
 def random_speech(seed: int) -> tuple[Floats, list[float]]:
-    """Two minutes of stretches and pauses of all lengths, with doubtful windows in both."""
+    """Two minutes of speech and pauses of all lengths, with uncertain windows in both."""
     random = np.random.default_rng(seed)
     longest_s, pause_s = random.choice([0.5, 3.0, 40.0]), random.choice([0.05, 0.4, 4.0])
     parts: list[tuple[float, float]] = []
@@ -59,7 +59,7 @@ def test_all_speech_is_in_a_piece_and_every_moment_of_it_is_of_one(seed: int, ma
         owners[first : end if math.isinf(piece.own_to_s) else round(RATE * piece.own_to_s)] += 1
     spoken = np.repeat(np.array(speech) >= config.begins, WINDOW)
     assert owners[spoken].min(initial=1) == 1
-    # pauses of two pieces may overlap by the rest to a whole encoder frame
+    # pauses of two pieces may overlap by what completes an encoder frame
     twice = np.flatnonzero(owners > 1)
     assert len(twice) < UNIT * len(pieces)
     assert owners.max(initial=0) <= 2

@@ -1,6 +1,6 @@
-"""Bundles and streams of every encoder that can stream, beside Conformer, of which the other tests are.
+"""Bundles and streams of every streaming encoder but Conformer, which the other tests use.
 
-Two of them must be given the end of a call again, and two need silence behind the last one.
+Two of them need the end of a call again in the next one, and two need silence after the last call.
 """
 
 from dataclasses import replace
@@ -126,7 +126,7 @@ def test_events_do_not_depend_on_how_the_samples_arrive(bundle: Bundle, sound: F
 
 
 def test_the_last_word_is_never_lost(scorers: tuple[TorchScorer, OnnxScorer], bundle: Bundle, sound: Floats):
-    """Also where nothing but the overlap, or less than a frame, is left behind the last whole chunk."""
+    """Also where only the overlap, or less than a frame, is left after the last whole chunk."""
     for num_samples in [1, 480, 1000, 1040, 5120, 5600, 5760, *range(10720, 11520, 80), 20000]:
         samples = sound[30000 : 30000 + num_samples]
         expected = decode(

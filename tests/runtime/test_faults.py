@@ -1,4 +1,4 @@
-"""Bad models and bad company: what tests/runtime/test_bundle.py and test_stream.py do not hold yet."""
+"""Bad models and bad neighbours in a batch: what test_bundle.py and test_stream.py do not cover."""
 
 import dataclasses
 import gc
@@ -24,12 +24,12 @@ CONFIG = StreamConfig(mode="ctc-greedy", chunk_ms=160)
 
 @pytest.fixture
 def copy(tiny_bundles: Path, tmp_path: Path) -> Path:
-    """A bundle that may be damaged."""
+    """A copy of a bundle that tests may damage."""
     return Path(shutil.copytree(tiny_bundles / "cpu-fp32", tmp_path / "bundle"))
 
 
 def put(folder: Path, name: str, graph: Path | onnx.ModelProto) -> str:
-    """Put a graph in a bundle, with its hash in model.json, and open it: what is said of it."""
+    """Put a graph in a bundle, with its hash in model.json, and open it: the error."""
     path = folder / f"{name}.onnx"
     if isinstance(graph, Path):
         path.write_bytes(graph.read_bytes())
@@ -84,7 +84,7 @@ def test_a_sample_rate_that_is_none_is_refused(copy: Path, sample_rate: int):
 
 
 def test_sound_is_resampled_to_what_the_model_hears(copy: Path, tmp_path: Path, capsys):
-    """A model of 8 kHz, as far as the runtime is concerned; its frames are then twice as long."""
+    """A model for 8 kHz, as far as the runtime knows; its frames are then twice as long."""
     about = json.loads((copy / "model.json").read_text())
     about["features"]["sample_rate"] = 8000
     (copy / "model.json").write_text(json.dumps(about))
@@ -119,7 +119,7 @@ def test_a_thousand_streams_dropped_in_the_middle_leave_nothing(float32: Bundle,
 
 
 def test_a_stream_that_hears_nothing_for_minutes_goes_on_where_it_was(float32: Bundle, sound: Floats):
-    """No clock but samples: others of its batch are heard for minutes meanwhile."""
+    """Only samples count as time: meanwhile others of its batch run for minutes."""
     alone = Stream(float32, CONFIG)
     expected = alone.accept(sound[:50000]) + alone.accept(sound[50000:]) + alone.finish()
     batch = StreamBatch(float32, CONFIG)
@@ -128,7 +128,7 @@ def test_a_stream_that_hears_nothing_for_minutes_goes_on_where_it_was(float32: B
     for n in range(24):
         blocks = {busy: made_sound(5.0, 16000)}
         if n % 2:
-            blocks[idle] = sound[:0]  # a block without samples is none
+            blocks[idle] = sound[:0]  # a block without samples
         assert idle not in (told := batch.accept(blocks)) or told[idle] == []
     assert busy.duration_s - idle.duration_s == 120.0
     events += batch.accept({idle: sound[50000:]})[idle] + batch.finish([idle])[idle]

@@ -14,7 +14,7 @@ from asr.runtime.framing import Framer
 
 
 def frames_of(framer: Framer, fbank: Fbank | NemoFbank, most: int = 1000) -> torch.Tensor:
-    """The features of all frames that are ready, taken at most `most` at a time."""
+    """The features of all frames that are ready, at most `most` at a time."""
     parts = [torch.zeros(0, fbank.config.num_bins)]
     while num_frames := min(framer.ready(), most):
         parts.append(fbank.frames(torch.from_numpy(framer.take(num_frames))[None])[0])

@@ -50,7 +50,7 @@ def test_real_speech_too(scorers: tuple[TorchScorer, OnnxScorer], float32: Bundl
     "field", ["frames", *(f"{x}.1" for x in ("keys", "values", "conv", "pending", "queries")), "offset"]
 )
 def test_every_field_of_the_state_is_heard(float32: Bundle, sound: Floats, field: str):
-    """Or the tests above could pass with a state that nobody reads."""
+    """Otherwise the tests above could pass with an unused state."""
     scorer = OnnxScorer(float32)
     context = Context(8, 2, 1)
     framer, state = scorer.framer(), scorer.init_state(context)
@@ -139,7 +139,7 @@ def test_torch_and_onnx_agree_on_no_frames(scorers: tuple[TorchScorer, OnnxScore
 def test_both_directions_score_the_same_in_torch_and_onnx(
     scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
 ):
-    """Several utterances and lengths; the second decoder is asked in the order of the tokens."""
+    """Several utterances and lengths; the second decoder gets the tokens in their order."""
     hypotheses, owner = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (3, 9), (5,), ()], np.array([0, 1, 1, 0, 1, 2, 2])
     answers = []
     for scorer in scorers:
@@ -179,7 +179,7 @@ def test_memory_grows_as_frames_arrive_and_can_be_seen_as_it_was(
         grown = None
         for part in (ys[:0], ys[:7], ys[7:8], ys[8:20]):
             grown = scorer.grow(grown, part)
-            if grown is not None and len(part) == 1:  # asked for something on the way
+            if grown is not None and len(part) == 1:  # evaluated on the way
                 scorer.step(scorer.start(grown, np.array([0])), np.array([1]), 3)
         seen, tokens = scorer.view(memory, 1, 20), np.array([[1, 5, 6]])
         expected, found = (scorer.step(scorer.start(m, np.array([0])), tokens, 5) for m in (seen, grown))
@@ -192,7 +192,7 @@ def test_memory_grows_as_frames_arrive_and_can_be_seen_as_it_was(
 def test_hypotheses_of_several_utterances_share_what_they_hear(
     scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
 ):
-    """In any order, as many of each or not: what each says is what it says alone, and states stay apart."""
+    """In any order and number: each gives the same as alone, and states stay separate."""
     _, scorer = scorers
     _, memory = scorer.encode([sound, sound[:20000], sound[:60], sound[30000:60000]])
     for owners in ([0, 0, 0], [0, 0, 3, 3], [3, 0, 1], [1, 0, 0, 3, 1, 0], [2, 0, 2, 1], [3, 3, 1]):
@@ -224,7 +224,7 @@ def test_what_one_utterance_hears_is_not_copied(scorers: tuple[TorchScorer, Onnx
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_drafts_are_checked_as_steps_are(scorers: tuple[TorchScorer, OnnxScorer], speech, count: int):
-    """In torch and in ONNX: several tokens at once, a state that is cut back, and the greedy search."""
+    """In torch and in ONNX: several tokens at once, a truncated state, and the greedy search."""
     samples = [*speech, speech[0][:30000], speech[1][:8000]][:count]
     config = SearchConfig(beam=1, ctc_weight=0.0)
     for scorer in scorers:

@@ -1,4 +1,4 @@
-"""The decoder writes while somebody speaks: partial texts that only grow, whatever the pieces."""
+"""The decoder commits text during speech: partial texts only grow, whatever the pieces."""
 
 import itertools
 from dataclasses import replace
@@ -35,7 +35,7 @@ def test_partial_texts_only_grow_into_the_final_one(
     config = StreamConfig(mode=mode, chunk_ms=320, search=SEARCH, endpoint=NO_ENDPOINTS)
     events = run(bundle, sound, config, 5000)
     assert [event.final for event in events] == [False] * (len(events) - 1) + [True]
-    assert len(events) > 1 or mode == "edatt"  # no attention of random weights is on so few frames
+    assert len(events) > 1 or mode == "edatt"  # attention of random weights is never on so few frames
     for event, following in itertools.pairwise(events):
         assert following.text.startswith(event.text)
         assert " ".join(word.word for word in following.words) == following.text
@@ -56,7 +56,7 @@ def test_utterances_follow_each_other_and_each_only_grows(float32: Bundle, sound
 
 @pytest.mark.parametrize("mode", ["alignatt", "triggered"])
 def test_a_larger_look_ahead_writes_no_earlier_on_the_whole(float32: Bundle, sound: Floats, mode: str):
-    """Letters shown, summed over all chunks."""
+    """By the number of letters shown, summed over all chunks."""
     sums = []
     for search in (SEARCH, replace(SEARCH, margin_frames=1000, recent_share=0.0, trigger_frames=1000)):
         config = StreamConfig(mode=mode, chunk_ms=320, search=search, endpoint=NO_ENDPOINTS)

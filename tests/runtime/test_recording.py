@@ -1,4 +1,4 @@
-"""Long recordings, on the tiny model, with something that hears loudness in the place of silero-vad."""
+"""Long recordings, on the tiny model, with a loudness detector in place of silero-vad."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -44,7 +44,7 @@ def utterances() -> list[Floats]:
 
 @pytest.fixture(scope="module")
 def joined(utterances: list[Floats]) -> Floats:
-    """The utterances with three seconds of silence behind each."""
+    """The utterances, each followed by three seconds of silence."""
     return np.concatenate([part for x in utterances for part in (x, np.zeros(48000, np.float32))])
 
 
@@ -113,8 +113,8 @@ WORD_S = 0.37
 
 
 class Oracle:
-    """In the place of `decode`: hears a word in every WORD_S of a recording, if it is whole in the piece, and
-    says when by the frame; where its edge is heard, it says another word."""
+    """Replaces `decode`: finds a word in every WORD_S of a recording that is whole in the piece, with its
+    frame; where the piece cuts it, another word."""
 
     def __init__(self, joined: Floats) -> None:
         self.joined = joined

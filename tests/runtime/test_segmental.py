@@ -1,4 +1,4 @@
-"""A segmental decoder as ONNX graphs: the same as in torch, at once and as a stream."""
+"""A segmental decoder as ONNX graphs: the same as in torch, offline and as a stream."""
 
 import copy
 from pathlib import Path
@@ -33,7 +33,7 @@ NO_ENDPOINTS = EndpointConfig(trailing_s=1e6, silence_s=1e6, max_s=1e6)
 
 @pytest.fixture(scope="module")
 def model(tiny_model: HybridModel) -> HybridModel:
-    """The encoder of `tiny_model`, and a segmental decoder that says something every few frames."""
+    """The encoder of `tiny_model`, and a segmental decoder that emits a token every few frames."""
     model = copy.copy(tiny_model)
     model._modules = dict(tiny_model._modules)
     config = SegmentalConfig(dim=32, num_layers=1, num_heads=2, ff_dim=64, max_segment_frames=6, length_dim=8)
@@ -94,7 +94,7 @@ def test_lengths_are_the_same_in_torch_and_onnx(
 def test_hypotheses_of_several_states_are_what_they_were(
     scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
 ):
-    """Joined in another order, and hearing frames that were not there when they began."""
+    """Joined in another order, with frames that were not there when they began."""
     window = Window(np.array([0, 9, 4]), np.array([6, 12, 5]))
     answers = []
     for scorer in scorers:
@@ -156,7 +156,7 @@ def test_a_stream_writes_while_it_hears(bundles: Path, sound: Floats, mode: str,
 
 
 def test_the_harm_of_the_length_model_is_known(bundles: Path, sound: Floats):
-    """It says where segments end, so a mode that searches them can be spoiled by it alone."""
+    """It decides where segments end, so by itself it can spoil a segmental mode."""
     folder = bundles / "cpu-fp32"
     graphs = {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
     hearing = BundleHearing(Bundle.load(folder), [Utterance("made", sound, "")], ["segmental-simple"])

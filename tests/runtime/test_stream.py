@@ -62,7 +62,7 @@ def test_without_endpoints_a_stream_says_what_decoding_says(
 
 @pytest.mark.parametrize("right", [0, 1])
 def test_the_last_word_is_never_lost(float32: Bundle, sound: Floats, right: int):
-    """Whatever the length: the frames of the mirrored end are decoded as they are at once."""
+    """For any length: the frames of the mirrored end are decoded as offline."""
     config = StreamConfig(mode="ctc-greedy", chunk_ms=640, look_ahead=right, endpoint=NO_ENDPOINTS)
     scorer, context = OnnxScorer(float32), Context(16, 4, right)
     for num_samples in [1, 79, 80, 200, 320, 1000, 10119, 10120, 10121, 10240, 10400, 20000]:
@@ -91,7 +91,7 @@ def test_utterances_follow_each_other(float32: Bundle):
         assert event.start_s < event.end_s <= following.start_s
         assert event.end_s - event.start_s <= 5.0
     whole = run(float32, samples, replace(GREEDY, endpoint=NO_ENDPOINTS), [1600])[-1]
-    # what is heard stays, as the encoder goes on; but a unit may last across the end of an utterance
+    # the units stay, as the encoder continues; but a unit may last across the end of an utterance
     letters = "".join(event.text for event in finals).replace(" ", "")
     once = [letter for letter, _ in itertools.groupby(letters)]
     assert once == [letter for letter, _ in itertools.groupby(whole.text.replace(" ", ""))]
@@ -113,7 +113,7 @@ def test_partial_texts_come_while_the_utterance_lasts_and_never_twice(float32: B
 
 
 def test_look_ahead_is_later_and_its_times_are_right(float32: Bundle, sound: Floats):
-    """Two layers that look ahead by a chunk of 160 ms each: nothing is told of the last 320 ms."""
+    """Two layers that look ahead by a chunk of 160 ms each: no text yet for the last 320 ms."""
     config = replace(GREEDY, chunk_ms=160, look_ahead=1, endpoint=NO_ENDPOINTS)
     stream, ends, told = Stream(float32, config), [], []
     for start in range(0, len(sound), 1600):
@@ -211,7 +211,7 @@ def feed(stream: Stream, block: Floats, seconds: float) -> None:
 
 
 def weight(thing: Any) -> int:
-    """Bytes of arrays and number of objects that a stream holds, its model left out."""
+    """Bytes of arrays and number of objects that a stream holds, without its model."""
     if isinstance(thing, np.ndarray):
         return weight(thing.base) if thing.base is not None else thing.nbytes
     if isinstance(thing, OnnxScorer | Bundle | StreamConfig):
@@ -255,13 +255,13 @@ def test_memory_does_not_grow_in_three_hours(int8: Bundle):
 
 @pytest.mark.slow
 def test_the_last_minute_of_an_hour_is_what_a_fresh_stream_hears(float32: Bundle):
-    """Of a sound that is said again every 64 s, a hundred chunks, and ends with silence each time."""
+    """For audio that repeats every 64 s, a hundred chunks, and ends with silence each time."""
     block = made_sound(64.0, 16000)
     block[-5 * 16000 :] = 0
     config = StreamConfig(mode="rescore", chunks_per_call=4)
 
     def hear(times: int) -> list[tuple[str, float]]:
-        """The final texts of the last time, and when they began in it."""
+        """The final texts of the last repetition, and their start times in it."""
         stream, start_s = Stream(float32, config), (times - 1) * 64.0
         events = [event for _ in range(times) for event in stream.accept(block)] + stream.finish()
         return [(e.text, round(e.start_s - start_s, 6)) for e in events if e.final and e.start_s >= start_s]
@@ -272,7 +272,7 @@ def test_the_last_minute_of_an_hour_is_what_a_fresh_stream_hears(float32: Bundle
 
 
 def test_times_are_exact_after_a_year(float32: Bundle, sound: Floats):
-    """Counts are integers: a stream that starts far from zero tells the same, so much later."""
+    """Counts are integers: a stream that starts far from zero gives the same, shifted in time."""
     frames = 2**30
     config = replace(GREEDY, chunk_ms=320)
     expected = run(float32, sound, config, [3200])

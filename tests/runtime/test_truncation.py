@@ -1,4 +1,4 @@
-"""A bundle with a head that counts words asks it; one without refuses."""
+"""A bundle with a head that counts words uses it; one without refuses the option."""
 
 import copy
 import itertools
@@ -28,7 +28,7 @@ SEARCH = SearchConfig(beam=3, ctc_weight=0.9, margin_frames=2, detect_truncation
 
 @pytest.fixture(scope="module")
 def model(tiny_model: HybridModel) -> HybridModel:
-    """`tiny_model`, and a head that hears a word in about ten frames."""
+    """`tiny_model` with a head that counts about one word in ten frames."""
     model = copy.copy(tiny_model)
     model._modules = dict(tiny_model._modules)
     with torch.random.fork_rng(), torch.no_grad():

@@ -45,7 +45,7 @@ def test_speech_is_told_from_silence_and_noise(network: Path, speech: list[Float
 def test_how_samples_arrive_changes_nothing(network: Path, speech: list[Floats], block: int):
     samples = speech[0][:20000]
     expected = hear(VoiceActivity(16000, network), samples, len(samples))
-    assert len(expected) == 40  # the last one is not whole
+    assert len(expected) == 40  # the last one is incomplete
     assert hear(VoiceActivity(16000, network), samples, block) == expected
 
 
@@ -62,7 +62,7 @@ def test_eight_kilohertz_are_heard_too(network: Path, speech_data: Path):
 def test_what_is_loud_in_joined_utterances_is_in_a_piece(
     network: Path, speech_data: Path, silence_s: float, noise: float
 ):
-    """Real speech, which is joined without a pause too: none of it is lost at the borders of pieces."""
+    """Real speech, also joined without pauses: none of it is lost at the borders of pieces."""
     paths = sorted((speech_data / "librispeech_mini").rglob("*.opus"))[::150]
     random = np.random.default_rng(0)
     utterances = [read(path) for path in paths]
@@ -116,8 +116,8 @@ def test_other_sample_rates_are_refused_with_a_way_out():
 def test_a_joined_recording_is_heard_as_well_as_its_utterances(
     network: Path, speech_data: Path, trained_bundle: Path, mode: str, silence_s: float
 ):
-    """Real utterances with known text, joined: no more errors than apart, where their ends are known, and no
-    more words left out, where they meet above all."""
+    """Real utterances with known text, joined: no more errors than when decoded one by one, and no more
+    deletions, above all where they meet."""
     bundle, folder = Bundle.load(trained_bundle), speech_data / "librispeech_mini"
     rows = list(csv.DictReader((folder / "transcripts.tsv").open(), delimiter="\t", quoting=csv.QUOTE_NONE))
     rows = [row for row in rows if row["split"] == "test"][:60]

@@ -1,4 +1,4 @@
-"""Bundles of a decoder alone whose encoder hears whole utterances; and their streams."""
+"""Bundles without CTC whose encoder needs whole utterances, and their streams."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The set-up script, with an interpreter that only writes down what it is asked."""
+"""The set-up script, with a fake interpreter that only records its arguments."""
 
 import os
 import shutil

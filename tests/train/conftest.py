@@ -1,4 +1,4 @@
-"""Tiny experiments: eight words of tones, a model of a few thousand parameters, processes that can be killed.
+"""Tiny experiments: eight words of tones, a model of a few thousand parameters, processes to be killed.
 
 Children come from a server that has imported torch and done nothing else: importing it anew takes longer than
 most tests, and a fork of this process would inherit locks held by the threads of autograd.
@@ -40,7 +40,7 @@ RUN = (
 
 
 def write_manifest(folder: Path, texts: Sequence[str]) -> Path:
-    """One utterance for each text: a tone a letter, 80 ms each, and a little silence."""
+    """One utterance per text: a tone of 80 ms per letter, and a little silence."""
     rng = np.random.default_rng(0)
     cuts = []
     for number, text in enumerate(texts):
@@ -91,7 +91,7 @@ def lab(tmp_path: Path) -> Lab:
 
 @dataclass
 class Children:
-    """Processes that end with the test."""
+    """Child processes that end with the test."""
 
     alive: list[Any] = field(default_factory=list)
 
@@ -115,10 +115,10 @@ class Children:
 
 
 def _with_environment(target: Callable[..., None], args: Sequence[Any], environment: dict[str, str]) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # as in a training, for the processes that read data
+    multiprocessing.set_start_method("fork", force=True)  # as in training, for the data workers
     os.environ.update(environment)
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(LIMIT_S - 5)  # where a child hangs is worth knowing
+    faulthandler.dump_traceback_later(LIMIT_S - 5)  # shows where a child hangs
     try:
         target(*args)
     except Exception:

@@ -124,7 +124,7 @@ def test_a_pickle_that_runs_code_does_not_run(
     monkeypatch.chdir(tmp_path)
     state = path_of(exp_dir, 3) / "train_state.pt"
     torch.save({"optimizer": Evil()}, state)
-    pickle.loads(pickle.dumps(Evil()))  # it would
+    pickle.loads(pickle.dumps(Evil()))  # it does run when unpickled
     (tmp_path / "evil-ran").rmdir()
     files = json.loads((path_of(exp_dir, 3) / "meta.json").read_text())["files"]
     digest = hashlib.sha256(state.read_bytes()).hexdigest()

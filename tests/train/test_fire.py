@@ -1,4 +1,4 @@
-"""The head that counts words, in experiments: added, saved, averaged, read again; and refused."""
+"""The head that counts words, in experiments: added, saved, averaged, loaded; and refused."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ FIRE = "loss.quantity=0.01"
 
 @pytest.fixture
 def spaced(lab: Any) -> Any:
-    """Units with a space, which parts words."""
+    """Units with a space, which separates words."""
     train_tokenizer(iter(["ab c", "ba"]), "char", 0, lab.folder / "spaced")
     lab.spaced = f"data.tokens={lab.folder / 'spaced'}"
     return lab
@@ -58,7 +58,7 @@ def test_it_can_be_added_to_a_model_that_is_there(spaced: Any) -> None:
 
 
 def test_a_first_step_of_everything_else_is_the_same(spaced: Any) -> None:
-    """Where the gradient is not clipped, and no random number is drawn after the head's."""
+    """Without gradient clipping, and if no random number is drawn after the head's."""
     lab = spaced
     quiet = (lab.spaced, "optim.max_steps=2", "optim.clip_norm=1e9")
     plain, _ = lab.train("plain", *quiet)

@@ -1,4 +1,4 @@
-"""Heads that listen where the tokens are: found, written down, and used by whoever loads the model."""
+"""Heads that attend to where the tokens are: found, saved, and used when the model is loaded."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def model() -> HybridModel:
 
 
 def heard(model: HybridModel, seed: int, guide: Guide | None = None, shift: int = 0) -> Heard:
-    """An utterance whose tokens are where `guide` listens, or `shift` frames later."""
+    """An utterance whose tokens are where `guide` attends, or `shift` frames later."""
     generator = torch.Generator().manual_seed(seed)
     y, tokens = torch.randn(1, 30, 16, generator=generator), torch.randint(2, 9, (6,), generator=generator)
     start = torch.zeros(6, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""A training that begins with another model takes what fits, says what, and refuses what it cannot."""
+"""A training initialised from another model takes what fits, reports it, and refuses what does not."""
 
 import shutil
 from pathlib import Path
@@ -14,19 +14,19 @@ from asr.tokens import train_tokenizer
 from asr.train.checkpoint import average_checkpoints, checkpoints, path_of, read_weights
 
 NO_STEP = ("optim.max_steps=1", "optim.lr=0.0")
-"""One step that changes no parameter, so that the checkpoint is what training began with."""
+"""One step that changes no parameter, so the checkpoint has the initial values."""
 
 
 @pytest.fixture
 def other(lab: Any) -> Path:
-    """An experiment with an average."""
+    """An experiment with an average of its checkpoints."""
     exp_dir, _ = lab.train("other", "optim.max_steps=3", "train.seed=5")
     average_checkpoints(exp_dir, checkpoints(exp_dir))
     return exp_dir
 
 
 def begun(lab: Any, *overrides: str) -> dict[str, Tensor]:
-    """What a training began with."""
+    """The initial parameters of a training."""
     exp_dir, _ = lab.train("new", *NO_STEP, *overrides)
     return read_weights(path_of(exp_dir, 1) / "model.safetensors")
 
@@ -96,7 +96,7 @@ def test_another_shape_is_refused_with_both(lab: Any, other: Path) -> None:
 
 
 def test_parts_are_taken_alone(lab: Any, other: Path) -> None:
-    """So that a decoder of another shape can stand on the encoder."""
+    """So that a decoder with other sizes can use the encoder."""
     there = read_weights(other / "average.safetensors")
     parts = "train.init_parts=[cmvn, encoder, ctc]"
     new = begun(lab, f"train.init={other}", parts, "decoder.num_layers=2")
@@ -109,7 +109,7 @@ def test_parts_are_taken_alone(lab: Any, other: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "average.safetensors", "unnamed"])
 def test_other_units_are_refused(lab: Any, other: Path, name: str) -> None:
-    if name == "unnamed":  # its folder says what the file does not
+    if name == "unnamed":  # the folder has what the file lacks
         weights = read_weights(other / "average.safetensors")
         safetensors.torch.save_file(weights, other / "average.safetensors")
         name = ""

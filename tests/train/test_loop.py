@@ -1,4 +1,4 @@
-"""Training as a whole: it learns, it stops when asked, and it goes on as if it had never stopped."""
+"""Training as a whole: it learns, stops when asked, and resumes as if it had never stopped."""
 
 import gzip
 import json
@@ -101,7 +101,7 @@ def train_until_killed(lab: Any, *options: str) -> None:
 
 
 def test_killed_and_resumed_equals_uninterrupted(lab: Any, children: Any) -> None:
-    """SIGKILL behind the checkpoint of step 3, with processes that read data."""
+    """SIGKILL after the checkpoint of step 3, with data workers."""
     options = (*ALL_OF_IT, "data.num_workers=2")
     whole, _ = lab.train("whole", *options, "optim.max_steps=7")
     child = children.start(train_until_killed, lab, *options, "optim.max_steps=7")
@@ -111,7 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted(lab: Any, children: Any) -> Non
     assert any("going on from" in line and "step-000003" in line for line in lab.log)
     assert_same_checkpoint(path_of(whole, 7), path_of(killed, 7))
     steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
-    assert steps == [2, 4, 6]  # what was logged behind the checkpoint is not there twice
+    assert steps == [2, 4, 6]  # what was logged after the checkpoint is not there twice
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -250,4 +250,4 @@ def test_two_trainings_in_one_folder_refuse(lab: Any, children: Any) -> None:
         lab.train("a", "optim.max_steps=2")
     child.kill()
     child.join()
-    lab.train("a", "optim.max_steps=2")  # the lock of a dead process holds nobody up
+    lab.train("a", "optim.max_steps=2")  # the lock of a dead process blocks nobody

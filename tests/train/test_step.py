@@ -1,4 +1,4 @@
-"""The gradient of a step does not depend on how its batch is dealt out."""
+"""The gradient of a step does not depend on how its batch is distributed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ TOKENS = [[3, 4, 5], [4], [5, 5], [3]]
 
 
 def batch_of(rows: list[int]) -> Batch:
-    """Some of four utterances of noise."""
+    """The given rows of four utterances of noise."""
     noise = torch.randn(4, 16000, generator=torch.Generator().manual_seed(1)) * 0.1
     lens = torch.tensor([LENS[row] for row in rows])
     samples = noise[rows, : lens.max()].clone()
@@ -43,7 +43,7 @@ def empty() -> Batch:
 
 
 def gradients(lab: Any, batches: list[Batch], *options: str) -> tuple[Tensor, Tensor]:
-    """(all gradients of a step, the step's loss per token), of this rank."""
+    """(all gradients of a step, its loss per token), on this rank."""
     config = lab.config(*QUIET, *options)
     torch.manual_seed(3)
     device = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_accumulation_equals_a_large_batch(lab: Any, parts: list[list[int]]) -> 
 
 
 def test_a_consistent_step_without_masks_is_an_ordinary_one(lab: Any) -> None:
-    """Without masks both views are the same, and so are their losses; with masks they are not."""
+    """Without masks both views, and their losses, are the same; with masks they differ."""
     ordinary, loss = gradients(lab, [batch_of([0, 1, 2, 3])])
     twice, twice_loss = gradients(lab, [batch_of([0, 1]), batch_of([2, 3])], "loss.consistency=0.1")
     torch.testing.assert_close(twice, ordinary, rtol=1e-5, atol=1e-5)
@@ -94,7 +94,7 @@ def save_gradients(lab: Any, folder: Path) -> None:
 
 
 def test_two_ranks_equal_one(lab: Any, children: Any, tmp_path: Path) -> None:
-    """With an unequal share each, accumulated on both, and with nothing to read on one of them at first."""
+    """With unequal shares, with accumulation on both, and with one rank that has no data at first."""
     children.ranks(2, save_gradients, lab, tmp_path)
     for name, deal in DEALS.items():
         rows = [row for share in deal for part in share for row in part or []]

@@ -1,4 +1,4 @@
-"""A folder is there whole or not at all, whatever happens while it is written."""
+"""A folder is complete or absent, whatever happens while it is written."""
 
 import os
 import random
@@ -44,7 +44,7 @@ def test_twenty_kills_at_random_moments_leave_what_verifies(tmp_path: Path, chil
         assert all(verify_folder(tmp_path / f"{step}")["step"] == step for step in folders)
         assert folders[-1] >= latest() > last
         last = folders[-1]
-    assert unfinished  # some did hit a folder being written
+    assert unfinished  # some did find a folder being written
 
 
 def write_more_than_may_be(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""One small experiment, made by the programs themselves: from a table of sounds to a bundle."""
+"""One small experiment, made by the programs themselves: from a table of recordings to a bundle."""
 
 import fcntl
 import io
@@ -90,7 +90,7 @@ def tones(text: str, seed: int) -> np.ndarray:
 
 
 def write_corpus(folder: Path, texts: Sequence[str]) -> Path:
-    """A TSV and its sounds."""
+    """A TSV and its audio files."""
     rows = ["utt_id\taudio\tspeaker\tsplit\ttext"]
     for number, text in enumerate(texts):
         soundfile.write(folder / f"u{number}.wav", tones(text, number), RATE)
@@ -102,7 +102,7 @@ def write_corpus(folder: Path, texts: Sequence[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """Made once for all workers; what a test changes it changes in a copy."""
+    """Made once for all workers; a test that changes something works on a copy."""
     base = tmp_path_factory.getbasetemp()
     made = Project((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "with space")
     made.folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What people get wrong: one line that names the file, what is wrong and what to do, and exit status 2."""
+"""User errors: one line that names the file, what is wrong and what to do, and exit status 2."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ SECOND = np.sin(np.arange(RATE) * 0.1).astype(np.float32) * 0.3
 
 
 def one_line(answer: Any, *parts: str) -> None:
-    """Exit 2, no traceback, and a last line that holds every part."""
+    """Exit status 2, no traceback, and a last line that contains every part."""
     assert answer.status == 2, answer.err
     assert "Traceback" not in answer.err
     last = answer.err.strip().splitlines()[-1]

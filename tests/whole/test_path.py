@@ -1,4 +1,4 @@
-"""The verbs work together, and say what they did."""
+"""The verbs work together and report what they did."""
 
 import json
 from collections.abc import Callable
