@@ -35,24 +35,24 @@ Samples = Sequence["NDArray[np.float32]"]
 
 
 def align(
-    exp: Annotated[Path, typer.Argument(help="experiment that aligns")],
+    exp: Annotated[Path, typer.Argument(help="experiment whose model aligns")],
     manifests: Annotated[list[Path], typer.Argument(help="what to align")],
     out: Annotated[Path, typer.Option("--out", "-o", help="manifest to write (.jsonl.gz)")],
     segments: Annotated[
-        bool, typer.Option("--segments", help="by the segmental decoder, near to the path of CTC")
+        bool, typer.Option("--segments", help="refine the CTC alignment by the segmental decoder")
     ] = False,
-    chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
+    chunk_ms: Annotated[int, typer.Option(help="attend in chunks, as in a stream; 0: whole utterances")] = 0,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     batch_s: Annotated[float, typer.Option(help="seconds of audio aligned at once")] = 120.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Write the utterances of manifests with the time of each unit of their text, on the likeliest CTC path.
+    """Write the utterances of manifests with the time of each unit of their text, by CTC forced alignment.
 
-    It is what segmental and chunked attention decoders are trained on. A trained segmental one may make it
-    anew: with --segments the ends are the likeliest ones by it. lhotse reads the times as
-    `supervision.alignment["token"]`, in seconds from the start of the supervision. Utterances whose audio
-    cannot be used, or is too short for the text, are left out and listed in NAME.failures.jsonl beside OUT;
-    then the exit status is 3.
+    Segmental and chunked attention decoders are trained on such manifests. With --segments, a trained
+    segmental decoder then moves the ends of the units to where it finds them likeliest. lhotse reads the
+    times as `supervision.alignment["token"]`, in seconds from the start of the supervision. Utterances whose
+    audio cannot be used, or is too short for the text, are left out and listed in NAME.failures.jsonl beside
+    OUT; then the exit status is 3.
 
     Example: asr align exp/conformer-s data/manifests/train.jsonl.gz -o data/aligned/train.jsonl.gz
     """

@@ -10,10 +10,10 @@ from asr.errors import CheckpointError, ConfigError
 
 def average(
     exp: Annotated[Path, typer.Argument(help="folder of the experiment")],
-    last: Annotated[int, typer.Option(help="how many checkpoints, from the end")] = 10,
-    steps: Annotated[str, typer.Option(help="these ones instead, as in 8000,9000,10000")] = "",
+    last: Annotated[int, typer.Option(help="how many of the last checkpoints")] = 10,
+    steps: Annotated[str, typer.Option(help="average these steps instead, as in 8000,9000,10000")] = "",
 ) -> None:
-    """Average the weights of checkpoints, which is better than any of them, to EXP/average.safetensors.
+    """Average the weights of checkpoints, usually better than any of them, into EXP/average.safetensors.
 
     Example: asr average exp/conformer-s --last 10
     """

@@ -25,36 +25,38 @@ MADE_S, MADE_PARTS = 60.0, 6
 def bench(
     bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
     sound: Annotated[
-        Path | None, typer.Argument(help="sound file or manifest; a minute of made sound if not given")
+        Path | None, typer.Argument(help="sound file or manifest; a minute of synthetic sound if not given")
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="another bundle, or what asr export --target sherpa-onnx wrote; timed by turns"),
+        typer.Option(help="another bundle, or what asr export --target sherpa-onnx wrote; timed in turns"),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="with --against sherpa-onnx: passes over the sound")] = 7,
-    threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
+    rounds: Annotated[int, typer.Option(help="with --against sherpa-onnx: passes over the audio")] = 7,
+    threads: Annotated[int, typer.Option(help="threads of onnxruntime")] = 1,
     mode: Modes = None,
     search: Search = None,
-    chunk_ms: Annotated[list[int] | None, typer.Option(help="several with --latency; 0: its own")] = None,
-    left_chunks: Annotated[int, typer.Option(help="-1: the bundle's own")] = -1,
-    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead")] = 0,
-    limit: Annotated[int, typer.Option(help="utterances of a manifest, from the first on")] = 50,
+    chunk_ms: Annotated[
+        list[int] | None, typer.Option(help="chunk length; several with --latency; 0: the bundle's own")
+    ] = None,
+    left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: the bundle's own")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer")] = 0,
+    limit: Annotated[int, typer.Option(help="how many utterances of a manifest, from the start")] = 50,
     latency: Annotated[
-        bool, typer.Option("--latency", help="how late words are written, in every mode with every chunk")
+        bool, typer.Option("--latency", help="measure how late words are written, per mode and chunk")
     ] = False,
     alignment: Annotated[
-        Path | None, typer.Option(help="bundle that says when words were spoken; this one if not given")
+        Path | None, typer.Option(help="bundle that aligns words with the audio; this one if not given")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="with --latency: FILE.json, and FILE.png beside it")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Stream sound through a bundle as fast as it goes, and print speed, latencies and memory.
+    """Stream audio through a bundle at full speed, and print speed, latencies and memory.
 
-    Beside sherpa-onnx with the same weights: live, from a file and with many streams, on one core. With
-    --latency, play the utterances of a manifest as if they were spoken now, and print one line a mode and
-    chunk: error rate, lagging and delays of words, by the sound read / by the clock (docs/latency.md).
+    With --against graphs for sherpa-onnx, compares both on one core: live, from a file and with many streams.
+    With --latency, plays the utterances of a manifest as if they were spoken now, and prints one line per
+    mode and chunk: error rate, lagging and delays of words, by the audio read / by the clock (docs/latency.md).
 
     Example: asr bench bundle a.wav --against exp/conformer-m/sherpa
 

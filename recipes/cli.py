@@ -22,21 +22,21 @@ from asr import __version__
 from asr.errors import AsrError, ConfigError, MissingExtra
 
 VERBS = {
-    "prepare": "check manifests and print hours, speakers, characters",
-    "join": "short utterances of a speaker made into longer ones",
-    "tokenizer": "make the units: SentencePiece, characters or phones, from the text of manifests",
-    "train": "train a model, or go on where it stopped",
+    "prepare": "check a corpus, and write a manifest of it",
+    "join": "join short utterances of a speaker into longer ones",
+    "tokenizer": "make a tokenizer (SentencePiece, characters or phones) from the text of manifests",
+    "train": "train a model, or resume training",
     "average": "average the last checkpoints of an experiment",
-    "align": "write when each unit of a text is spoken into a manifest",
-    "heads": "find the heads of the decoder that guide streaming",
+    "align": "force-align manifests: add the time of each unit of the text",
+    "heads": "find the attention heads of the decoder that guide streaming",
     "decode": "write hypotheses for manifests",
-    "score": "word or character error rate, with the commonest errors",
-    "convert": "an experiment of a public checkpoint",
+    "score": "print word or character error rates and the commonest errors",
+    "convert": "turn a public checkpoint into an experiment",
     "export": "write an ONNX bundle",
     "verify": "compare torch, ONNX and int8 on audio",
-    "transcribe": "a file, a folder, standard input, or the microphone",
-    "info": "what a checkpoint or a bundle is",
-    "bench": "real-time factor and latency of a bundle",
+    "transcribe": "transcribe files, folders, standard input or the microphone",
+    "info": "describe an experiment, a checkpoint or a bundle",
+    "bench": "measure the speed and latency of a bundle",
 }
 """In the order of use in a project. `asr train` calls the function `train` of `recipes/train.py`."""
 

@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 def convert(
     family: Annotated[str, typer.Argument(help="icefall, wenet, nemo, whisper or firered")],
-    source: Annotated[str, typer.Argument(help="folder, file or archive; or OWNER/NAME of the hub")],
+    source: Annotated[
+        str, typer.Argument(help="folder, file or archive; or OWNER/NAME on the Hugging Face hub")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="experiment to write, a new folder")],
-    licence: Annotated[str, typer.Option(help="of the weights, where the source does not state it")] = "",
+    licence: Annotated[str, typer.Option(help="licence of the weights, if the source states none")] = "",
 ) -> None:
-    """Make an experiment of a public checkpoint: config.yaml, tokens, average.safetensors, origin.json.
+    """Turn a public checkpoint into an experiment: config.yaml, tokens, average.safetensors, origin.json.
 
-    Reads tensors only: a checkpoint that holds code is refused, and so is one that ours cannot be exactly.
-    docs/convert.md says what each family needs.
+    Reads tensors only. Refuses checkpoints that contain code, and those that our models cannot represent
+    exactly. docs/convert.md says what each family needs.
 
     Example: asr convert wenet 20210601_u2++_conformer_exp.tar.gz -o exp/aishell
     """

@@ -41,24 +41,24 @@ def decode(
     model: Annotated[Path, typer.Argument(help="experiment or bundle")],
     manifests: Annotated[list[Path], typer.Argument(help="what to decode")],
     mode: Mode = "",
-    beam: Annotated[int, typer.Option(help="hypotheses kept of an utterance")] = 10,
-    nbest: Annotated[int, typer.Option(help="hypotheses written of an utterance, at most")] = 1,
+    beam: Annotated[int, typer.Option(help="hypotheses kept per utterance")] = 10,
+    nbest: Annotated[int, typer.Option(help="hypotheses written per utterance, at most")] = 1,
     ctc_weight: Annotated[
-        float, typer.Option(help="share of CTC in the score: joint, rescore, alignatt, edatt, triggered")
+        float, typer.Option(help="weight of CTC in the score: joint, rescore, alignatt, edatt, triggered")
     ] = 0.3,
     search: Search = None,
-    chunk_ms: Annotated[int, typer.Option(help="attention in chunks, as a stream; 0: all at once")] = 0,
+    chunk_ms: Annotated[int, typer.Option(help="attend in chunks, as in a stream; 0: whole utterances")] = 0,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: all")] = -1,
-    look_ahead: Annotated[int, typer.Option(help="chunks that every layer looks ahead, with --chunk-ms")] = 0,
+    look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer, with --chunk-ms")] = 0,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     batch_s: Annotated[float, typer.Option(help="seconds of audio decoded at once")] = 120.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda, of an experiment")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; for experiments only")] = "auto",
 ) -> None:
-    """Write what a model hears in the utterances of manifests, with word times, confidences and scores.
+    """Decode the utterances of manifests; write hypotheses with word times, confidences and scores.
 
-    Writes MODEL/decode/SET_MODE/hyp.jsonl, one object an utterance, in the order of the manifest, and
-    failures.jsonl beside it where audio could not be used; then the exit status is 3. Prints the word error
-    rate.
+    Writes MODEL/decode/SET_MODE/hyp.jsonl, one object per utterance, in the order of the manifest. Utterances
+    whose audio cannot be used are listed in failures.jsonl beside it; then the exit status is 3. Prints the
+    word error rate.
 
     Example: asr decode exp/conformer-s data/manifests/corpus_test.jsonl.gz --mode rescore
     """

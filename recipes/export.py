@@ -38,31 +38,32 @@ def export(
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     licence: Annotated[
-        str, typer.Option(help="of the weights, noted in model.json; a converted model states its own")
+        str, typer.Option(help="licence of the weights, noted in model.json; a converted model has its own")
     ] = "",
     max_wer_increase: Annotated[
-        float | None, typer.Option(help="what the target may cost, in per cent of the words of a set")
+        float | None, typer.Option(help="highest increase in WER accepted, in percentage points")
     ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="that set; the first validation set of the experiment if not given")
+        Path | None,
+        typer.Option(help="set to measure on; the experiment's first validation set if not given"),
     ] = None,
     utterances: Annotated[
-        int, typer.Option(help="of it, from the first on; 0: 20, or 500 with --max-wer-increase")
+        int, typer.Option(help="how many of that set, from the start; 0: 20, or 500 with --max-wer-increase")
     ] = 0,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="of decoding, for that; several may be given  [default: those with every graph]"),
+        typer.Option(help="mode to measure, may be repeated  [default: enough to use every graph]"),
     ] = None,
 ) -> None:
     """Write an ONNX bundle that runs without torch, and compare it with the checkpoint.
 
-    The float32 graphs must be the checkpoint up to rounding. What a target changes is printed: on some
-    utterances of the validation set, or on made sound where there is none. The target sherpa-onnx is a folder
-    of graphs for that runtime instead, in float32 and 8 bits, with a README that says how it loads each.
+    The float32 graphs must match the checkpoint up to rounding. Prints what the target changes on some
+    utterances of the validation set, or on synthetic sound if there is none. The target sherpa-onnx is a
+    folder of graphs for that runtime instead, in float32 and 8 bits, with a README on how to load each.
 
-    With --max-wer-increase, word error rates are measured in the chunks of a stream. Where that of the target
-    is beyond, the modules that do most harm stay in float32, as many as it takes; if half of the matrices are
-    not enough, nothing is written, and the exit status is 2.
+    With --max-wer-increase, word error rates are measured in streaming chunks. If the target exceeds the
+    limit, the most harmful modules stay in float32, as many as it takes; if half of the matrices are not
+    enough, nothing is written, and the exit status is 2.
 
     Example: asr export exp/conformer-s --max-wer-increase 0.1 --manifest data/manifests/corpus_dev.jsonl.gz
     """

@@ -17,16 +17,16 @@ SHOWN = 10
 
 def heads(
     exp: Annotated[Path, typer.Argument(help="folder of the experiment")],
-    manifest: Annotated[Path, typer.Argument(help="utterances with texts, those of a dev set")],
-    utterances: Annotated[int, typer.Option(help="how many of them, from the first on")] = 100,
+    manifest: Annotated[Path, typer.Argument(help="utterances with text, of a dev set")],
+    utterances: Annotated[int, typer.Option(help="how many of them, from the start")] = 100,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Find the heads of the attention decoder that agree best with the CTC alignment of texts.
+    """Find the cross-attention heads of the decoder that agree best with the CTC alignment of the text.
 
     Writes EXP/heads.json, which guides modes alignatt and edatt from then on; export a bundle afterwards.
-    Prints the best: the mean distance to the frames of a token, in encoder frames, and how many tokens are
-    within two frames.
+    Prints the best heads, with their mean distance from the frames of a token, in encoder frames, and the
+    share of tokens within two frames.
 
     Example: asr heads exp/conformer-s data/manifests/corpus_dev.jsonl.gz
     """

@@ -19,7 +19,7 @@ MODEL_JSON = "model.json"
 def info(
     path: Annotated[Path, typer.Argument(help="experiment, checkpoint, .safetensors file or bundle")],
 ) -> None:
-    """Say what a checkpoint, an experiment or a bundle is; a bundle is told without torch.
+    """Describe a checkpoint, an experiment or a bundle; torch is not needed for a bundle.
 
     Example: asr info exp/conformer-s
     """

@@ -12,15 +12,15 @@ def join(
     words: Annotated[tuple[int, int], typer.Option(help="fewest and most utterances in one")] = (1, 8),
     pause_s: Annotated[tuple[float, float], typer.Option(help="shortest and longest pause")] = (0.1, 0.4),
     max_s: Annotated[float, typer.Option(help="longest joined utterance, in seconds")] = 30.0,
-    seed: Annotated[int, typer.Option(help="which go together, in which order")] = 0,
+    seed: Annotated[int, typer.Option(help="random seed")] = 0,
     neighbours: Annotated[
-        int, typer.Option(help="join so many at a time in their order, whoever speaks; 0: as above")
+        int, typer.Option(help="join so many consecutive utterances, whoever speaks; 0: off")
     ] = 0,
 ) -> None:
     """Join short utterances of one speaker, each used once, in random order, with pauses.
 
-    For test sets; in training data.join_words does it anew each epoch. With --neighbours, the same speech as
-    ever longer recordings: what a model makes of minutes without a break.
+    For test sets; in training, data.join_words does it anew each epoch. With --neighbours, turns the same
+    speech into longer recordings, to test a model on minutes without a break.
 
     Example: asr join data/words_test.jsonl.gz -o data/manifests/test.jsonl.gz --words 1 8
 

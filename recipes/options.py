@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from asr.runtime import StreamConfig
 
 MODES = (
-    "ctc-greedy, ctc-prefix, attention, unbounded, joint, rescore; where the decoder writes as frames "
-    "arrive, alignatt, edatt or triggered; of models with such a decoder, segmental, segmental-simple, "
-    "segmental-label, chunked or whisper; not given: ctc-prefix, or attention where there is no CTC head"
+    "ctc-greedy, ctc-prefix, attention, unbounded, joint, rescore; with an attention decoder that writes as "
+    "frames arrive: alignatt, edatt, triggered; for models with such a decoder: segmental, segmental-simple, "
+    "segmental-label, chunked, whisper; if not given: ctc-prefix, or attention without a CTC head"
 )
 
 Mode = Annotated[str, typer.Option(help=MODES)]

@@ -24,19 +24,19 @@ KINDS = ("tsv", "folder", "kaldi", "cuts")
 def prepare(
     inputs: Annotated[list[Path], typer.Argument(help="TSV files, folders or manifests")],
     output: Annotated[str, typer.Option("-o", help="DIR/PREFIX to write; without it, only check")] = "",
-    source: Annotated[str, typer.Option("--from", help="tsv, folder, kaldi or cuts; default: by look")] = "",
+    source: Annotated[str, typer.Option("--from", help="tsv, folder, kaldi or cuts; default: detected")] = "",
     split: Annotated[str, typer.Option(help="take only this split of a TSV")] = "",
     tokens: Annotated[str, typer.Option(help="tokenizer folder; check that texts fit units and frames")] = "",
-    subsampling: Annotated[int, typer.Option(help="of the encoder, for that check")] = 4,
+    subsampling: Annotated[int, typer.Option(help="subsampling of the encoder, for --tokens")] = 4,
     min_s: Annotated[float, typer.Option(help="leave out shorter utterances, in seconds")] = 0.1,
     max_s: Annotated[float, typer.Option(help="leave out longer utterances, in seconds")] = 30.0,
     test: Annotated[str, typer.Option(help="leave out the speakers of this manifest")] = "",
     store_audio: Annotated[str, typer.Option(help="decode once, to 16 kHz WAV files in this folder")] = "",
-    headers_only: Annotated[bool, typer.Option("--headers-only", help="do not read all audio")] = False,
-    allow_pipes: Annotated[bool, typer.Option("--allow-pipes", help="run the programs in wav.scp")] = False,
-    jobs: Annotated[int, typer.Option(help="processes that read audio; 0: one a core")] = 0,
+    headers_only: Annotated[bool, typer.Option("--headers-only", help="read only headers of audio")] = False,
+    allow_pipes: Annotated[bool, typer.Option("--allow-pipes", help="run the commands in wav.scp")] = False,
+    jobs: Annotated[int, typer.Option(help="processes that read audio; 0: one per core")] = 0,
 ) -> None:
-    """Check a corpus, print what is in it, and write a manifest of what is fit to train on.
+    """Check a corpus, print what is in it, and write a manifest of the utterances fit for training.
 
     Writes PREFIX.jsonl.gz, a lhotse CutSet, and PREFIX_left_out.jsonl: what is not in it and why.
 

@@ -22,25 +22,25 @@ NUM_WORST = 5
 
 def score(
     target: Annotated[
-        Path, typer.Argument(help="hyp.jsonl, or an experiment: every decode/*/hyp.jsonl of it")
+        Path, typer.Argument(help="hyp.jsonl, or an experiment: all of its decode/*/hyp.jsonl")
     ],
     cer: Annotated[bool, typer.Option("--cer", help="count characters, not words")] = False,
     compare: Annotated[
-        Path | None, typer.Option(help="another hyp.jsonl: is it better, on the same utterances?")
+        Path | None, typer.Option(help="another hyp.jsonl: is it better on the same utterances?")
     ] = None,
-    by_speaker: Annotated[bool, typer.Option("--by-speaker", help="also every speaker")] = False,
+    by_speaker: Annotated[bool, typer.Option("--by-speaker", help="also print every speaker")] = False,
     align: Annotated[
-        Path | None, typer.Option(help="write every utterance with an error here, aligned")
+        Path | None, typer.Option(help="write utterances with errors to this file, aligned")
     ] = None,
-    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="A is a")] = False,
+    ignore_case: Annotated[bool, typer.Option("--ignore-case", help="A equals a")] = False,
     ignore_punctuation: Annotated[
-        bool, typer.Option("--ignore-punctuation", help="drop it, but for apostrophes")
+        bool, typer.Option("--ignore-punctuation", help="drop punctuation, except apostrophes")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one object a set")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per set")] = False,
 ) -> None:
     """Print word or character error rates with 95 % intervals, the commonest errors and the worst utterances.
 
-    Writes all of it to wer.txt beside each hyp.jsonl. An experiment gives one line for each set and mode.
+    Writes all of it to wer.txt beside each hyp.jsonl. For an experiment, prints one line per set and mode.
 
     Example: asr score exp/conformer-s/decode/test_ctc-prefix/hyp.jsonl --by-speaker
     """

@@ -20,11 +20,13 @@ def tokenizer(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write tokens.txt and tokens.model to")],
     kind: Annotated[str, typer.Option(help="unigram, bpe, char or phone")] = "unigram",
     vocab: Annotated[
-        int, typer.Option(help="units in all; for char the most that are kept, 0 keeps all; not for phone")
+        int, typer.Option(help="number of units; for char an upper limit, 0: no limit; not for phone")
     ] = 0,
-    lexicon: Annotated[Path | None, typer.Option(help="for phone: lines of word phone phone ...")] = None,
+    lexicon: Annotated[
+        Path | None, typer.Option(help="for phone: file of lines word phone phone ...")
+    ] = None,
 ) -> None:
-    """Make the units of a model from the text of manifests, and say how well they cover it.
+    """Make a tokenizer from the text of manifests, and print how well its units cover that text.
 
     Example: asr tokenizer data/manifests/mini_train.jsonl.gz --vocab 500 -o data/unigram500
     """

@@ -12,15 +12,15 @@ UNFINISHED = 75
 
 
 def train(
-    config: Annotated[list[Path], typer.Option(help="YAML file; later ones win over earlier ones")],
-    exp: Annotated[Path, typer.Option(help="folder of the experiment, made where there is none")],
-    set: Annotated[list[str], typer.Option(help="one field, as in optim.lr=1e-3; wins over files")] = [],  # noqa: B006
+    config: Annotated[list[Path], typer.Option(help="YAML file; later ones override earlier ones")],
+    exp: Annotated[Path, typer.Option(help="folder of the experiment, created if missing")],
+    set: Annotated[list[str], typer.Option(help="one field, as in optim.lr=1e-3; overrides the files")] = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
-    """Train a model, or go on from the last checkpoint in the folder of the experiment.
+    """Train a model, or resume from the last checkpoint in the folder of the experiment.
 
-    Stops after the present step, with a checkpoint, on SIGTERM, SIGINT or SIGUSR1, and exits with 75: not
-    done, start it again; a second signal ends it at once.
+    On SIGTERM, SIGINT or SIGUSR1, finishes the current step, saves a checkpoint and exits with 75: not done,
+    run it again. A second signal ends it at once.
 
     Example: asr train --config recipes/conf/conformer-s.yaml --config conf/train.yaml --exp exp/conformer-s
 

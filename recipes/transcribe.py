@@ -41,29 +41,29 @@ def transcribe(
         Path | None, typer.Option("--out", "-o", help="file to write; for several sources a folder")
     ] = None,
     format_: Annotated[str, typer.Option("--format", help="txt, srt, vtt or json")] = "txt",
-    recursive: Annotated[bool, typer.Option("--recursive", help="also folders in folders")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", help="also search subfolders")] = False,
     mode: Mode = "",
     search: Search = None,
-    chunk_ms: Annotated[int, typer.Option(help="audio per step, the latency; 0: the bundle's own")] = 0,
-    left_chunks: Annotated[int, typer.Option(help="steps of left context; -1: the bundle's own")] = -1,
-    look_ahead: Annotated[int, typer.Option(help="steps that every layer looks ahead: later, by layers")] = 0,
+    chunk_ms: Annotated[int, typer.Option(help="chunk length, sets the latency; 0: the bundle's own")] = 0,
+    left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: the bundle's own")] = -1,
+    look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer; delays add up")] = 0,
     channel: Annotated[str, typer.Option(help="of files: mix, left, right, or a number from 0")] = "mix",
-    rate: Annotated[int, typer.Option(help="of raw samples, in Hz")] = 16000,
-    encoding: Annotated[str, typer.Option(help="of raw samples: s16le or f32le")] = "s16le",
-    realtime: Annotated[bool, typer.Option("--realtime", help="play files at the speed of speech")] = False,
+    rate: Annotated[int, typer.Option(help="sample rate of raw samples, in Hz")] = 16000,
+    encoding: Annotated[str, typer.Option(help="encoding of raw samples: s16le or f32le")] = "s16le",
+    realtime: Annotated[bool, typer.Option("--realtime", help="read files in real time")] = False,
     vad: Annotated[
-        bool, typer.Option("--vad", help="long files: cut where nobody speaks, and decode pieces together")
+        bool, typer.Option("--vad", help="long files: cut where nobody speaks, and decode pieces in batches")
     ] = False,
-    piece_s: Annotated[float, typer.Option(help="longest piece, with --vad")] = 20.0,
-    threads: Annotated[int, typer.Option(help="of onnxruntime")] = 1,
+    piece_s: Annotated[float, typer.Option(help="longest piece with --vad, in seconds")] = 20.0,
+    threads: Annotated[int, typer.Option(help="threads of onnxruntime")] = 1,
 ) -> None:
-    """Transcribe sound of any length; on a terminal, with the words as they are heard.
+    """Transcribe audio of any length; on a terminal, words appear as they are recognised.
 
     Files are WAV, FLAC, Ogg Vorbis or Opus, and MP3, at any sample rate. One that cannot be used does not
     stop the others; then the exit status is 3.
 
-    With --vad a model hears each piece at once, not as a stream, unless --chunk-ms is given. If the program
-    ends early, the same command with the same -o goes on where it was.
+    With --vad, each piece is decoded as a whole, not as a stream, unless --chunk-ms is given. If the program
+    ends early, the same command with the same -o resumes where it stopped.
 
     Example: asr transcribe bundle a.wav talks/ --format srt -o subtitles
 

@@ -28,14 +28,14 @@ class Model(NamedTuple):
 def verify(
     model: Annotated[Path, typer.Argument(help="bundle, or experiment with its bundle in EXPERIMENT/bundle")],
     manifest: Annotated[Path, typer.Argument(help="utterances to compare on")],
-    utterances: Annotated[int, typer.Option(help="how many of them, from the first on")] = 200,
+    utterances: Annotated[int, typer.Option(help="how many of them, from the start")] = 200,
     checkpoint: Annotated[str, typer.Option(help="average, latest, best, ema, or a path")] = "average",
-    searches: Annotated[bool, typer.Option(help="compare the result of every decoding mode, too")] = False,
+    searches: Annotated[bool, typer.Option(help="also compare the results of every decoding mode")] = False,
 ) -> None:
     """Compare torch, ONNX and int8 on audio: log-probabilities, units, and word error rates.
 
-    Each is compared at once and chunk by chunk. A bundle alone is compared with itself at once. Exits with 2
-    where a limit of export/verify.py is exceeded.
+    Each is compared on whole utterances and chunk by chunk. For a bundle alone, only the word error rates
+    are meaningful. Exits with 2 if a limit of export/verify.py is exceeded.
 
     Example: asr verify exp/conformer-s data/manifests/corpus_test.jsonl.gz --utterances 200 --searches
     """
