@@ -112,7 +112,7 @@ def write(path: str | os.PathLike[str], samples: Floats, sample_rate: int = SAMP
     """Write samples (S,) as 16-bit .wav or .flac, clipped to [-1, 1]. Raises AudioError for NaN."""
     format_ = Path(path).suffix.lower().removeprefix(".").upper()
     if format_ not in ("WAV", "FLAC"):
-        raise AudioError(f"{path}: sound is written as .wav or .flac")
+        raise AudioError(f"{path}: audio can be written only as .wav or .flac")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: the samples to write hold NaN or infinity")
     # not libsndfile's conversion, which scales by 32767: reading and writing again is lossless
@@ -170,7 +170,7 @@ def _decoder(stream: Patched, name: str) -> _Decoder:
 
 
 def _complaint(error: soundfile.LibsndfileError) -> str:
-    return f"damaged, or not of a kind we decode ({error.error_string.rstrip('. ')})"
+    return f"damaged, or in an unsupported format ({error.error_string.rstrip('. ')})"
 
 
 def _open_file(path: str) -> BinaryIO:
@@ -229,7 +229,7 @@ def _channel_index(sound: _Sound, channel: str | int) -> int | None:
     if index == -1:
         raise AudioError(f"channel {channel!r} is not one of mix, left, right, or a number from 0")
     if index is not None and not 0 <= index < sound.channels:
-        raise AudioError(f"{sound.name}: has {sound.channels} channels, there is no {channel}; use mix")
+        raise AudioError(f"{sound.name}: has {sound.channels} channels, no channel {channel}; use mix")
     return index
 
 
@@ -252,7 +252,7 @@ def _check_floats(sound: _Sound) -> float:
         )
     sound.file.seek(0)
     if peak > 1:
-        warn(f"{sound.name}: float samples up to {peak:g}, beyond [-1, 1]; scaled down by that")
+        warn(f"{sound.name}: float samples up to {peak:g}, beyond [-1, 1]; scaled down to fit")
     return 1 / max(peak, 1.0)
 
 

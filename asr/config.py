@@ -244,7 +244,9 @@ def _section_class(name: str, data: Any, origin: dict[str, str]) -> Any:
     if data["type"] not in list(REGISTERS[name]):
         path = f"{name}.type"
         known = ", ".join(REGISTERS[name])
-        raise ConfigError(f"{_where(path, origin)}{path}: no such {name}: {data['type']}; there is {known}")
+        raise ConfigError(
+            f"{_where(path, origin)}{path}: no such {name}: {data['type']}; expected one of {known}"
+        )
     return REGISTERS[name][data["type"]]
 
 

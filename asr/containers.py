@@ -86,7 +86,7 @@ def _looks_like(head: bytes) -> str:
             return f"looks like {what}"
     if text.isascii() and text.decode().isprintable():
         return f"looks like text: {text[:20].decode()!r}"
-    return f"not a sound file we know (it starts {head[:8].hex(' ')})"
+    return f"not a known audio format (it starts with {head[:8].hex(' ')})"
 
 
 def how_to_convert(name: str) -> str:

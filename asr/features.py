@@ -63,7 +63,9 @@ class FbankConfig:
 
     def __post_init__(self) -> None:
         if self.normalize != "none" and self.type != "nemo":
-            raise ConfigError(f"normalize is {self.normalize}; features of type {self.type} know none only")
+            raise ConfigError(
+                f"normalize is {self.normalize}; expected none with features of type {self.type}"
+            )
 
 
 class Fbank(nn.Module):

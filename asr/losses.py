@@ -48,8 +48,8 @@ class LossConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.consistency and not self.ctc:
             raise ConfigError(
-                f"consistency is {self.consistency} and ctc is {self.ctc}; posteriors of CTC are consistent "
-                "by themselves where they learn nothing else, give ctc a weight"
+                f"consistency is {self.consistency} and ctc is {self.ctc}; without a CTC loss "
+                "the posteriors only learn to agree; give ctc a weight"
             )
 
     @property

@@ -165,7 +165,7 @@ def _find(device: int | str | None, there: list[Device]) -> Device:
     if len(fits) != 1:
         what = "no microphone" if not fits else f"{len(fits)} microphones match"
         names = ", ".join(f"{d.index} {d.name!r}" for d in there)
-        raise AudioError(f"{what} {str(device)!r}; there are {names}")
+        raise AudioError(f"{what} {str(device)!r}; available: {names}")
     return fits[0]
 
 

@@ -39,8 +39,8 @@ class WhisperFbank(nn.Module):
         super().__init__()
         if not config.window_s > 0:
             raise ConfigError(
-                f"features.window_s: {config.window_s:g}; features of type whisper need the seconds of audio "
-                "that the model hears at once, as in 30"
+                f"features.window_s: {config.window_s:g}; features of type whisper need the window of the "
+                "model in seconds, as in 30"
             )
         self.config = config
         self.frame_samples = round(config.sample_rate * 0.001 * config.frame_ms)
@@ -62,7 +62,7 @@ class WhisperFbank(nn.Module):
         longest = samples.shape[1] if torch.compiler.is_exporting() else int(sample_lens.max())
         if not torch.compiler.is_exporting() and longest > self.window_samples:
             raise AudioError(
-                f"{longest / self.config.sample_rate:.1f} s of audio, and the model hears "
+                f"{longest / self.config.sample_rate:.1f} s of audio, and the model takes "
                 f"{self.config.window_s:g} s at most; cut it at pauses, as asr transcribe does"
             )
         samples = samples[:, : self.window_samples]

@@ -170,7 +170,7 @@ class _Trials:
         errors = {mode: total(x) for mode, x in counts.items()}
         words = max((x.ref for x in errors.values()), default=0)
         if not words:
-            raise BundleError("the set has no words, so error rates cannot be compared; give one with texts")
+            raise BundleError("the set has no words, so error rates cannot be compared; give one with text")
         rates = {mode: 100 * x.rate for mode, x in errors.items()}
         self._limit.say(f"{what}: WER {describe(rates)}")
         return rates, words
@@ -195,7 +195,7 @@ class _Trials:
         last = list(self._tried.values())[-1]
         return BundleError(
             f"WER {describe(last)} instead of {describe(self._before)}, with the {most} most harmful modules "
-            f"in float32, expected {self._limit.max_increase:g} more at most of {self._words:,} words; "
+            f"in float32, expected at most {self._limit.max_increase:g} more on {self._words:,} words; "
             "allow more with --max-wer-increase, or use --target cpu-fp32"
         )
 

@@ -74,8 +74,8 @@ def read_spoken(manifest: Path, limit: int, aligner: Bundle) -> list[Spoken]:
         ends_ms = word_ends(scorer, utterance.samples, text)
         found.append(Spoken(utterance.samples, tuple(wer.words(text)), tuple(ends_ms)))
     if not any(x.words for x in found):
-        what = f"none of its first {len(found)} utterances has a text" if found else "no utterances in it"
-        raise ManifestError(f"{manifest}: {what}; latency is that of words, give a manifest with text")
+        what = f"none of its first {len(found)} utterances has text" if found else "no utterances in it"
+        raise ManifestError(f"{manifest}: {what}; latency is measured on words, give a manifest with text")
     return found
 
 

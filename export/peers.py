@@ -160,7 +160,7 @@ def check(bundle: Bundle, folder: Path, chunk_ms: int) -> None:
     """Raise an error unless the two can be compared."""
     path = peer_model(bundle, folder)
     if chunk_ms % FRAME_MS:
-        raise BundleError(f"a chunk of {chunk_ms} ms is no multiple of {FRAME_MS} ms, its frame there")
+        raise BundleError(f"a chunk of {chunk_ms} ms is not a multiple of {FRAME_MS} ms, its encoder frame")
     if path.parent.name == "zipformer" and (fixed_ms := fixed_chunk_ms(path)) != chunk_ms:
         raise BundleError(f"{path}: its chunk is {fixed_ms} ms, not {chunk_ms}; pass --chunk-ms {fixed_ms}")
     try:

@@ -70,7 +70,7 @@ def artefacts(model: HybridModel) -> tuple[dict[str, Artefact], dict[str, str]]:
             found[name] = make(model.eval())
     if not found:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ConfigError(f"nothing that sherpa-onnx can run: {reasons}")
+        raise ConfigError(f"sherpa-onnx cannot run this model: {reasons}")
     return found, left_out
 
 

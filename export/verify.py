@@ -211,9 +211,9 @@ def check_int8(found: Comparison, what: str) -> None:
     before, after = found.wer
     is_measured = found.num_words >= MIN_WORDS and before is not None and after is not None
     if is_measured and after - before > MAX_WER:  # type: ignore[operator]
-        problem = f"word error rate {after:.2f} % instead of {before:.2f} %, expected {MAX_WER} more at most"
+        problem = f"word error rate {after:.2f} % instead of {before:.2f} %, expected at most {MAX_WER} more"
     elif found.units > MAX_UNITS:
-        problem = f"{found.units:.1f} % of units change, expected {MAX_UNITS} at most"
+        problem = f"{found.units:.1f} % of units change, expected at most {MAX_UNITS}"
     else:
         return
     raise BundleError(f"{what}: {problem}; export with --max-wer-increase, or --target cpu-fp32")
@@ -257,8 +257,8 @@ def count_same_streams(
 def check_searches(mode: str, same: int, count: int) -> None:
     """Raise BundleError unless every utterance is the same."""
     if same < count:
-        differ = f"{mode}: other units in {count - same} of {count} utterances"
-        raise BundleError(f"{differ} than the checkpoint's; please report this")
+        differ = f"{mode}: units differ in {count - same} of {count} utterances"
+        raise BundleError(f"{differ} from the checkpoint's; please report this")
 
 
 def made_sound(duration_s: float, sample_rate: int) -> Floats:

@@ -56,7 +56,7 @@ def bench(
 
     With --against graphs for sherpa-onnx, compares both on one core: live, from a file and with many streams.
     With --latency, plays the utterances of a manifest as if they were spoken now, and prints one line per
-    mode and chunk: error rate, lagging and delays of words, by the audio read / by the clock (docs/latency.md).
+    mode and chunk: error rate, lagging and word delays, by the audio read / by the clock (docs/latency.md).
 
     Example: asr bench bundle a.wav --against exp/conformer-m/sherpa
 

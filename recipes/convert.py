@@ -35,7 +35,7 @@ def convert(
     from asr.convert.families import convert as read
 
     if family not in FAMILIES:
-        raise ConfigError(f"{family}: no such family; there are {', '.join(FAMILIES)}")
+        raise ConfigError(f"{family}: no such family; expected one of {', '.join(FAMILIES)}")
     check_out(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         opened = _open(source, family, Path(scratch))

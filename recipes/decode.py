@@ -69,7 +69,7 @@ def decode(
     config = search_config(search, beam=beam, nbest=nbest, ctc_weight=ctc_weight)
     if look_ahead < 0 or (look_ahead and not chunk_ms):
         raise ConfigError(
-            f"--look-ahead {look_ahead}: expected 0 or more chunks, whose length --chunk-ms has to say"
+            f"--look-ahead {look_ahead}: expected 0 or more chunks, with their length in --chunk-ms"
         )
     context = (f"_c{chunk_ms}" if chunk_ms else "") + (f"_l{left_chunks}" if left_chunks >= 0 else "")
     context += f"_r{look_ahead}" if look_ahead else ""

@@ -129,7 +129,9 @@ def _check_target(target: str, max_wer_increase: float | None, utterances: int) 
     from export.targets import TARGETS
 
     if target not in (*TARGETS, SHERPA):
-        raise ConfigError(f"--target {target}: no such target; there are {', '.join([*TARGETS, SHERPA])}")
+        raise ConfigError(
+            f"--target {target}: no such target; expected one of {', '.join([*TARGETS, SHERPA])}"
+        )
     if utterances < 0:
         raise ConfigError(f"--utterances {utterances}: expected at least 1")
     if max_wer_increase is None:
@@ -137,7 +139,7 @@ def _check_target(target: str, max_wer_increase: float | None, utterances: int) 
     if not max_wer_increase >= 0:
         raise ConfigError(f"--max-wer-increase {max_wer_increase:g}: expected 0 or more")
     if target in TARGETS and not TARGETS[target].kept:
-        raise ConfigError(f"--max-wer-increase: {target} costs nothing; give a target with fewer bits")
+        raise ConfigError(f"--max-wer-increase: {target} loses nothing; give a target with fewer bits")
 
 
 def _is_calibrated(target: str) -> bool:

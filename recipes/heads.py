@@ -43,14 +43,14 @@ def heads(
     model, tokenizer, config = load_model(exp, checkpoint, where)
     if config.decoder.type != "transformer":
         raise ConfigError(
-            f"{exp}: its decoder is of type {config.decoder.type}, which hears windows; "
-            "heads guide the decoder that hears everything"
+            f"{exp}: its decoder is of type {config.decoder.type}, which attends to windows; "
+            "heads guide a decoder that attends to every frame"
         )
     read = read_utterances(manifest, utterances, config.features.sample_rate)
     all_ = [hear(model, torch.from_numpy(x.samples).to(where), tokenizer.encode(x.text)) for x in read]
     heard = [x for x in all_ if x is not None]
     if not heard:
-        raise ManifestError(f"{manifest}: no utterance with a text and the frames for it")
+        raise ManifestError(f"{manifest}: no utterance has a text and enough frames for it")
     found = search(model, heard)
     _print(found)
     num_tokens = sum(len(x.tokens) for x in heard)

@@ -70,7 +70,7 @@ def bench_latency(
 
 def _manifest(sound: Path | None) -> Path:
     if sound is None or not (sound.is_dir() or sound.name.endswith(MANIFESTS)):
-        raise ConfigError(f"--latency: {sound or 'made sound'} has no text; give a manifest with text")
+        raise ConfigError(f"--latency: {sound or 'synthetic sound'} has no text; give a manifest with text")
     return sound
 
 

@@ -45,12 +45,12 @@ def search_config(settings: Sequence[str] | None, **given: Any) -> SearchConfig:
         name, equals, value = setting.partition("=")
         if not equals or name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}=...?" if near else f"there are {', '.join(names)}"
+            hint = f"did you mean {near[0]}=...?" if near else f"fields are {', '.join(names)}"
             raise ConfigError(f"--search {setting}: expected a field and a value; {hint}")
         try:
             given[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"--search {setting}: {value} is no value") from None
+            raise ConfigError(f"--search {setting}: {value} is not a valid value") from None
     try:
         return TypeAdapter(SearchConfig).validate_python(given)
     except ValidationError as error:

@@ -299,7 +299,7 @@ def _print_comparison(a: Result, b: Result, as_json: bool) -> None:
     for row, ref, count in zip(a.rows, a.refs, a.counts, strict=True):
         i = theirs.pop(row.id, None)
         if i is not None and b.refs[i] != ref:
-            raise ManifestError(f"{b.path}: utterance {row.id} has another reference than in {a.path}")
+            raise ManifestError(f"{b.path}: utterance {row.id} has a different reference in {a.path}")
         counts.append(ErrorCount(count.ref, dels=count.ref) if i is None else b.counts[i])
     found = wer.compare(a.counts, counts)
     num_lacking = len(a.rows) - (len(b.rows) - len(theirs))

@@ -84,7 +84,7 @@ def paced(blocks: Iterator[Floats], sample_rate: int) -> Iterator[Floats]:
 def find_sources(names: list[str], recursive: bool, settings: Settings) -> list[Source]:
     """The sources of the command line, with folders replaced by the audio files in them."""
     if "-" in names and len(names) > 1:
-        raise ConfigError("- is standard input, and cannot be read beside files")
+        raise ConfigError("- is standard input, and cannot be combined with files")
     sources: list[Source] = []
     for name in names:
         path = Path(name)
@@ -100,7 +100,7 @@ def _sound_files(folder: Path, recursive: bool) -> list[Path]:
     every = folder.rglob("*") if recursive else folder.glob("*")
     found = sorted(path for path in every if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
-        advice = "" if recursive else "; --recursive also looks into the folders in it"
+        advice = "" if recursive else "; --recursive also searches its subfolders"
         raise AudioError(f"{folder}: no sound files ({' '.join(SUFFIXES)}) in it{advice}")
     return found
 

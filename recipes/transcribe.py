@@ -96,11 +96,11 @@ def _check_options(format_: str, mic: bool, has_sources: bool, vad: bool, realti
     from asr.runtime.transcript import FORMATS
 
     if format_ not in FORMATS:
-        raise ConfigError(f"--format {format_}: no such format; there are {', '.join(FORMATS)}")
+        raise ConfigError(f"--format {format_}: no such format; expected one of {', '.join(FORMATS)}")
     if mic == has_sources:
         raise ConfigError("pass sound files, folders or -, or else --mic")
     if vad and (mic or realtime):
-        raise ConfigError("--vad is for sound that is there already; leave it out, or --mic and --realtime")
+        raise ConfigError("--vad is for complete recordings; leave out --vad, or --mic and --realtime")
 
 
 def _recording_config(bundle: Bundle, config: StreamConfig, piece_s: float) -> RecordingConfig:

@@ -118,9 +118,9 @@ def test_a_device_is_found_by_number_by_name_or_by_default(device, index, portau
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("violin", "no microphone 'violin'; there are 1 'Webcam', 2 'Headset', 3 'Headset of Ann'"),
-        (0, "no microphone '0'; there are 1 'Webcam'"),
-        ("head", "2 microphones match 'head'; there are"),
+        ("violin", "no microphone 'violin'; available: 1 'Webcam', 2 'Headset', 3 'Headset of Ann'"),
+        (0, "no microphone '0'; available: 1 'Webcam'"),
+        ("head", "2 microphones match 'head'; available"),
         ("webcam", "microphone 'Webcam': Device unavailable .* is it in use, or unplugged"),
     ],
 )

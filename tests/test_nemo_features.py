@@ -108,7 +108,9 @@ def test_normalised_frames_have_mean_0_and_variance_1():
 def test_a_stream_cannot_be_normalised_over_the_utterance():
     with pytest.raises(ConfigError, match=r"features\.normalize: per_feature needs whole utterances"):
         build(normalize="per_feature").frames(torch.zeros(1, 401))
-    with pytest.raises(ConfigError, match="normalize is per_feature; features of type kaldi know none only"):
+    with pytest.raises(
+        ConfigError, match="normalize is per_feature; expected none with features of type kaldi"
+    ):
         FbankConfig(normalize="per_feature")
 
 

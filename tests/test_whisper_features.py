@@ -112,7 +112,7 @@ def test_the_frames_of_a_window_are_those_of_the_utterance():
 
 
 def test_an_utterance_beyond_the_window_is_refused():
-    with pytest.raises(AudioError, match=r"0\.6 s of audio, and the model hears 0\.5 s at most; cut it"):
+    with pytest.raises(AudioError, match=r"0\.6 s of audio, and the model takes 0\.5 s at most; cut it"):
         build(0.5)(torch.zeros(2, 9600), tensor([100, 9600]))
     x, _ = build(0.5)(torch.zeros(1, 9600), tensor([8000]))
     assert x.shape == (1, 50, 80)

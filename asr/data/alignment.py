@@ -83,7 +83,7 @@ def _parts(cut: Cut, tokenizer: Tokenizer) -> list[list[str]]:
     if (found := list(itertools.chain(*parts))) != whole:
         raise ManifestError(
             f"{cut.id}: the units of its words are not those of its joined text: "
-            f"{_first_difference(found, whole)}; take a tokenizer whose units stay within words"
+            f"{_first_difference(found, whole)}; use a tokenizer whose units stay within words"
         )
     return parts
 

@@ -73,7 +73,7 @@ def _parse(line: bytes, where: str) -> Cut:
         ) from None
     if not isinstance(cut, Cut):
         raise ManifestError(
-            f"{where}: expected a cut, found a {type(cut).__name__}; make cuts of lhotse's recordings and "
+            f"{where}: expected a cut, found a {type(cut).__name__}; make cuts from lhotse's recordings and "
             "supervisions with asr.data.importers.from_lhotse"
         )
     return cut
@@ -88,7 +88,7 @@ def open_cuts(path: str | Path) -> CutSet:
     if path.is_dir() and any(path.glob("cuts.*.jsonl*")):
         return CutSet.from_shar(in_dir=path)
     if path.is_dir() or not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ManifestError(f"{path}: not a manifest (.jsonl.gz); make one of it with `asr prepare`")
+        raise ManifestError(f"{path}: not a manifest (.jsonl.gz); make one from it with `asr prepare`")
     if not path.exists():
         raise ManifestError(f"{path}: no such manifest; make it with `asr prepare`")
     return CutSet(Manifest(path))

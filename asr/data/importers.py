@@ -111,7 +111,9 @@ def _tsv_lines(path: Path, split: str) -> Iterator[Line]:
             speaker, language = row.get("speaker", ""), row.get("language", "")
             yield Line(row["utt_id"], audio, row["text"], speaker, language, f"{path}:{number}")
     if split and split not in splits:
-        raise ManifestError(f"{path}: no line of split {split}; it has {', '.join(sorted(splits)) or 'none'}")
+        raise ManifestError(
+            f"{path}: no line has split {split}; its splits are {', '.join(sorted(splits)) or 'none'}"
+        )
 
 
 def from_folder(path: Path, left_out: list[LeftOut]) -> Iterator[Cut]:
@@ -188,7 +190,7 @@ def _table(path: Path) -> dict[str, tuple[str, str]]:
         key, _, value = line.strip().partition(" ")
         if key in table:
             raise ManifestError(
-                f"{path}:{number}: {key} is there already, at {table[key][1]}; keep one of them"
+                f"{path}:{number}: {key} already appears at {table[key][1]}; keep one of them"
             )
         table[key] = (value.strip(), f"{path}:{number}")
     return table
@@ -203,9 +205,7 @@ def _segments(path: Path) -> dict[str, tuple[str, float, float, str]]:
         except ValueError:
             raise ManifestError(f"{where}: {value!r}; expected RECORDING START END, in seconds") from None
         if not (math.isfinite(start_s) and math.isfinite(end_s) and 0 <= start_s < end_s):
-            raise ManifestError(
-                f"{where}: from {start} to {end} s is no stretch of audio; correct or drop it"
-            )
+            raise ManifestError(f"{where}: {start} to {end} s is not a valid segment; correct or drop it")
         segments[name] = (recording, start_s, end_s, where)
     return segments
 
@@ -269,11 +269,9 @@ def _unique(lines: list[Line]) -> None:
     seen: dict[str, str] = {}
     for line in lines:
         if not line.id:
-            raise ManifestError(f"{line.where}: the id is empty; give every utterance one of its own")
+            raise ManifestError(f"{line.where}: the id is empty; give every utterance its own id")
         if line.id in seen:
-            raise ManifestError(
-                f"{line.where}: id {line.id} is there already, at {seen[line.id]}; rename one"
-            )
+            raise ManifestError(f"{line.where}: id {line.id} already appears at {seen[line.id]}; rename one")
         seen[line.id] = line.where
 
 

@@ -96,7 +96,7 @@ class DataConfig:
         for name in ("join_words", "join_pause_s"):
             bounds = getattr(self, name)
             if bounds and (len(bounds) != 2 or bounds[0] > bounds[1] or bounds[0] < 0):
-                raise ConfigError(f"{name} is {bounds}; expected the least and the most")
+                raise ConfigError(f"{name} is {bounds}; expected the minimum and the maximum")
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,8 @@ class Loader:
             if "DataLoader worker" not in str(error):
                 raise
             raise TrainingError(
-                f"a process reading data died ({error}); when memory ran out, lower data.num_workers or "
-                "data.max_batch_s; data.num_workers=0 reads in the training process and shows more"
+                f"a data loading process died ({error}); if memory ran out, lower data.num_workers or "
+                "data.max_batch_s; data.num_workers=0 loads in the training process and shows more"
             ) from error
 
 

@@ -127,7 +127,7 @@ def modes_for(decoder: str, has_ctc: bool = True) -> list[str]:
 def check_name(mode: str) -> None:
     """Raise ConfigError if there is no such mode; "" stands for the default of the model."""
     if mode and mode not in MODES:
-        raise ConfigError(f"no such mode: {mode}; there are {', '.join(MODES)}")
+        raise ConfigError(f"no such mode: {mode}; expected one of {', '.join(MODES)}")
 
 
 def check_mode(mode: str, decoder: str, has_ctc: bool = True) -> None:

@@ -75,7 +75,7 @@ def check_detection(scorer: Scorer) -> None:
     if not scorer.has_fire:
         raise ConfigError(
             "detect_truncation: this model has no head that counts words; train one with loss.quantity=0.01, "
-            "from train.init if it is to be this model otherwise, or leave detect_truncation out"
+            "starting from this model with train.init, or leave detect_truncation out"
         )
     if not scorer.word_starts.any():
         raise ConfigError("detect_truncation: the units do not say where words begin; leave it out")

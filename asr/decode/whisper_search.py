@@ -63,11 +63,11 @@ class Answer:
 def whisper_options(scorer: Scorer, specials: Specials, config: SearchConfig) -> WhisperOptions:
     """The options of mode whisper; ConfigError for options that it or this model does not support."""
     if config.prompt:
-        raise ConfigError("prompt: mode whisper makes its own; choose with language, task and timestamps")
+        raise ConfigError("prompt: mode whisper makes its own prompt; set language, task and timestamps")
     if not specials.languages and (config.language not in ("auto", "en") or config.task != "transcribe"):
         raise ConfigError(
-            f"language is {config.language}, task {config.task}; this model knows English alone, and only "
-            "transcribes"
+            f"language is {config.language}, task {config.task}; this model only transcribes, and "
+            "only English"
         )
     half = scorer.max_tokens // 2
     return WhisperOptions(

@@ -118,7 +118,7 @@ class Aligner:
         if segments and not isinstance(decoder, SegmentalDecoder):
             raise ConfigError(
                 f"alignment by segments: this model's decoder is of type {decoder.config.type}, expected "
-                "segmental; leave --segments out, and its CTC aligns"
+                "segmental; leave out --segments to align by CTC"
             )
         self.segmental = decoder if segments and isinstance(decoder, SegmentalDecoder) else None
         self.model = model.to(device).eval()

@@ -55,7 +55,9 @@ def build_model(
     Raises ConfigError if the sizes do not fit each other.
     """
     if loss.ctc is None and decoder.type == "none":
-        raise ConfigError("loss.ctc: null, and decoder.type is none: there is nothing to learn; choose one")
+        raise ConfigError(
+            "loss.ctc: null, and decoder.type is none: there is nothing to learn; set one of them"
+        )
     _, encoder_class = ENCODERS[encoder.type]
     _, decoder_class = DECODERS[decoder.type]
     built = encoder_class(encoder, features.num_bins)

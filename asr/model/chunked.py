@@ -51,7 +51,7 @@ class ChunkedConfig(DecoderConfig):
         if self.window_frames < self.step_frames:
             raise ConfigError(
                 f"window_frames is {self.window_frames}, expected at least step_frames, {self.step_frames}, "
-                "or nobody hears the frames between two windows"
+                "or some frames are in no window"
             )
         if self.left_frames < 0:
             raise ConfigError(f"left_frames is {self.left_frames}, expected at least 0")
@@ -59,8 +59,7 @@ class ChunkedConfig(DecoderConfig):
             raise ConfigError(f"left_tokens is {self.left_tokens}, expected -1 where hears_eoc is false")
         if self.reverse_layers:
             raise ConfigError(
-                f"reverse_layers is {self.reverse_layers}, expected 0: nothing rescores what a chunked "
-                "decoder wrote"
+                f"reverse_layers is {self.reverse_layers}, expected 0: a chunked decoder does not rescore"
             )
 
 
@@ -127,8 +126,8 @@ class ChunkedDecoder(TransformerDecoder):
         """
         if tokens.shape[1] and not token_ends.shape[1]:
             raise ConfigError(
-                "decoder.type: a chunked decoder learns from times of the labels, and a batch has none; "
-                "run asr align on the manifests of data.train and data.valid, and take what it writes"
+                "decoder.type: a chunked decoder learns from label times, and a batch has none; "
+                "run asr align on the manifests of data.train and data.valid, and use its output"
             )
         assert self.chunking
         step = self.chunking.step

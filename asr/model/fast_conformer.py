@@ -168,7 +168,7 @@ class FastConformer(nn.Module):
             raise ConfigError(f"encoder: a model with {why} cannot stream; encode whole utterances")
         if delay:
             raise ConfigError(
-                f"right: {delay} frames of look-ahead, and layers of fast-conformer see their chunk only; "
+                f"right: {delay} frames of look-ahead, and layers of fast-conformer see only their chunk; "
                 "expected 0, and a longer chunk"
             )
         return self._empty_state(n, width)

@@ -161,7 +161,7 @@ class FireRedEncoder(nn.Module):
             raise ConfigError(f"encoder.kernel_size: {config.kernel_size} is even, expected odd")
         if config.chunk.dynamic:
             raise ConfigError(
-                "encoder.chunk.dynamic: true, and an encoder of type firered hears whole utterances; "
+                "encoder.chunk.dynamic: true, and an encoder of type firered takes whole utterances; "
                 "expected false"
             )
         self.config = config
@@ -217,6 +217,6 @@ class FireRedEncoder(nn.Module):
 
 def _only_whole(what: str) -> ConfigError:
     return ConfigError(
-        f"encoder.type: firered hears whole utterances, not {what}; decode without chunks, or use an encoder "
+        f"encoder.type: firered takes whole utterances, not {what}; decode without chunks, or use an encoder "
         "of another type"
     )

@@ -75,7 +75,7 @@ class HybridModel(nn.Module):
         """Raise ConfigError if there is no CTC head."""
         if self.ctc is None:
             raise ConfigError(
-                f"{what}: this model has no CTC head, which says when a token is said; use one with loss.ctc"
+                f"{what}: this model has no CTC head, which times the tokens; use a model with loss.ctc"
             )
 
     @property

@@ -137,7 +137,7 @@ class WhisperEncoder(nn.Module):
             )
         if config.chunk.dynamic:
             raise ConfigError(
-                "encoder.chunk.dynamic: true, and an encoder of type whisper hears whole windows; "
+                "encoder.chunk.dynamic: true, and an encoder of type whisper takes whole windows; "
                 "expected false"
             )
         self.config = config
@@ -157,7 +157,7 @@ class WhisperEncoder(nn.Module):
     def init_state(self, n: int, width: int, delay: int = 0) -> WhisperState:
         """Raises ConfigError: there are no streams."""
         raise ConfigError(
-            "encoder.type: whisper hears whole windows and cannot stream; encode whole utterances, or use an "
+            "encoder.type: whisper takes whole windows and cannot stream; encode whole utterances, or use an "
             "encoder of another type"
         )
 
@@ -184,13 +184,13 @@ class WhisperEncoder(nn.Module):
         """
         if int(chunk):
             raise ConfigError(
-                f"chunk: {int(chunk)} frames, and an encoder of type whisper hears whole windows; expected 0"
+                f"chunk: {int(chunk)} frames, and an encoder of type whisper takes whole windows; expected 0"
             )
         window = self.config.window
         if x.shape[1] != self.subsampling * window:
             raise ConfigError(
-                f"encoder.window: {window} frames need {self.subsampling * window} of the features, which "
-                f"are {x.shape[1]}; set features.type to whisper and features.window_s to the same length"
+                f"encoder.window: {window} frames need {self.subsampling * window} feature frames, not "
+                f"{x.shape[1]}; set features.type to whisper and features.window_s to the same length"
             )
         y = x.transpose(1, 2)
         for convolution in self.front:

@@ -130,7 +130,7 @@ class Zipformer(nn.Module):
         """
         _refuse_look_ahead("delay", delay)
         if width and not self.config.causal:
-            raise ConfigError("encoder.causal: false, and cannot stream; encode whole utterances")
+            raise ConfigError("encoder.causal: false, so it cannot stream; encode whole utterances")
         zeros = self.front.out.weight.new_zeros
         return ZipformerState(
             frames=self.front.init_frames(n),
@@ -239,7 +239,7 @@ class Zipformer(nn.Module):
         if not isinstance(chunk, int) or chunk <= 0:
             return
         if not self.config.causal:
-            raise ConfigError("encoder.causal: false, and has no chunks; encode whole utterances")
+            raise ConfigError("encoder.causal: false, so it has no chunks; encode whole utterances")
         if chunk % self.chunk_unit:
             near = -(-chunk // self.chunk_unit) * self.chunk_unit
             raise ConfigError(

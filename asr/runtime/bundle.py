@@ -93,7 +93,7 @@ class Bundle:
         """The state of one stream. BundleError if model.json and the graph disagree about it."""
         if problem := _unlike(self.encoder, self.info):
             raise BundleError(
-                f"{self.folder}/encoder.onnx: {problem}, and not as model.json says; export again"
+                f"{self.folder}/encoder.onnx: {problem}, which does not match model.json; export again"
             )
         return self.info.encoder_state
 

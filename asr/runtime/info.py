@@ -203,7 +203,7 @@ class ModelInfo:
         """`streaming`; BundleError if the model cannot stream."""
         if self.streaming is None:
             raise BundleError(
-                f"{self.source}: its encoder hears whole utterances only, and cannot stream; "
+                f"{self.source}: its encoder takes whole utterances only, and cannot stream; "
                 "use asr decode without --chunk-ms, or a model with a causal encoder"
             )
         return self.streaming

@@ -239,7 +239,7 @@ class OnnxScorer:
         features = self.bundle.info.features
         if features.max_samples and len(samples) > features.max_samples:
             raise AudioError(
-                f"{len(samples) / features.sample_rate:.1f} s of audio, and the model hears "
+                f"{len(samples) / features.sample_rate:.1f} s of audio, and the model takes "
                 f"{features.max_samples / features.sample_rate:g} s at most; cut it at pauses, as asr "
                 "transcribe does"
             )

@@ -45,8 +45,8 @@ class Stream:
         info = bundle.info
         if not info.has_ctc:
             raise BundleError(
-                f"{bundle.folder}: has no CTC head, which says where utterances of a stream end; use "
-                "asr.runtime.open_stream, which goes by loudness"
+                f"{bundle.folder}: has no CTC head, which finds where utterances of a stream end; use "
+                "asr.runtime.open_stream, which finds it by loudness"
             )
         self._scorer = OnnxScorer(bundle)
         self.context = stream_context(info, config)

@@ -40,7 +40,7 @@ class VoiceActivity:
         if sample_rate not in RATES:
             rates = " or ".join(f"{rate:,}" for rate in RATES)
             raise BundleError(
-                f"the model hears {sample_rate:,} Hz, voice activity detection {rates} Hz; leave out --vad"
+                f"the model takes {sample_rate:,} Hz, voice activity detection {rates} Hz; leave out --vad"
             )
         self._session = _open(model or find_model())
         self._rate = np.array(sample_rate)

@@ -53,7 +53,7 @@ class _Source:
         config = config or StreamConfig()
         if config.chunk_ms is not None or config.left_chunks is not None or config.look_ahead:
             raise BundleError(
-                f"{bundle.folder}: this model hears whole utterances, and has no chunks; leave out chunk, "
+                f"{bundle.folder}: this model takes whole utterances, and has no chunks; leave out chunk, "
                 "left context and look-ahead"
             )
         self._scorer = OnnxScorer(bundle)

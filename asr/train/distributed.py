@@ -52,7 +52,9 @@ def group(device: torch.device, timeout_s: float) -> Iterator[None]:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise TrainingError(f"rank {rank()}: no meeting at {where}: {str(error).splitlines()[0]}") from error
+        raise TrainingError(
+            f"rank {rank()}: cannot reach the other ranks at {where}: {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield
     finally:
@@ -90,4 +92,4 @@ def barrier(timeout_s: float) -> None:
     try:
         dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
     except RuntimeError as error:
-        raise TrainingError(f"ranks lost each other: {error}") from error
+        raise TrainingError(f"lost the connection to other ranks: {error}") from error

@@ -121,7 +121,7 @@ class Learner:
         if saved_type != config.optim.type:
             raise CheckpointError(
                 f"{path}: optim.type is {saved_type} in the checkpoint, {config.optim.type} in the "
-                "configuration; begin another experiment with train.init"
+                "configuration; start a new experiment with train.init"
             )
         state = load_state(path)
         self.optimizer.load_state_dict(state["optimizer"])

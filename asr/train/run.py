@@ -38,7 +38,7 @@ class Run:
             learner.restore(path, self.config, distributed.rank())
         self._start_report(learner.progress.step)
         if path is not None:
-            self.say(f"going on from {path}")
+            self.say(f"resuming from {path}")
             for field, (old, new) in differences(meta["config"], asdict(self.config)).items():
                 self.say(f"changed since {path.name}: {field} was {old}, is {new}")
         return path is not None
@@ -100,7 +100,7 @@ class Run:
             last = checkpoint.pointed(self.exp_dir, "latest") or "no checkpoint yet"
             raise TrainingError(
                 f"step {progress.step}: {progress.bad_steps} steps in a row without a finite gradient; "
-                f"utterances in {where}; lower optim.lr, and go on from {last}"
+                f"utterances in {where}; lower optim.lr, and resume from {last}"
             )
 
 

@@ -48,7 +48,7 @@ def official(row: Row) -> str:
     """The split, by the number at the end of `digit_speaker_number`."""
     number = row.utt_id.rpartition("_")[2]
     if not number.isdigit():
-        raise ManifestError(f"{row.utt_id}: not named digit_speaker_number, so not of either split")
+        raise ManifestError(f"{row.utt_id}: not named digit_speaker_number, so in neither split")
     return "test" if int(number) < 5 else "dev" if int(number) < 10 else "train"
 
 

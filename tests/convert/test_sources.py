@@ -180,7 +180,7 @@ def test_a_missing_tensor_is_named_with_its_shape(asr, tiny_source, tmp_path):
 def test_there_is_no_such_source_or_family(asr, tmp_path):
     assert "/none: no such file or folder" in asr("convert", "wenet", "/none", "-o", tmp_path / "exp")[2]
     err = asr("convert", "kaldi", tmp_path, "-o", tmp_path / "exp")[2]
-    assert f"kaldi: no such family; there are {', '.join(FAMILIES)}" in err
+    assert f"kaldi: no such family; expected one of {', '.join(FAMILIES)}" in err
 
 
 def test_an_experiment_that_is_there_is_not_replaced(asr, tiny_source, tmp_path):

@@ -196,7 +196,7 @@ def test_models_of_english_alone_are_told_no_language(converted):
     assert shown[0].tolist() == [[1]]
     assert shown[1].tolist() == [[Specials.of(symbols).no_timestamps]]
     for changes in ({"language": "de"}, {"task": "translate"}):
-        with pytest.raises(ConfigError, match="this model knows English alone"):
+        with pytest.raises(ConfigError, match="this model only transcribes, and only English"):
             decode(scorer, "", samples, SearchConfig(**changes))
 
 

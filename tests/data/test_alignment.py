@@ -233,7 +233,7 @@ def test_units_that_span_words_cannot_be_aligned_part_by_part(corpus: Corpus, to
             return [0] if text.count("word") > 1 else [1]
 
     cut = next(iter(join_cuts(open_cuts(corpus(DURATIONS)), random.Random(1), (2, 2))))
-    message = f"^{cut.id.replace('+', '.')}: .* from unit 0 on half half, expected whole; take a tokenizer"
+    message = f"^{cut.id.replace('+', '.')}: .* from unit 0 on half half, expected whole; use a tokenizer"
     with pytest.raises(ManifestError, match=message):
         with_alignment(cut, Spanning(), [(0, 1, 0)])  # type: ignore[arg-type]
 

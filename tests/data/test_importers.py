@@ -44,7 +44,7 @@ def test_byte_order_mark_line_ends_and_empty_lines_do_not_matter(folder: Path) -
     [
         ([HEADER[:1] + HEADER[2:]], "tsv:1: no column audio"),
         ([HEADER, ROW[:-1]], "tsv:2: 6 columns, the header has 7"),
-        ([HEADER, ROW, ROW], "tsv:3: id a is there already, at .*tsv:2"),
+        ([HEADER, ROW, ROW], "tsv:3: id a already appears at .*tsv:2"),
         ([HEADER, ("", *ROW[1:])], "tsv:2: the id is empty"),
         (
             [HEADER, ("b", "none.wav", *ROW[2:]), ROW],
@@ -68,7 +68,7 @@ def test_a_byte_that_is_not_utf8_is_named_with_its_column(folder: Path) -> None:
 
 
 def test_a_split_that_is_not_there_names_those_that_are(folder: Path) -> None:
-    with pytest.raises(ManifestError, match="no line of split dev; it has train"):
+    with pytest.raises(ManifestError, match="no line has split dev; its splits are train"):
         list(from_tsv(write_tsv(folder, [ROW]), [], split="dev"))
 
 
@@ -133,14 +133,14 @@ def test_kaldi_with_segments(kaldi: Kaldi) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"segments": "r r 0.3 0.2\n"}, "segments:1: from 0.3 to 0.2 s is no stretch"),
-        ({"segments": "r r nan 0.2\n"}, "segments:1: from nan"),
-        ({"segments": "r r -1 0.2\n"}, "segments:1: from -1"),
+        ({"segments": "r r 0.3 0.2\n"}, "segments:1: 0.3 to 0.2 s is not a valid segment"),
+        ({"segments": "r r nan 0.2\n"}, "segments:1: nan to"),
+        ({"segments": "r r -1 0.2\n"}, "segments:1: -1 to"),
         ({"segments": "r r 0.2\n"}, "segments:1: .* expected RECORDING START END"),
         ({"segments": "r r 0.1 0.6\n"}, "segments:1: r ends at 0.600 s, its audio at 0.500 s"),
         ({"segments": "r other 0.1 0.2\n"}, "segments: 1 ids are not in .*wav.scp, first other"),
         ({"text": "r x\nq y\n"}, "text: 1 ids are not in .*wav.scp, first q"),
-        ({"text": "r x\nr y\n"}, "text:2: r is there already, at .*text:1"),
+        ({"text": "r x\nr y\n"}, "text:2: r already appears at .*text:1"),
         ({"wav.scp": "r sox a.wav -t wav - |\n"}, "wav.scp:1: a pipe, which would run sox .*--allow-pipes"),
         ({"wav.scp": "r gone.wav\n"}, "1 of 1 sound files are missing, first .*gone.wav"),
     ],

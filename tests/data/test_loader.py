@@ -236,7 +236,7 @@ class Deadly:
 def test_a_dead_worker_is_an_error_that_says_what_to_do(setup: Setup) -> None:
     loader = setup.loader(num_workers=1)
     loader.reader.tokenizer = Deadly()  # type: ignore[assignment]
-    with pytest.raises(TrainingError, match=r"data died .*data.num_workers"):
+    with pytest.raises(TrainingError, match=r"loading process died .*data.num_workers"):
         take(loader, 1)
 
 

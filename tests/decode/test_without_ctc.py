@@ -143,7 +143,7 @@ def test_modes_that_need_ctc_are_refused(alone, toy):
             ConfigError, match=f"mode {mode}: this model has no CTC head, .* attention, unbounded"
         ):
             check_mode(mode, "transformer", has_ctc=False)
-    with pytest.raises(ConfigError, match="no such mode: nonsense; there are ctc-greedy"):
+    with pytest.raises(ConfigError, match="no such mode: nonsense; expected one of ctc-greedy"):
         mode_of(alone(4), "nonsense")
 
 

@@ -176,7 +176,7 @@ def test_words_of_a_manifest_are_aligned(tiny_bundles: Path, sound: Floats, monk
 
 
 @pytest.mark.parametrize(
-    ("made", "what"), [(["", " "], "none of its first 2 utterances has a text"), ([], "no utterances in it")]
+    ("made", "what"), [(["", " "], "none of its first 2 utterances has text"), ([], "no utterances in it")]
 )
 def test_a_manifest_without_words_is_named(
     bundle: Bundle, sound: Floats, monkeypatch: pytest.MonkeyPatch, made: list[str], what: str

@@ -94,7 +94,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path, tiny_bundles: Path, so
     bundle = Bundle.load(tiny_bundles / "cpu-int8")
     with pytest.raises(BundleError, match="has no streaming model; write one with asr export --target"):
         next(duel(bundle, tmp_path, sound, 640, 1))
-    with pytest.raises(BundleError, match="650 ms is no multiple of 40 ms"):
+    with pytest.raises(BundleError, match="650 ms is not a multiple of 40 ms"):
         next(duel(bundle, folder, sound, 650, 1))
 
 

@@ -360,5 +360,5 @@ def test_what_sherpa_cannot_run_is_refused_with_reasons(tiny_model):
     assert list(found) == ["aed"]
     assert left_out["ctc"] == "features.sample_rate is 8000, its runtime has 16000"
     model.decoder.config.type = "chunked"
-    with pytest.raises(ConfigError, match=r"nothing that sherpa-onnx can run: ctc: features\.sample_rate"):
+    with pytest.raises(ConfigError, match=r"sherpa-onnx cannot run this model: ctc: features\.sample_rate"):
         artefacts(model)

@@ -78,7 +78,7 @@ def test_all_frames_are_heard():
 )
 def test_it_does_not_stream(call: Callable, message: str):
     x, x_lens = torch.randn(1, 67, NUM_BINS), tensor([67])
-    with pytest.raises(ConfigError, match=f"encoder.type: firered hears whole utterances, {message}"):
+    with pytest.raises(ConfigError, match=f"encoder.type: firered takes whole utterances, {message}"):
         call(tiny(), x, x_lens)
 
 

@@ -76,7 +76,7 @@ def test_positions_are_sines_and_then_cosines():
 
 def test_there_are_no_streams():
     encoder = build()
-    with pytest.raises(ConfigError, match="chunk: 4 frames, and an encoder of type whisper hears whole"):
+    with pytest.raises(ConfigError, match="chunk: 4 frames, and an encoder of type whisper takes whole"):
         encoder(torch.zeros(1, 40, 16), tensor([40]), None, 4)
     with pytest.raises(ConfigError, match="cannot stream"):
         encoder.init_state(1, 0)
@@ -84,7 +84,7 @@ def test_there_are_no_streams():
 
 
 def test_what_does_not_fit_is_said():
-    with pytest.raises(ConfigError, match=r"encoder.window: 20 frames need 40 of the features, which are 38"):
+    with pytest.raises(ConfigError, match=r"encoder.window: 20 frames need 40 feature frames, not 38"):
         build()(torch.zeros(1, 38, 16), tensor([38]))
     with pytest.raises(ConfigError, match=r"encoder.dim: 24 channels do not divide into 5 heads"):
         build(num_heads=5)

@@ -295,9 +295,9 @@ def test_contexts_that_no_chunk_allows():
     with pytest.raises(ConfigError, match=r"^delay: 2, and"):
         tiny().init_state(1, 8, 2)
     offline = tiny(causal=False)
-    with pytest.raises(ConfigError, match=r"^encoder\.causal: false, and has no chunks"):
+    with pytest.raises(ConfigError, match=r"^encoder\.causal: false, so it has no chunks"):
         offline(x, x_lens, None, 8)
-    with pytest.raises(ConfigError, match=r"^encoder\.causal: false, and cannot stream"):
+    with pytest.raises(ConfigError, match=r"^encoder\.causal: false, so it cannot stream"):
         offline.init_state(1, 8)
 
 

@@ -150,9 +150,9 @@ def test_a_set_that_stops_leaves_the_earlier_result(exp, manifest, tmp_path, cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mode", "beam"], "no such mode: beam; there are ctc-greedy"),
+        (["--mode", "beam"], "no such mode: beam; expected one of ctc-greedy"),
         (["--chunk-ms", "100"], "--chunk-ms 100: not a multiple of 40 ms"),
-        (["--look-ahead", "1"], "--look-ahead 1: expected 0 or more chunks, whose length --chunk-ms"),
+        (["--look-ahead", "1"], "--look-ahead 1: expected 0 or more chunks, with their length in --chunk-ms"),
         (["--look-ahead", "-1", "--chunk-ms", "160"], "--look-ahead -1: expected 0 or more"),
         (["--beam", "0"], "beam is 0"),
         (["--batch-s", "0"], "--batch-s 0.0: expected more than 0"),

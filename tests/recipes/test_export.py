@@ -118,7 +118,7 @@ def test_beyond_a_limit_nothing_is_written(
     [
         (("--max-wer-increase", -1), "--max-wer-increase -1: expected 0 or more"),
         (("--max-wer-increase", "nan"), "--max-wer-increase nan: expected 0 or more"),
-        (("--max-wer-increase", 1, "--target", "cpu-fp32"), "cpu-fp32 costs nothing"),
+        (("--max-wer-increase", 1, "--target", "cpu-fp32"), "cpu-fp32 loses nothing"),
         (("--utterances", -1), "--utterances -1: expected at least 1"),
         (("--max-wer-increase", 1), "has no utterances to measure on; give them with --manifest"),
         (("--target", "cpu-int8-static"), "has no utterances to measure on; give them with --manifest"),
@@ -203,7 +203,7 @@ def test_verify_fails_where_a_search_differs(
     status, out, err = asr("verify", experiment, manifest, "--utterances", 2, "--searches")
     assert status == 2
     assert "same units 1/2" in out
-    assert "ctc-greedy: other units in 1 of 2 utterances" in err
+    assert "ctc-greedy: units differ in 1 of 2 utterances" in err
 
 
 def test_a_bundle_alone_is_compared_with_itself(asr, tiny_bundles: Path, manifest: Path):

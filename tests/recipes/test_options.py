@@ -31,12 +31,12 @@ def test_a_stream_gets_them() -> None:
     ("setting", "message"),
     [
         ("margin_frame=8", "did you mean margin_frames=...?"),
-        ("zzz=1", "there are beam, nbest"),
+        ("zzz=1", "fields are beam, nbest"),
         ("beam", "expected a field and a value"),
         ("beam=wide", "--search beam=wide: input should be a valid integer"),
         ("beam=0", "beam is 0, expected at least 1"),
         ("recombine=mean", "recombine=mean"),
-        ("beam=[", r"--search beam=\[: \[ is no value"),
+        ("beam=[", r"--search beam=\[: \[ is not a valid value"),
     ],
 )
 def test_what_is_wrong_is_said(setting: str, message: str) -> None:

@@ -94,7 +94,7 @@ def test_a_manifest_and_a_folder_are_sources_too(table: Path, tmp_path: Path) ->
     ("args", "message"),
     [
         (["--max-s", "0.2"], "0 of 7 utterances left: 5 longer than 0.2 s"),
-        (["--split", "dev"], "no line of split dev; it has test, train"),
+        (["--split", "dev"], "no line has split dev; its splits are test, train"),
         (["--from", "csv"], "--from csv: no such source; expected one of tsv, folder, kaldi, cuts"),
         (["--from", "cuts"], "not a manifest"),
     ],

@@ -231,8 +231,8 @@ def test_standard_input_can_be_cut_too(
 
 def test_mistakes_are_one_line(asr: Asr, talk: Path, monkeypatch: pytest.MonkeyPatch):
     for args, message in (
-        (("--mic", "--vad"), "--vad is for sound that is there already"),
-        ((talk, "--realtime", "--vad"), "--vad is for sound that is there already"),
+        (("--mic", "--vad"), "--vad is for complete recordings"),
+        ((talk, "--realtime", "--vad"), "--vad is for complete recordings"),
         ((talk, "--vad", "--piece-s", "1"), "max_s is 1.0, expected 5 seconds or more"),
         ((talk.with_name("none.wav"), "--vad"), "none.wav: not found"),
     ):

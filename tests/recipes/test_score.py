@@ -176,7 +176,7 @@ def test_other_mistakes_exit_with_2_too(hyp, tmp_path, capsys):
     other = write(tmp_path / "other.jsonl", [row("c", "no", "no")])
     for args, message in [
         ([str(tmp_path / "empty")], "has no decode/*/hyp.jsonl; run asr decode"),
-        ([hyp, "--compare", other], "utterance c has another reference"),
+        ([hyp, "--compare", other], "utterance c has a different reference"),
         ([str(tmp_path / "exp"), "--compare", other], "has 2 sets; --compare needs one"),
         ([hyp, "--align", str(tmp_path / "none" / "x")], "cannot be written"),
     ]:

@@ -122,8 +122,8 @@ IMPOSSIBLE = [
     (lambda info: with_first_state(info, shape=[-3, 80]), "-3 in the shape of frames, expected a size"),
     (lambda info: with_first_state(info, shape=["W**9", 80]), "'W**9' in the shape of frames"),
     (lambda info: with_first_state(info, shape=[10**9, 80]), "encoder.onnx: input frames is ['N', 3, 80]"),
-    (lambda info: with_first_state(info, name="other"), "encoder.onnx: frames is an input, and not as"),
-    (lambda info: {"encoder_state": []}, "is an input, and not as model.json says; export again"),
+    (lambda info: with_first_state(info, name="other"), "encoder.onnx: frames is an input, which does not"),
+    (lambda info: {"encoder_state": []}, "is an input, which does not match model.json; export again"),
     (lambda info: {"streaming": None}, "encoder.onnx: chunk is an input"),
 ]
 

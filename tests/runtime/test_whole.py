@@ -88,7 +88,7 @@ def test_what_cannot_be_is_refused_with_a_way_out(bundle: Bundle, sound: Floats)
     with pytest.raises(BundleError, match=r"no CTC head.*open_stream"):
         Stream(bundle)
     for config in (StreamConfig(chunk_ms=640), StreamConfig(left_chunks=2), StreamConfig(look_ahead=1)):
-        with pytest.raises(BundleError, match="hears whole utterances, and has no chunks; leave out chunk"):
+        with pytest.raises(BundleError, match="takes whole utterances, and has no chunks; leave out chunk"):
             open_stream(bundle, config)
     with pytest.raises(BundleError, match=r"cannot stream; use asr decode without --chunk-ms"):
         OnnxScorer(bundle).encode([sound], Context(8, 2))

@@ -108,7 +108,7 @@ def test_killed_and_resumed_equals_uninterrupted(lab: Any, children: Any) -> Non
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     killed, _ = lab.train("killed", *options, "optim.max_steps=7")
-    assert any("going on from" in line and "step-000003" in line for line in lab.log)
+    assert any("resuming from" in line and "step-000003" in line for line in lab.log)
     assert_same_checkpoint(path_of(whole, 7), path_of(killed, 7))
     steps = [row["step"] for row in read_metrics(killed / "metrics.jsonl")]
     assert steps == [2, 4, 6]  # what was logged after the checkpoint is not there twice
@@ -179,7 +179,7 @@ def test_too_many_gradients_that_are_not_finite_end_training(
 
     lab.train("a", "optim.max_steps=2")
     monkeypatch.setattr(HybridModel, "forward", nan)
-    with pytest.raises(TrainingError, match=r"step 5: 3 steps in a row .* go on from .*step-000003"):
+    with pytest.raises(TrainingError, match=r"step 5: 3 steps in a row .* resume from .*step-000003"):
         lab.train("a", "optim.max_steps=50", "train.max_bad_steps=3")
 
 

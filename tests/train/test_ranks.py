@@ -50,7 +50,7 @@ def test_one_rank_is_asked_and_all_stop(lab: Any, children: Any) -> None:
 def come_or_stay_away(done: Path) -> None:
     with distributed.group(torch.device("cpu"), 60):
         if distributed.rank() == 0:
-            with pytest.raises(TrainingError, match=r"ranks lost each other: .*1"):
+            with pytest.raises(TrainingError, match=r"lost the connection to other ranks: .*1"):
                 distributed.barrier(0.5)
             done.touch()
         while not done.exists():
@@ -63,7 +63,7 @@ def test_a_rank_that_is_missing_is_named(children: Any, tmp_path: Path) -> None:
 
 def come_alone(done: Path) -> None:
     alone = distributed.group(torch.device("cpu"), 0.5)
-    with pytest.raises(TrainingError, match=r"rank 1: no meeting at 127.0.0.1:9: "), alone:
+    with pytest.raises(TrainingError, match=r"rank 1: cannot reach the other ranks at 127.0.0.1:9: "), alone:
         pass
     done.touch()
 

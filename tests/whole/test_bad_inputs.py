@@ -95,7 +95,7 @@ BAD_ROWS = {
     "u1\tgone.wav\ts\ttrain\tabc": "gone.wav",
     "u1\tempty.wav\ts\ttrain\tabc": "empty.wav",
     "u1\tu0.wav\ts\ttrain\t" + "abc" * 50: "too few frames for the text",
-    "u0\tu0.wav\ts\ttrain\tcab": "u0 is there already",
+    "u0\tu0.wav\ts\ttrain\tcab": "u0 already appears at",
 }
 
 
