@@ -10,8 +10,8 @@ from asr.model.torch_scorer import TorchScorer
 from asr.runtime.bundle import Bundle
 from asr.runtime.info import ModelInfo
 from export.bundle import Origin, describe, write_bundle
+from export.evaluation import BundleEvaluator
 from export.gate import Limit, Report, gate
-from export.hearing import BundleHearing
 from export.onnx import export_graphs
 from export.targets import TARGETS
 from export.verify import (
@@ -65,8 +65,8 @@ def build(
         proved = _prove(model, float32)
         convert = TARGETS[target].converter(float32, graphs, utterances)
         if convert and limit:
-            hearing = BundleHearing(float32, limit.utterances, limit.modes)
-            graphs, report = gate(graphs, convert, hearing, limit)
+            evaluator = BundleEvaluator(float32, limit.utterances, limit.modes)
+            graphs, report = gate(graphs, convert, evaluator, limit)
         elif convert:
             graphs = {name: convert(graph, ()) for name, graph in graphs.items()}
         info = write_bundle(graphs, info, tokens, out)

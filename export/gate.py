@@ -17,7 +17,7 @@ import onnx
 
 from asr.errors import BundleError
 from asr.wer import ErrorCount, total, word_errors
-from export.hearing import Graphs, Hearing
+from export.evaluation import Evaluator, Graphs
 from export.quantize import modules
 from export.verify import Utterance
 
@@ -94,17 +94,17 @@ class Report:
 
 
 def gate(
-    float32: Graphs, convert: Convert, hearing: Hearing, limit: Limit
+    float32: Graphs, convert: Convert, evaluator: Evaluator, limit: Limit
 ) -> tuple[dict[str, onnx.ModelProto], Report]:
     """Graphs of a target that are within the limit, and their measurements.
 
     BundleError if none are, even with half of the matrices in float32, or if the set has no words.
     """
-    measured = _Trials(float32, convert, hearing, limit)
+    measured = _Trials(float32, convert, evaluator, limit)
     order: dict[str, float] = {}
     count = 0
     if not measured.is_within([]):
-        order = rank(float32, convert, hearing, measured.beyond([]), limit.watch)
+        order = rank(float32, convert, evaluator, measured.beyond([]), limit.watch)
         most = _most(float32, list(order))
         count = _fewest(lambda n: measured.is_within(list(order)[:n]), most)
         if count < 0:
@@ -114,12 +114,12 @@ def gate(
 
 
 def rank(
-    float32: Graphs, convert: Convert, hearing: Hearing, modes: Sequence[str], watch: Watch
+    float32: Graphs, convert: Convert, evaluator: Evaluator, modes: Sequence[str], watch: Watch
 ) -> dict[str, float]:
     """Modules -> their harm in some modes, the greatest first: the mean change in the log-probabilities of
     the float32 graphs' output if the module alone is converted, summed over the kinds of output."""
-    kinds = {kind for mode in modes for kind in hearing.kinds(mode)}
-    reference = hearing.log_probs(float32)
+    kinds = {kind for mode in modes for kind in evaluator.kinds(mode)}
+    reference = evaluator.log_probs(float32)
     names = list(dict.fromkeys(name for graph in float32.values() for name in modules(graph)))
     show = watch("harm of modules", len(names))
     harms = {}
@@ -128,7 +128,7 @@ def rank(
         alone = {
             key: convert(graph, others) if name in modules(graph) else graph for key, graph in float32.items()
         }
-        found = hearing.log_probs(alone)
+        found = evaluator.log_probs(alone)
         harms[name] = sum(
             float(np.abs(reference[kind] - found[kind]).mean()) for kind in sorted(kinds & found.keys())
         )
@@ -139,8 +139,8 @@ def rank(
 class _Trials:
     """The error rates for trials with different modules in float32."""
 
-    def __init__(self, float32: Graphs, convert: Convert, hearing: Hearing, limit: Limit) -> None:
-        self._float32, self._convert, self._hearing, self._limit = float32, convert, hearing, limit
+    def __init__(self, float32: Graphs, convert: Convert, evaluator: Evaluator, limit: Limit) -> None:
+        self._float32, self._convert, self._evaluator, self._limit = float32, convert, evaluator, limit
         self._before, self._words = self._rates(float32, "float32")
         self._tried: dict[tuple[str, ...], Rates] = {}
         self._graphs: dict[tuple[str, ...], dict[str, onnx.ModelProto]] = {}
@@ -160,12 +160,12 @@ class _Trials:
         return [mode for mode, rate in self._tried[tuple(kept)].items() if rate - self._before[mode] > most]
 
     def _rates(self, graphs: Graphs, what: str) -> tuple[Rates, int]:
-        utterances = [n for n, x in enumerate(self._hearing.utterances) if x.text]
+        utterances = [n for n, x in enumerate(self._evaluator.utterances) if x.text]
         show = self._limit.watch(what, len(utterances))
         counts: dict[str, list[ErrorCount]] = {}
         for done, number in enumerate(utterances, 1):
-            for mode, text in self._hearing.texts(graphs, number).items():
-                counts.setdefault(mode, []).append(word_errors(self._hearing.utterances[number].text, text))
+            for mode, text in self._evaluator.texts(graphs, number).items():
+                counts.setdefault(mode, []).append(word_errors(self._evaluator.utterances[number].text, text))
             show(done)
         errors = {mode: total(x) for mode, x in counts.items()}
         words = max((x.ref for x in errors.values()), default=0)

@@ -25,7 +25,7 @@ from export.gate import Limit, Report, gate
 from export.onnx import Trace, export
 from export.quantize import quantize
 from export.sherpa import Artefact, artefacts
-from export.sherpa_hearing import SherpaHearing
+from export.sherpa_evaluation import SherpaEvaluator
 
 MARKER = "sherpa.json"
 """Lists what the folder holds, and why no more; a folder with this file may be overwritten."""
@@ -132,8 +132,8 @@ def write_sherpa(
                 check(trace, graphs[stem])
             quantized = {stem: quantize(graph) for stem, graph in graphs.items()}
             if limit:
-                hearing = SherpaHearing(name, model, tokenizer, limit.utterances)
-                quantized, reports[name] = gate(graphs, quantize, hearing, limit)
+                evaluator = SherpaEvaluator(name, model, tokenizer, limit.utterances)
+                quantized, reports[name] = gate(graphs, quantize, evaluator, limit)
             for stem, graph in graphs.items():
                 for x, path in ((graph, f"{stem}.onnx"), (quantized[stem], f"{stem}.int8.onnx")):
                     onnx.helper.set_model_props(x, {key: str(value) for key, value in metadata.items()})

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorsData
 
 from asr.runtime.bundle import Bundle
+from export.evaluation import BundleEvaluator
 from export.gate import Convert
-from export.hearing import BundleHearing
 from export.quantize import finished, is_fixed, module_of, quiet, weight_of
 from export.verify import Utterance
 
@@ -60,9 +60,9 @@ def calibrate(
     recorders = {}
     for name, graph in graphs.items():
         recorders[name] = _Recorder(getattr(float32, name), graph, _measured(graph))
-    hearing = BundleHearing(float32, utterances)
+    evaluator = BundleEvaluator(float32, utterances)
     for number in range(len(utterances)):
-        hearing.texts(graphs, number, recorders)
+        evaluator.texts(graphs, number, recorders)
     ranges = {graphs[name].graph.name: recorder.ranges for name, recorder in recorders.items()}
     return lambda graph, kept: _quantized(graph, kept, ranges[graph.graph.name])
 

@@ -21,7 +21,7 @@ from asr.model.hybrid import HybridModel
 from asr.model.torch_scorer import TorchScorer
 from asr.train.checkpoint import load_model
 from asr.wer import total, word_errors
-from export.sherpa_hearing import CHUNK, LEFT, SILENCE_S, zipformer_silence
+from export.sherpa_evaluation import CHUNK, LEFT, SILENCE_S, zipformer_silence
 from export.sherpa_zipformer import fixed_context
 from export.verify import Utterance, read_utterances
 

@@ -1,6 +1,6 @@
 """Matrices that 8 bits cannot hold stay in float32, or nothing is written."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from asr.errors import BundleError, ConfigError
 from asr.runtime.bundle import Bundle
+from export.evaluation import BundleEvaluator, in_memory
 from export.gate import Limit, gate, rank
-from export.hearing import BundleHearing, in_memory
 from export.quantize import module_of, modules, quantize
 from export.verify import Utterance, made_sound
 
@@ -32,13 +32,13 @@ def utterances(tiny_bundles: Path) -> list[Utterance]:
     sound = made_sound(12.0, 16000)
     parts = [Utterance(str(n), sound[n * 32000 : (n + 2) * 32000], "") for n in range(5)]
     graphs = {path.stem: onnx.load(path) for path in bundle.folder.glob("*.onnx")}
-    hearing = BundleHearing(bundle, parts, ["ctc-greedy"])
-    return [x._replace(text=hearing.texts(graphs, n)["ctc-greedy"]) for n, x in enumerate(parts)]
+    evaluator = BundleEvaluator(bundle, parts, ["ctc-greedy"])
+    return [x._replace(text=evaluator.texts(graphs, n)["ctc-greedy"]) for n, x in enumerate(parts)]
 
 
 @pytest.fixture
-def hearing(tiny_bundles: Path, utterances: list[Utterance]) -> BundleHearing:
-    return BundleHearing(Bundle.load(tiny_bundles / "cpu-fp32"), utterances, ["ctc-greedy"])
+def evaluator(tiny_bundles: Path, utterances: list[Utterance]) -> BundleEvaluator:
+    return BundleEvaluator(Bundle.load(tiny_bundles / "cpu-fp32"), utterances, ["ctc-greedy"])
 
 
 def with_outliers(graphs: Graphs, names: Collection[str]) -> Graphs:
@@ -74,15 +74,15 @@ def wer(report: dict[str, float]) -> float:
 
 
 def test_the_harmful_module_stays_in_float32(
-    graphs: Graphs, hearing: BundleHearing, utterances: list[Utterance]
+    graphs: Graphs, evaluator: BundleEvaluator, utterances: list[Utterance]
 ):
     lines: list[str] = []
     graphs = with_outliers(graphs, [HARMFUL])
     usual = gate(
-        graphs, lambda graph, kept: quantize(graph, [*kept, HARMFUL]), hearing, Limit(100, utterances)
+        graphs, lambda graph, kept: quantize(graph, [*kept, HARMFUL]), evaluator, Limit(100, utterances)
     )
     limit = Limit(wer(usual[1].wer), utterances, about={"set": "made"}, say=lines.append)
-    found, report = gate(graphs, quantize, hearing, limit)
+    found, report = gate(graphs, quantize, evaluator, limit)
     assert wer(report.wer_float32) == 0
     assert wer(report.wer_all) > limit.max_increase >= wer(report.wer)
     assert list(report.kept) == [HARMFUL]
@@ -90,62 +90,67 @@ def test_the_harmful_module_stays_in_float32(
     kinds = {node.op_type for node in found["encoder"].graph.node if module_of(node) == HARMFUL}
     assert "MatMul" in kinds
     assert "MatMulInteger" not in kinds
-    assert hearing.texts(found, 0) == hearing.texts(usual[0], 0)
+    assert evaluator.texts(found, 0) == evaluator.texts(usual[0], 0)
     said = report.as_dict()
     assert (said["set"], list(said["kept_in_float32"])) == ("made", [HARMFUL])
     assert [line.partition(":")[0] for line in lines] == ["float32", "all converted", "1 in float32"]
 
 
 def test_where_half_of_the_matrices_are_not_enough_it_is_refused(
-    graphs: Graphs, hearing: BundleHearing, utterances: list[Utterance]
+    graphs: Graphs, evaluator: BundleEvaluator, utterances: list[Utterance]
 ):
     graphs = with_outliers(graphs, list(modules(graphs["encoder"])))
     with pytest.raises(BundleError, match=r"with the \d+ most harmful modules in float32, expected 1 more"):
-        gate(graphs, quantize, hearing, Limit(1.0, utterances))
+        gate(graphs, quantize, evaluator, Limit(1.0, utterances))
 
 
 def test_within_the_limit_nothing_is_ranked(
-    graphs: Graphs, hearing: BundleHearing, utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
+    graphs: Graphs, evaluator: BundleEvaluator, utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("export.gate.rank", None)
-    found, report = gate(graphs, quantize, hearing, Limit(100.0, utterances))
+    found, report = gate(graphs, quantize, evaluator, Limit(100.0, utterances))
     assert report.kept == {}
     assert report.wer == report.wer_all
     assert found.keys() == graphs.keys()
 
 
-def test_only_what_a_mode_hears_is_harmful(graphs: Graphs, hearing: BundleHearing):
+def test_only_what_a_mode_hears_is_harmful(graphs: Graphs, evaluator: BundleEvaluator):
     watched: list[tuple[str, int]] = []
-    order = rank(graphs, quantize, hearing, ["ctc-greedy"], lambda *x: watched.append(x) or (lambda n: None))  # type: ignore[func-returns-value]
+
+    def watch(what: str, steps: int) -> Callable[[int], None]:
+        watched.append((what, steps))
+        return lambda done: None
+
+    order = rank(graphs, quantize, evaluator, ["ctc-greedy"], watch)
     assert set(order) == set(modules(graphs["encoder"]))
     assert list(order.values()) == sorted(order.values(), reverse=True)
     assert watched[0][0] == "harm of modules"
-    both = rank(graphs, quantize, hearing, ["rescore"], lambda *_: lambda n: None)
+    both = rank(graphs, quantize, evaluator, ["rescore"], lambda *_: lambda n: None)
     assert set(both) == {name for graph in graphs.values() for name in modules(graph)}
 
 
 def test_a_set_without_words_is_refused(graphs: Graphs, tiny_bundles: Path):
     silent = [Utterance("made", made_sound(1.0, 16000), "")]
-    hearing = BundleHearing(Bundle.load(tiny_bundles / "cpu-fp32"), silent)
+    evaluator = BundleEvaluator(Bundle.load(tiny_bundles / "cpu-fp32"), silent)
     with pytest.raises(BundleError, match="no words"):
-        gate(graphs, quantize, hearing, Limit(0.1, silent))
+        gate(graphs, quantize, evaluator, Limit(0.1, silent))
 
 
 def test_modes_are_those_of_the_model(tiny_bundles: Path):
     bundle = Bundle.load(tiny_bundles / "cpu-fp32")
-    assert BundleHearing(bundle, []).modes == ("ctc-greedy", "rescore")
+    assert BundleEvaluator(bundle, []).modes == ("ctc-greedy", "rescore")
     with pytest.raises(ConfigError, match="mode chunked"):
-        BundleHearing(bundle, [], ["chunked"])
+        BundleEvaluator(bundle, [], ["chunked"])
 
 
 def test_a_decoder_without_ctc_is_measured_by_what_it_writes(whole_bundle: Path):
     bundle = Bundle.load(whole_bundle)
     graphs = {path.stem: onnx.load(path) for path in whole_bundle.glob("*.onnx")}
-    hearing = BundleHearing(bundle, [Utterance("made", made_sound(2.0, 16000), "")])
-    assert hearing.modes == ("attention",)
-    assert hearing.texts(graphs, 0)["attention"]
-    assert set(hearing.log_probs(graphs)) == {"decoder"}
-    order = rank(graphs, quantize, hearing, ["attention"], lambda *_: lambda n: None)
+    evaluator = BundleEvaluator(bundle, [Utterance("made", made_sound(2.0, 16000), "")])
+    assert evaluator.modes == ("attention",)
+    assert evaluator.texts(graphs, 0)["attention"]
+    assert set(evaluator.log_probs(graphs)) == {"decoder"}
+    order = rank(graphs, quantize, evaluator, ["attention"], lambda *_: lambda n: None)
     assert set(order) == {name for graph in graphs.values() for name in modules(graph)}
 
 

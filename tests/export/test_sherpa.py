@@ -35,8 +35,8 @@ from export.gate import Limit
 from export.onnx import Trace, export
 from export.sherpa import CONTRACTS, artefacts
 from export.sherpa_bundle import check, write_sherpa
+from export.sherpa_evaluation import SILENCE_S, SherpaEvaluator
 from export.sherpa_graphs import AudioDecoder, AudioEncoder, rescaled
-from export.sherpa_hearing import SILENCE_S, SherpaHearing
 from export.verify import Utterance, made_sound
 
 RECOGNIZE = """
@@ -168,16 +168,16 @@ def test_8_bit_graphs_are_heard(sherpa, utterances, name):
 def test_what_a_limit_is_measured_on_is_what_sherpa_hears(
     sherpa, tiny_model, tiny_bundles, utterances, name, monkeypatch
 ):
-    monkeypatch.setattr("export.sherpa_hearing.CHUNK", 8)  # as above
-    monkeypatch.setattr("export.sherpa_hearing.LEFT", 2)
+    monkeypatch.setattr("export.sherpa_evaluation.CHUNK", 8)  # as above
+    monkeypatch.setattr("export.sherpa_evaluation.LEFT", 2)
     heard = [Utterance(str(n), x, "") for n, x in enumerate(utterances[:6])]
-    hearing = SherpaHearing(name, tiny_model, load_tokenizer(tiny_bundles), heard)
+    evaluator = SherpaEvaluator(name, tiny_model, load_tokenizer(tiny_bundles), heard)
     graphs = {x.stem: onnx.load(x) for x in (sherpa / name).glob("*.onnx") if "int8" not in x.name}
     silence = np.zeros(int(SILENCE_S * 16000) if name == "streaming" else 0, np.float32)
     theirs = recognized(name, sherpa, [np.append(x.samples, silence) for x in heard])
     for n, text in enumerate(theirs):
         a, b = (
-            re.sub("⁇|<unk>|<blk>|<sos/eos>", "", x) for x in (_plain(hearing.texts(graphs, n)[name]), text)
+            re.sub("⁇|<unk>|<blk>|<sos/eos>", "", x) for x in (_plain(evaluator.texts(graphs, n)[name]), text)
         )
         assert min(len(a), len(b)) >= 3
         assert a == b
@@ -226,8 +226,8 @@ def test_attention_decoder_of_fire_red(tiny_model, tiny_bundles, utterances, tmp
     options.mel_opts.num_bins, options.frame_opts.dither, options.mel_opts.high_freq = 80, 0.0, 0.0
     graphs = {x.stem: onnx.load(x) for x in (tmp_path / "fire_red").glob("*.onnx")}
     heard = [Utterance("", x, "") for x in utterances]
-    hearing = SherpaHearing("fire_red", model, load_tokenizer(tiny_bundles), heard)
-    assert all(hearing.texts(graphs, n)["fire_red"] for n in range(2))
+    evaluator = SherpaEvaluator("fire_red", model, load_tokenizer(tiny_bundles), heard)
+    assert all(evaluator.texts(graphs, n)["fire_red"] for n in range(2))
     for samples, theirs in zip(utterances, recognized("fire_red", tmp_path, utterances), strict=True):
         features = fbank.OnlineFbank(options)
         features.accept_waveform(16000, (samples * 32768).tolist())

@@ -30,7 +30,7 @@ from asr.tokens import load_tokenizer
 from export.bundle import Origin
 from export.sherpa import CONTRACTS, artefacts
 from export.sherpa_bundle import write_sherpa
-from export.sherpa_hearing import SherpaHearing, zipformer_silence
+from export.sherpa_evaluation import SherpaEvaluator, zipformer_silence
 from export.verify import Utterance, made_sound
 
 CONTEXT, SHIFT, LENGTH = Context(16, 4), 64, 77
@@ -136,13 +136,13 @@ def test_8_bit_graphs_are_heard(sherpa, utterances):
 def test_what_a_limit_is_measured_on_is_what_sherpa_hears(sherpa, zipformer_model, tiny_tokens, utterances):
     heard = [Utterance(str(n), x, "") for n, x in enumerate(utterances)]
     tokenizer = load_tokenizer(tiny_tokens)
-    hearing = SherpaHearing("zipformer", zipformer_model, tokenizer, heard)
+    evaluator = SherpaEvaluator("zipformer", zipformer_model, tokenizer, heard)
     graphs = {"model": onnx.load(sherpa / "zipformer" / "model.onnx")}
     numbers = {symbol.replace("▁", " "): i for i, symbol in enumerate(tokenizer.symbols)}
     theirs = recognized(sherpa, [with_silence(x) for x in utterances])
     for n, symbols in enumerate(theirs):
         expected = tokenizer.decode([numbers[symbol] for symbol in symbols])
-        assert hearing.texts(graphs, n)["zipformer"] == expected
+        assert evaluator.texts(graphs, n)["zipformer"] == expected
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from asr.errors import BundleError
 from asr.runtime.bundle import CPU, CUDA, Bundle
 from export.bundle import write_bundle
-from export.hearing import BundleHearing, in_memory
+from export.evaluation import BundleEvaluator, in_memory
 from export.quantize import module_of, modules
 from export.static import calibrate
 from export.targets import TARGETS
@@ -80,8 +80,8 @@ def test_every_target_is_known_here():
 def test_a_target_hears_nearly_what_float32_hears(
     converted: dict[str, Graphs], graphs: Graphs, float32: Bundle, target: str
 ):
-    hearing = BundleHearing(float32, MADE)
-    before, after = hearing.log_probs(graphs), hearing.log_probs(converted[target])
+    evaluator = BundleEvaluator(float32, MADE)
+    before, after = evaluator.log_probs(graphs), evaluator.log_probs(converted[target])
     assert before.keys() == after.keys() == {"ctc", "decoder", "reverse"}
     for kind in before:
         difference = np.abs(before[kind] - after[kind]).max()

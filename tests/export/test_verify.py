@@ -9,7 +9,7 @@ from asr.context import WHOLE, Context
 from asr.errors import BundleError
 from asr.runtime import Bundle
 from asr.runtime.onnx_scorer import OnnxScorer
-from export.hearing import in_memory
+from export.evaluation import in_memory
 from export.targets import TARGETS
 from export.verify import (
     Answers,

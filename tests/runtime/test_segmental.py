@@ -21,8 +21,8 @@ from asr.runtime.onnx_scorer import OnnxScorer
 from asr.runtime.stream import Stream
 from asr.runtime.utterance import StreamConfig
 from export.bundle import Origin, describe, write_bundle
+from export.evaluation import BundleEvaluator
 from export.gate import rank
-from export.hearing import BundleHearing
 from export.onnx import decoder_trace, export, length_trace, memory_trace, with_best
 from export.quantize import modules, quantize
 from export.verify import Utterance
@@ -159,14 +159,14 @@ def test_the_harm_of_the_length_model_is_known(bundles: Path, sound: Floats):
     """It decides where segments end, so by itself it can spoil a segmental mode."""
     folder = bundles / "cpu-fp32"
     graphs = {path.stem: onnx.load(path) for path in folder.glob("*.onnx")}
-    hearing = BundleHearing(Bundle.load(folder), [Utterance("made", sound, "")], ["segmental-simple"])
-    (said,) = hearing._listen()
-    frames, labels, durations = said.segments(1)
-    assert len(frames) == len(said.best)
-    assert said.tokens
-    for token, start in zip(said.tokens, said.frames, strict=True):
-        if start + 1 < len(frames) and start + 1 not in said.frames:
+    evaluator = BundleEvaluator(Bundle.load(folder), [Utterance("made", sound, "")], ["segmental-simple"])
+    (reference,) = evaluator._transcribe_probe()
+    frames, labels, durations = reference.segments(1)
+    assert len(frames) == len(reference.best)
+    assert reference.tokens
+    for token, start in zip(reference.tokens, reference.frames, strict=True):
+        if start + 1 < len(frames) and start + 1 not in reference.frames:
             assert (labels[start + 1], durations[start + 1]) == (token, 1)
     assert (labels[0], durations[0]) == (1, 1)
-    order = rank(graphs, quantize, hearing, ["segmental-simple"], lambda *_: lambda n: None)
+    order = rank(graphs, quantize, evaluator, ["segmental-simple"], lambda *_: lambda n: None)
     assert set(order) >= set(modules(graphs["length"])) > set()

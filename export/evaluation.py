@@ -27,7 +27,7 @@ PROBE_S = 60.0
 """Seconds of audio for the comparison of modules."""
 
 
-class Hearing(Protocol):
+class Evaluator(Protocol):
     """A set of utterances, and the output of graphs of one model on it."""
 
     utterances: Sequence[Utterance]
@@ -44,7 +44,7 @@ class Hearing(Protocol):
 
 
 @dataclass(frozen=True)
-class Said:
+class Reference:
     """The output of the float32 graphs for an utterance."""
 
     samples: Floats
@@ -62,7 +62,7 @@ class Said:
         return frames, np.array([first, *self.tokens])[before], frames + 1 - starts[before]
 
 
-class BundleHearing:
+class BundleEvaluator:
     """The graphs of a bundle, in the chunks that it streams with, or at once if it cannot stream."""
 
     def __init__(self, float32: Bundle, utterances: Sequence[Utterance], modes: Sequence[str] = ()) -> None:
@@ -74,7 +74,7 @@ class BundleHearing:
         self._float32 = float32
         self._context = contexts(float32.info)[:2][-1]
         self._last: tuple[Graphs, OnnxScorer] | None = None
-        self._said: list[Said] = []
+        self._references: list[Reference] = []
 
     def texts(self, graphs: Graphs, number: int, sessions: Mapping[str, Any] | None = None) -> dict[str, str]:
         """sessions: replacements for the onnxruntime sessions of the graphs."""
@@ -94,43 +94,43 @@ class BundleHearing:
 
     def log_probs(self, graphs: Graphs) -> dict[str, Floats]:
         scorer = self._scorer(graphs)
-        self._said = self._said or self._listen()
+        self._references = self._references or self._transcribe_probe()
         kinds: dict[str, list[Floats]] = {}
-        for said in self._said:
-            for kind, found in self._of_one(scorer, said).items():
+        for reference in self._references:
+            for kind, found in self._of_one(scorer, reference).items():
                 kinds.setdefault(kind, []).append(found)
         return {kind: np.concatenate(parts) for kind, parts in kinds.items()}
 
-    def _of_one(self, scorer: OnnxScorer, said: Said) -> dict[str, Floats]:
+    def _of_one(self, scorer: OnnxScorer, reference: Reference) -> dict[str, Floats]:
         if not scorer.has_ctc:
-            return {"decoder": np.take_along_axis(follows(scorer, said.samples), said.best[:, None], 1)[:, 0]}
-        y, log_probs = self._encode(scorer, said.samples)
-        found = {"ctc": np.take_along_axis(log_probs, said.best[:, None], 1)[:, 0]}
+            return {"decoder": _of_units(follows(scorer, reference.samples), reference.best)}
+        y, log_probs = self._encode(scorer, reference.samples)
+        found = {"ctc": _of_units(log_probs, reference.best)}
         memory, owner = scorer.memory([y]), np.zeros(1, np.int64)
         prompt = prompt_ids(with_prompt(scorer, SearchConfig()))
-        found["decoder"] = scorer.score(memory, owner, [said.tokens], prompt=prompt)[0]
+        found["decoder"] = scorer.score(memory, owner, [reference.tokens], prompt=prompt)[0]
         if scorer.has_reverse:
-            found["reverse"] = scorer.score(memory, owner, [said.tokens], reverse=True)[0]
+            found["reverse"] = scorer.score(memory, owner, [reference.tokens], reverse=True)[0]
         if scorer.bundle.info.decoder_type == "segmental":
-            found["length"] = scorer.emit(memory, *said.segments(scorer.sos_eos))
+            found["length"] = scorer.emit(memory, *reference.segments(scorer.sos_eos))
         return found
 
-    def _listen(self) -> list[Said]:
-        scorer, said, audio_s = OnnxScorer(self._float32), [], 0.0
+    def _transcribe_probe(self) -> list[Reference]:
+        scorer, references, audio_s = OnnxScorer(self._float32), [], 0.0
         for _, samples, _ in self.utterances:
             if audio_s < PROBE_S:
                 audio_s += len(samples) / self._float32.info.features.sample_rate
-                said.append(self._say(scorer, samples))
-        return said
+                references.append(self._reference(scorer, samples))
+        return references
 
-    def _say(self, scorer: OnnxScorer, samples: Floats) -> Said:
+    def _reference(self, scorer: OnnxScorer, samples: Floats) -> Reference:
         if not scorer.has_ctc:
-            return Said(samples, follows(scorer, samples).argmax(1), (), ())
+            return Reference(samples, follows(scorer, samples).argmax(1), (), ())
         _, log_probs = self._encode(scorer, samples)
         search = CtcGreedy()
         search.advance(log_probs)
         best = search.best()
-        return Said(samples, log_probs.argmax(1), best.tokens, best.frames)
+        return Reference(samples, log_probs.argmax(1), best.tokens, best.frames)
 
     def _encode(self, scorer: OnnxScorer, samples: Floats) -> tuple[Floats, Floats]:
         if self._context != WHOLE:
@@ -143,6 +143,11 @@ class BundleHearing:
         if self._last is None or self._last[0] is not graphs:
             self._last = graphs, OnnxScorer(in_memory(self._float32, graphs))
         return self._last[1]
+
+
+def _of_units(log_probs: Floats, units: Ints) -> Floats:
+    """log_probs (T, V), units (T,) -> (T,)."""
+    return np.take_along_axis(log_probs, units[:, None], 1)[:, 0]
 
 
 def in_memory(bundle: Bundle, graphs: Graphs) -> Bundle:

@@ -21,7 +21,7 @@ from asr.model.decoder import SOS_EOS
 from asr.model.hybrid import HybridModel
 from asr.runtime.bundle import session_options
 from asr.tokens import Tokenizer
-from export.hearing import PROBE_S, Graphs
+from export.evaluation import PROBE_S, Graphs
 from export.sherpa_graphs import LOUD, RATE
 from export.verify import Utterance
 
@@ -48,7 +48,7 @@ Listen = Callable[[Sessions, Floats, Ints | None], tuple[Ints, Floats]]
 log-probabilities (X,): for CTC the best unit of each frame, for a decoder the tokens and the end."""
 
 
-class SherpaHearing:
+class SherpaEvaluator:
     """The graphs of one contract."""
 
     def __init__(
@@ -58,15 +58,15 @@ class SherpaHearing:
         self._contract, self._tokenizer = contract, tokenizer
         self._listen = LISTEN[contract](model)
         self._rate = model.fbank.config.sample_rate
-        self._said: list[Ints] = []
+        self._references: list[Ints] = []
         self._last: tuple[Graphs, Sessions] | None = None
 
     def texts(self, graphs: Graphs, number: int) -> dict[str, str]:
-        said, _ = self._listen(self._sessions(graphs), self.utterances[number].samples, None)
-        tokens: Sequence[int] = said[:-1].tolist()
+        reference, _ = self._listen(self._sessions(graphs), self.utterances[number].samples, None)
+        tokens: Sequence[int] = reference[:-1].tolist()
         if self._contract in ("ctc", "streaming", "zipformer"):
             search = CtcGreedy()
-            search.advance(np.eye(int(said.max(initial=0)) + 1, dtype=np.float32)[said])
+            search.advance(np.eye(int(reference.max(initial=0)) + 1, dtype=np.float32)[reference])
             tokens = search.best().tokens
         return {self._contract: self._tokenizer.decode(tokens)}
 
@@ -80,8 +80,11 @@ class SherpaHearing:
             if audio_s < PROBE_S:
                 audio_s += len(samples) / self._rate
                 probe.append(samples)
-        self._said = self._said or [self._listen(sessions, x, None)[0] for x in probe]
-        found = [self._listen(sessions, x, said)[1] for x, said in zip(probe, self._said, strict=True)]
+        self._references = self._references or [self._listen(sessions, x, None)[0] for x in probe]
+        found = [
+            self._listen(sessions, x, reference)[1]
+            for x, reference in zip(probe, self._references, strict=True)
+        ]
         return {self._contract: np.concatenate(found)}
 
     def _sessions(self, graphs: Graphs) -> Sessions:
@@ -108,18 +111,18 @@ def _features(model: HybridModel, scale: float) -> Callable[[Floats], Floats]:
     return features
 
 
-def _of_frames(log_probs: Floats, said: Ints | None) -> tuple[Ints, Floats]:
-    said = log_probs.argmax(1) if said is None else said
-    return said, np.take_along_axis(log_probs, said[:, None], 1)[:, 0]
+def _of_frames(log_probs: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
+    reference = log_probs.argmax(1) if reference is None else reference
+    return reference, np.take_along_axis(log_probs, reference[:, None], 1)[:, 0]
 
 
 def _ctc(model: HybridModel) -> Listen:
     features = _features(model, 1.0)
 
-    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    def listen(sessions: Sessions, samples: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
         x = features(samples)
         log_probs, lens = sessions["model"].run(None, {"x": x, "x_lens": np.array([x.shape[1]])})
-        return _of_frames(log_probs[0, : lens[0]], said)
+        return _of_frames(log_probs[0, : lens[0]], reference)
 
     return listen
 
@@ -128,7 +131,7 @@ def _streaming(model: HybridModel) -> Listen:
     features = _features(model, LOUD)
     silence = np.zeros(int(SILENCE_S * model.fbank.config.sample_rate), np.float32)
 
-    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    def listen(sessions: Sessions, samples: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
         session = sessions["model"]
         shapes = {x.name: x.shape for x in session.get_inputs()}
         layers, heads, _, double = shapes["attn_cache"]
@@ -146,7 +149,7 @@ def _streaming(model: HybridModel) -> Listen:
             log_probs, *after = session.run(None, {name: inputs[name] for name in shapes})
             caches = dict(zip(caches, after, strict=True))
             parts.append(log_probs[0])
-        return _of_frames(np.concatenate(parts), said)
+        return _of_frames(np.concatenate(parts), reference)
 
     return listen
 
@@ -154,7 +157,7 @@ def _streaming(model: HybridModel) -> Listen:
 def _zipformer(model: HybridModel) -> Listen:
     features, overlap = _features(model, 1.0), model.encoder.overlap_frames
 
-    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    def listen(sessions: Sessions, samples: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
         session = sessions["model"]
         (_, (_, length, _)), *shapes = [(x.name, x.shape) for x in session.get_inputs()]
         sizes = {name: [1 if isinstance(size, str) else size for size in shape] for name, shape in shapes}
@@ -168,7 +171,7 @@ def _zipformer(model: HybridModel) -> Listen:
             log_probs, *after = session.run(None, {"x": x[:, first : first + length], **states})
             states = dict(zip(states, after, strict=True))
             parts.append(log_probs[0])
-        return _of_frames(np.concatenate(parts), said)
+        return _of_frames(np.concatenate(parts), reference)
 
     return listen
 
@@ -178,24 +181,24 @@ def _written(
     step: Callable[[Inputs, int], tuple[Floats, Inputs]],
     most: int,
     end: int,
-    said: Ints | None,
+    reference: Ints | None,
 ) -> tuple[Ints, Floats]:
-    """Decode token by token up to `end`, or as in `said`.  step: state, token -> next logits (V,), state."""
+    """Decode token by token up to `end`, or as `reference`.  step: state, token -> logits (V,), state."""
     tokens: list[int] = []
     found: list[float] = []
     state, token = first, SOS_EOS
     while token != end or not tokens:
         logits, state = step(state, token)
-        token = int(logits.argmax()) if said is None else int(said[len(tokens)])
+        token = int(logits.argmax()) if reference is None else int(reference[len(tokens)])
         found.append(float(logits[token] - np.logaddexp.reduce(logits)))
         tokens.append(token)
-        if said is None and len(tokens) >= most:
+        if reference is None and len(tokens) >= most:
             break
     return np.array(tokens, np.int64), np.array(found, np.float32)
 
 
 def _aed(model: HybridModel) -> Listen:
-    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    def listen(sessions: Sessions, samples: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
         (hidden,) = sessions["encoder"].run(None, {"audio": samples[None]})
         decoder = sessions["decoder"]
         shapes = {x.name: x.shape for x in decoder.get_inputs() if x.name.startswith("past_key_values.")}
@@ -208,7 +211,7 @@ def _aed(model: HybridModel) -> Listen:
             logits, *present = decoder.run(None, {name: inputs[name] for name in names})
             return logits[0, -1], dict(zip(state, present, strict=True))
 
-        return _written(first, step, 1 + int(AED_TOKENS * hidden.shape[1]), MOONSHINE_END, said)
+        return _written(first, step, 1 + int(AED_TOKENS * hidden.shape[1]), MOONSHINE_END, reference)
 
     return listen
 
@@ -217,7 +220,7 @@ def _fire_red(model: HybridModel) -> Listen:
     features = _features(model, LOUD)
     config, head_dim = model.decoder.config, model.decoder.head_dim
 
-    def listen(sessions: Sessions, samples: Floats, said: Ints | None) -> tuple[Ints, Floats]:
+    def listen(sessions: Sessions, samples: Floats, reference: Ints | None) -> tuple[Ints, Floats]:
         x = features(samples)
         cross = sessions["encoder"].run(None, {"x": x, "x_len": np.array([x.shape[1]])})
         most = 1 + int(FIRE_RED_TOKENS * x.shape[1] / RATE)
@@ -233,7 +236,7 @@ def _fire_red(model: HybridModel) -> Listen:
             return logits[0, -1], {**after, "offset": state["offset"] + 1}
 
         first: Inputs = {**dict.fromkeys(caches, cache), "offset": np.zeros(1, np.int64)}
-        return _written(first, step, most, SOS_EOS, said)
+        return _written(first, step, most, SOS_EOS, reference)
 
     return listen
 
