@@ -108,7 +108,7 @@ class Work:
         found = self.aligner(samples, tokens) if heard else []
         for (number, cut), row, spans in zip(heard, tokens, found, strict=True):
             if spans is None:
-                error = f"{cut.duration:.2f} s are too short for the {len(row)} units of its text"
+                error = f"{cut.duration:.2f} s is too short for the {len(row)} units of its text"
                 self.failures.append(failure(cut, error))
                 continue
             self.num_units += len(spans)

@@ -115,7 +115,7 @@ def _bench_speed(
     low, high = ratio.quartiles
     print(
         f"{bundle.folder} is {ratio.median:.2f} times as fast as {other.folder} "
-        f"(median of {ratio.utterances} utterances by turns, half of them {low:.2f} to {high:.2f})"
+        f"(median of {ratio.utterances} utterances in turns, half of them {low:.2f} to {high:.2f})"
     )
 
 
@@ -124,16 +124,16 @@ def _print(bundle: Bundle, found: Figures) -> None:
     print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, {found.mode}")
     chunks = f"chunks of {found.chunk_ms} ms"
     if found.look_ahead_ms:
-        chunks += f", {found.look_ahead_ms} ms behind the sound for look-ahead"
-    print(f"{'sound':<20}{found.audio_s:,.1f} s in {chunks}, {found.threads} thread(s)")
-    print(f"{'real-time factor':<20}{found.rtf:.4f}  ({found.cpu_rtf:.4f} in computing time)")
+        chunks += f", {found.look_ahead_ms} ms of delay by look-ahead"
+    print(f"{'audio':<20}{found.audio_s:,.1f} s in {chunks}, {found.threads} thread(s)")
+    print(f"{'real-time factor':<20}{found.rtf:.4f}  ({found.cpu_rtf:.4f} in processor time)")
     for name, (median, high) in {
         "chunk": found.chunk_ms_p50_p95,
         "first partial": found.first_partial_ms_p50_p95,
         "final": found.final_ms_p50_p95,
     }.items():
         print(f"{name:<20}{median:,.1f} ms, 95 % below {high:,.1f} ms")
-    print(f"{'memory':<20}{found.peak_memory_mb:,.0f} MB at most, of the whole process")
+    print(f"{'memory':<20}{found.peak_memory_mb:,.0f} MB, peak of the whole process")
 
 
 def _sounds(sound: Path | None, bundle: Bundle, limit: int) -> Iterator[Floats]:

@@ -106,7 +106,7 @@ def _export_bundle(
     _print_files(built.info)
     print(
         f"{'torch and onnx':<20}max |Δ log p| {built.float32.max_difference:.1e} "
-        f"on {len(made.samples) / model.fbank.config.sample_rate:g} s of made sound, at once and in chunks"
+        f"on {len(made.samples) / model.fbank.config.sample_rate:g} s of synthetic sound, whole and in chunks"
     )
     if built.converted:
         _print_converted(built.converted, target, where)
@@ -162,7 +162,7 @@ def _read(
         return read_utterances(path, count, config.features.sample_rate), path.name
     if is_needed:
         raise ConfigError(f"{experiment}: has no utterances to measure on; give them with --manifest")
-    return [], "made sound"
+    return [], "synthetic sound"
 
 
 def _limit(
@@ -214,7 +214,7 @@ def _print_sherpa(written: Written, out: Path) -> None:
             print(f"{name:<30}{size / 1e6:6.1f} MB")
     for name, why in written.left_out.items():
         print(f"{name:<30}left out: {why}")
-    print(f"{out}/ written; its README.md says how sherpa-onnx loads each")
+    print(f"{out}/ written; its README.md says how to load each in sherpa-onnx")
 
 
 def _print_converted(found: Comparison, target: str, where: str) -> None:
@@ -236,7 +236,7 @@ def _print_report(report: Report, target: str, where: str) -> None:
     print(f"{'WER, float32':<20}{describe(report.wer_float32)}  ({report.words:,} words of {where})")
     print(f"{'WER, ' + target:<20}{describe(report.wer)}")
     if report.kept:
-        print(f"{'':<20}{describe(report.wer_all)} before modules were brought back to float32:")
+        print(f"{'':<20}{describe(report.wer_all)} before these modules went back to float32:")
         for name, harm in report.kept.items():
             print(f"{'':<20}{name}  (harm {harm:.3g})")
         print(f"{'':<20}{100 * report.share:.0f} % of the matrices")

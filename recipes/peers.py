@@ -40,7 +40,7 @@ def bench_peer(
                 if isinstance(news, Duel):
                     found = news
                 else:
-                    status.update(f"by turns: {news}")
+                    status.update(f"in turns: {news}")
     if as_json:
         print(json.dumps(asdict(found)))
     else:
@@ -51,13 +51,13 @@ def _print(bundle: Bundle, found: Duel, chunk_ms: int) -> None:
     parameters = bundle.info.parameters / 1e6
     print(f"{bundle.folder}: {bundle.info.target}, {parameters:.1f} M parameters, chunks of {chunk_ms} ms")
     print(
-        f"{'computing time per second':<28}{'ours':>9}{'theirs':>9}{'times as fast':>24}{'of the limit':>14}"
+        f"{'processor time per second':<28}{'ours':>9}{'theirs':>9}{'times as fast':>24}{'of the limit':>14}"
     )
     for row in found.rows:
         median, low, high = row.ratios
         ratio = f"{median:.2f} [{low:.2f} .. {high:.2f}]"
         print(f"{row.name:<28}{row.ours:>9.4f}{row.theirs:>9.4f}{ratio:>24}{row.limit_share:>14.0%}")
-    for name, values in (("streams that keep up", found.streams), ("memory at most, MB", found.memory_mb)):
+    for name, values in (("streams that keep up", found.streams), ("peak memory, MB", found.memory_mb)):
         print(f"{name:<28}{values['ours']:>9.0f}{values['theirs']:>9.0f}")
     for i, percent in enumerate((50, 95)):
         values = {who: x[i] for who, x in found.round_ms.items()}

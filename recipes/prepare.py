@@ -145,7 +145,7 @@ def _show(report: Report) -> None:
         console.print(_left_out(report))
     if report.unknown:
         common = "  ".join(f"{c!r} {count:,}" for c, count in report.unknown.most_common(20))
-        print(f"{len(report.unknown)} characters become <unk>; texts that hold them: {common}")
+        print(f"{len(report.unknown)} characters become <unk>; texts that contain them: {common}")
 
 
 def _totals(report: Report) -> Table:

@@ -72,11 +72,11 @@ def _known_s(journal: Journal | None, output: Path | None) -> float:
         return 0.0
     if journal.changed:
         what = ", ".join(journal.changed)
-        print(f"asr: {output}: an earlier run had another {what}; beginning anew", file=sys.stderr)
+        print(f"asr: {output}: an earlier run had a different {what}; starting over", file=sys.stderr)
     if not journal.batches:
         return 0.0
     known_s = journal.batches[-1].end_s
-    print(f"asr: {output}: going on at {_clock(known_s)}, where an earlier run stopped", file=sys.stderr)
+    print(f"asr: {output}: resuming at {_clock(known_s)}, where an earlier run stopped", file=sys.stderr)
     return known_s
 
 
@@ -118,7 +118,7 @@ class Bar:
         if kind is None:
             wall_s = time.monotonic() - self._started
             minutes = (self._end_s - self._known_s) / 60
-            done = f"{minutes:.1f} min of sound in {wall_s:.1f} s (RTF {self._rtf():.3f})"
+            done = f"{minutes:.1f} min of audio in {wall_s:.1f} s (RTF {self._rtf():.3f})"
             print(f"{self._name}: {done}", file=sys.stderr)
 
     def show(self, end_s: float) -> None:

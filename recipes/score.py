@@ -309,9 +309,9 @@ def _print_comparison(a: Result, b: Result, as_json: bool) -> None:
         return
     print(f"\ncompared with {b.path}: {_comparison_text(a.measure, wer.total(counts), found)}")
     if num_lacking:
-        print(f"  {num_lacking:,} utterances that it lacks are counted as deletions")
+        print(f"  {num_lacking:,} utterances missing from it are counted as deletions")
     if theirs:
-        print(f"  {len(theirs):,} utterances that only it has are left out")
+        print(f"  {len(theirs):,} utterances found only in it are left out")
 
 
 def _comparison_dict(found: wer.Comparison) -> dict[str, Any]:

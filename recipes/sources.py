@@ -145,7 +145,7 @@ class Complaints:
         if self._num_gaps:
             times = "once" if self._num_gaps == 1 else f"{self._num_gaps} times"
             amount = f", {self._lost_s:.1f} s of it here" if self._lost_s else " by the device"
-            found.append(f"sound was lost {times}{amount}")
+            found.append(f"audio was lost {times}{amount}")
         if found:
             why = ": this machine is too slow for this model" if self._lag_s > LAG_S else ""
             print(f"\rasr: {'; '.join(found)}{why}\x1b[K", file=sys.stderr)

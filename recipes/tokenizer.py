@@ -91,5 +91,5 @@ def _coverage(made: Tokenizer, manifests: list[Path]) -> str:
     per_word = num_ids / max(num_words, 1)
     return (
         f"{len(made.symbols):,} units; {num_texts:,} texts, {num_words:,} words, "
-        f"{per_word:.2f} units a word, {num_unknown:,} unknown"
+        f"{per_word:.2f} units per word, {num_unknown:,} unknown"
     )

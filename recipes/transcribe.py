@@ -235,7 +235,7 @@ class Run:
             wall_s = time.monotonic() - self.started
             failed = f"; {self.num_failed} could not be used" if self.num_failed else ""
             print(
-                f"{self.num_done} transcribed, {self.audio_s / 60:.1f} min of sound in {wall_s:.1f} s "
+                f"{self.num_done} transcribed, {self.audio_s / 60:.1f} min of audio in {wall_s:.1f} s "
                 f"(RTF {wall_s / max(self.audio_s, 1e-9):.3f}){failed}",
                 file=sys.stderr,
             )

@@ -287,7 +287,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("--name", default=PEER, help="of work, which run starts by itself")
+    parser.add_argument("--name", default=PEER, help="for work, which run starts itself")
     args = parser.parse_args()
     match args.what:
         case "build":

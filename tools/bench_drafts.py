@@ -56,7 +56,7 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("manifest", type=Path)
-    parser.add_argument("--limit", type=int, default=60, help="utterances")
+    parser.add_argument("--limit", type=int, default=60, help="number of utterances")
     args = parser.parse_args()
     scorer = Counter(Bundle.load(args.bundle))
     rate = scorer.bundle.info.features.sample_rate

@@ -20,10 +20,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("manifest", type=Path)
-    parser.add_argument("--alignment", type=Path, help="bundle that says where words end")
+    parser.add_argument("--alignment", type=Path, help="bundle that aligns words with the audio")
     parser.add_argument("--mode", default="")
     parser.add_argument("--chunk-ms", type=int, nargs="*", default=[None])
-    parser.add_argument("--block-ms", type=int, default=100, help="what the device delivers at once")
+    parser.add_argument(
+        "--block-ms", type=int, default=100, help="length of the blocks that the device delivers"
+    )
     parser.add_argument("--utterances", type=int, default=50)
     args = parser.parse_args()
     bundle = Bundle.load(args.bundle)

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--chunk-ms", type=int, default=640)
     parser.add_argument("--left-chunks", type=int, default=4)
     parser.add_argument("--beam", type=int, default=4)
-    parser.add_argument("--limit", type=int, default=1, help="recordings of each manifest")
+    parser.add_argument("--limit", type=int, default=1, help="number of recordings per manifest")
     args = parser.parse_args()
     model, _, config = load_model(args.experiment)
     scorer = Counter(model, "cpu")

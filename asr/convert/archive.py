@@ -34,7 +34,7 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise tarfile.ReadError(f"{path} ends too early")
     except (tarfile.TarError, EOFError) as error:
         raise CheckpointError(
-            f"{archive}: not a whole archive: {str(error) or 'it ends too early'}; download it again"
+            f"{archive}: incomplete archive: {str(error) or 'it ends too early'}; download it again"
         ) from None
     except OSError as error:  # gzip and bz2 raise it, too
         raise CheckpointError(f"{archive}: cannot be unpacked: {error.strerror or error}") from None

@@ -104,7 +104,7 @@ def read(source: Source) -> Converted:
     theirs = read_units(source.text(dictionary), str(dictionary))
     if len(theirs) != args["odim"]:
         raise CheckpointError(
-            f"{dictionary}: {len(theirs)} units, the checkpoint has {args['odim']}; not its own"
+            f"{dictionary}: {len(theirs)} units, the checkpoint has {args['odim']}; it is from another model"
         )
     config = ExperimentConfig(
         features=FbankConfig(num_bins=args["idim"], high_freq_hz=0.0, snip_edges=True, scale=32768.0),
@@ -129,7 +129,9 @@ def read_args(found: Any, where: str) -> dict[str, Any]:
     """The options of a checkpoint, all of them numbers; CheckpointError if one is missing or invalid."""
     values = found if isinstance(found, Mapping) else getattr(found, "__dict__", None)
     if not values or not set(SIZES) <= set(values):
-        raise CheckpointError(f"{where}: no args with {', '.join(SIZES)} in it; not of FireRedASR-AED")
+        raise CheckpointError(
+            f"{where}: no args with {', '.join(SIZES)} in it; not a FireRedASR-AED checkpoint"
+        )
     options = Options(values, where, "args.")
     args: dict[str, Any] = {name: options.count(name, 0) for name in SIZES}
     if min(args.values()) < 1 or not max(args["sos_id"], args["eos_id"]) < args["odim"]:

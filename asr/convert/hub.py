@@ -37,7 +37,7 @@ def fetch(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
     except Exception as error:  # network, hub or disk: the package raises dozens of types
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{source}: no such folder here, and not fetched from the hub: {reason[0]}; download it "
+            f"{source}: no such folder here, and cannot be fetched from the hub: {reason[0]}; download it "
             "and give its folder"
         ) from None
     return folder, f"hub:{name}@{folder.name}"

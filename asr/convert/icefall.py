@@ -187,9 +187,11 @@ def _num_bins(weights: Mapping[str, Tensor], options: Options) -> int:
     num_bins = options.count("feature_dim", 80)
     out, maps = weights.get("encoder_embed.out.weight"), weights.get("encoder_embed.conv.7.bias")
     if out is None or maps is None or out.dim() != 2:
-        raise CheckpointError(f"{options.where}: no front of a Zipformer of 2023 or later")
+        raise CheckpointError(f"{options.where}: no front end of a Zipformer of 2023 or later")
     if out.shape[1] != len(maps) * (((num_bins - 1) // 2 - 1) // 2):
-        raise CheckpointError(f"{options.where}: its front is not of {num_bins} bins; {ASK_FOR_OPTIONS}")
+        raise CheckpointError(
+            f"{options.where}: its front end does not take {num_bins} bins; {ASK_FOR_OPTIONS}"
+        )
     return num_bins
 
 
@@ -212,7 +214,9 @@ def _units(source: Source, count: int) -> tuple[Units, Tokens]:
     theirs = read_units(source.text(file), str(file))
     theirs = [x for i, x in enumerate(theirs) if i < count or not re.fullmatch(r"#\d+", x)]
     if len(theirs) != count:
-        raise CheckpointError(f"{file}: {len(theirs)} units, the checkpoint has {count}; not its own")
+        raise CheckpointError(
+            f"{file}: {len(theirs)} units, the checkpoint has {count}; it is from another model"
+        )
     end = maybe_unit(theirs, "<sos/eos>", "<eos>")
     blank = find_unit(theirs, str(file), "<blk>", "<blank>", "<eps>")
     units = arrange_units(count, end, end, blank, maybe_unit(theirs, "<unk>", "<UNK>"))

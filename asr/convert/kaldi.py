@@ -52,7 +52,7 @@ def _matrix(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, float]:
     try:
         matrix = _text(data) if start < 0 else _binary(data[start + 2 :])
     except (ValueError, struct.error) as error:
-        raise CheckpointError(f"{where}: not a matrix of Kaldi: {error}") from None
+        raise CheckpointError(f"{where}: not a Kaldi matrix: {error}") from None
     if matrix.ndim != 2 or len(matrix) != 2 or matrix.shape[1] < 2:
         raise CheckpointError(f"{where}: a matrix {matrix.shape}, expected sums and squares, (2, bins + 1)")
     return matrix[0, :-1], matrix[1, :-1], float(matrix[0, -1])

@@ -68,7 +68,7 @@ def decoder_config(options: Mapping[str, Any]) -> DecoderConfig:
     """Our configuration, from their `transf_decoder`. ConfigError for post-norm."""
     if not options["pre_ln"]:
         raise ConfigError(
-            "transf_decoder.pre_ln: false, and norms behind the modules are not those of ours; expected true"
+            "transf_decoder.pre_ln: false, and our decoder has no norms after the modules; expected true"
         )
     return DecoderConfig(
         dim=options["hidden_size"],

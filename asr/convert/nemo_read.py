@@ -82,7 +82,7 @@ def resolved(options: dict[str, Any], where: str) -> dict[str, Any]:
 
     def resolve(value: Any, depth: int) -> Any:
         if depth > 20:
-            raise CheckpointError(f"{where}: nested too deep, or ${{...}} in a circle")
+            raise CheckpointError(f"{where}: nested too deeply, or ${{...}} in a circle")
         if isinstance(value, dict):
             return {key: resolve(x, depth + 1) for key, x in value.items()}
         if isinstance(value, list):
@@ -146,14 +146,14 @@ def _ctc_head(weights: Mapping[str, Tensor], where: str) -> str:
         if f"{head}weight" in weights:
             return head
     raise CheckpointError(
-        f"{where}: no CTC head and no Transformer decoder; a transducer alone is none of ours"
+        f"{where}: no CTC head and no Transformer decoder; a transducer alone cannot be represented"
     )
 
 
 def _of_ctc(theirs: list[str], rows: int, where: str) -> Units:
     """Our units for CTC: their blank is the last unit, and there is no sos/eos."""
     if rows != len(theirs) + 1:
-        raise CheckpointError(f"{where}: {rows} units with blank, its tokenizer makes {len(theirs)}")
+        raise CheckpointError(f"{where}: {rows} units with blank, its tokenizer has {len(theirs)}")
     units = arrange_units(rows, MADE_UP, MADE_UP, rows - 1, maybe_unit(theirs, "<unk>"))
     theirs.append("<blank>")
     return units
@@ -165,7 +165,9 @@ def _of_decoder(
     """Our units, and the prompt. Rows after the last unit are kept as `<unused-1>` and so on."""
     rows = len(weights.get("log_softmax.mlp.layer0.weight", ()))
     if not len(theirs) <= rows < len(theirs) + 64:
-        raise CheckpointError(f"{where}: {rows} units, its tokenizer has {len(theirs)}; not its own")
+        raise CheckpointError(
+            f"{where}: {rows} units, its tokenizer has {len(theirs)}; it is from another model"
+        )
     theirs += [f"<unused-{i}>" for i in range(1, rows - len(theirs) + 1)]
     kind = options.get("prompt_format", "canary")
     if kind not in PROMPTS:

@@ -241,7 +241,9 @@ def _check_sizes(
         raise CheckpointError(f"{file}: {layers} layers of the encoder, train.yaml says otherwise")
     rows = len(weights.get("ctc.ctc_lo.weight", ()))
     if rows and rows != num_units:
-        raise CheckpointError(f"{units_file}: {num_units} units, the checkpoint has {rows}; not its own")
+        raise CheckpointError(
+            f"{units_file}: {num_units} units, the checkpoint has {rows}; it is from another model"
+        )
     dim = weights.get("encoder.after_norm.weight")
     if dim is not None and len(dim) != config.encoder.dim:
         raise CheckpointError(f"{file}: {len(dim)} channels, train.yaml says {config.encoder.dim}")
@@ -264,7 +266,7 @@ def _special(options: Options, theirs: list[str], where: str) -> tuple[int, int,
     sos, eos, _, unk = found
     if len({eos, blank, unk}) < 3 or sos in (blank, unk):
         raise CheckpointError(
-            f"{options.where}: blank {blank}, unk {unk}, sos {sos}, eos {eos} are not apart"
+            f"{options.where}: blank {blank}, unk {unk}, sos {sos}, eos {eos} are not distinct"
         )
     return sos, eos, blank, unk
 

@@ -114,8 +114,8 @@ def name_units(dims: Mapping[str, int], ranks: Sequence[bytes], where: str) -> t
     is_other = num_times == NUM_TIMES and len(ranks) != num_pieces(dims["n_vocab"])
     if is_other or not 0 < languages <= len(LANGUAGES):
         raise CheckpointError(
-            f"{where}: {len(ranks)} units leave no number of languages to the {dims['n_vocab']} of "
-            "the checkpoint; not its own"
+            f"{where}: {len(ranks)} units do not fit the {dims['n_vocab']} of the "
+            "checkpoint; it is from another model"
         )
     only_english = dims["n_vocab"] == ENGLISH_ONLY
     return whisper_symbols(ranks, languages, num_times, only_english), len(ranks)
@@ -125,7 +125,7 @@ def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
     """The sizes of a checkpoint; CheckpointError if missing, invalid, or not those of its tensors."""
     if not isinstance(found, Mapping) or not set(DIMS) <= set(found):
         raise CheckpointError(
-            f"{where}: no dims in it; expected a file of OpenAI's, whose names other toolkits have changed"
+            f"{where}: no dims in it; expected OpenAI's own file, as other toolkits rename its tensors"
         )
     options = Options(found, where, "dims.")
     dims = {name: options.count(name, 0) for name in DIMS}

@@ -93,4 +93,4 @@ def why_done(progress: Progress, config: ExperimentConfig, request: str = "") ->
         return "optim.max_steps reached"
     if limit and progress.cpu_s >= 60 * limit:
         return "train.max_cpu_minutes reached"
-    return f"asked to by {request}; start again to go on" if request else ""
+    return f"stopped by {request}; run again to resume" if request else ""

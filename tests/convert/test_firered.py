@@ -61,7 +61,7 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
         (lambda x: saved_again(x, n_layers_enc=99), "layers of the encoder, args.n_layers_enc is 99"),
         (lambda x: saved_again(x, d_model=996), "channels, args.d_model is 996"),
         (lambda x: saved_again(x, d_model="big"), "args.d_model: 'big', expected a whole number"),
-        (lambda x: saved_again(x, odim=998), "units, the checkpoint has 998; not its own"),
+        (lambda x: saved_again(x, odim=998), "units, the checkpoint has 998; it is from another model"),
         (lambda x: saved_again(x, kernel_size=95), "does not fit encoder.layers.0.convolution.depthwise"),
         (
             lambda x: torch.save({"model_state_dict": {"a": torch.ones(1)}}, x / "model.pth.tar"),
@@ -69,7 +69,7 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
         ),
         (lambda x: (x / "cmvn.ark").unlink(), "incomplete, expected one of cmvn.ark"),
         (lambda x: (x / "dict.txt").unlink(), "incomplete, expected one of dict.txt"),
-        (lambda x: (x / "cmvn.ark").write_bytes(b"\0BDM "), "cmvn.ark: not a matrix of Kaldi"),
+        (lambda x: (x / "cmvn.ark").write_bytes(b"\0BDM "), "cmvn.ark: not a Kaldi matrix"),
     ],
 )
 def test_what_does_not_fit_is_told(asr, source, tmp_path, spoil, expected):

@@ -75,7 +75,7 @@ def test_without_a_network_there_is_one_error(asr, hub, tmp_path):
     status, _, err = asr("convert", "wenet", "owner/name", "-o", tmp_path / "exp")
     assert status == 2
     assert err == (
-        "asr: owner/name: no such folder here, and not fetched from the hub: no route to host; "
+        "asr: owner/name: no such folder here, and cannot be fetched from the hub: no route to host; "
         "download it and give its folder\n"
     )
     assert list(tmp_path.iterdir()) == []

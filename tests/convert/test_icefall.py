@@ -111,7 +111,7 @@ def without_a_norm(weights: dict) -> dict:
     ("change", "expected"),
     [
         (without("ctc_output."), "no CTC head; a transducer alone cannot be represented"),
-        (without("encoder_embed."), "no front of a Zipformer of 2023"),
+        (without("encoder_embed."), "no front end of a Zipformer of 2023"),
         (without("encoder.encoders.0."), "no stacks of layers numbered from 0"),
         (without_a_norm, "norm.bias is missing"),
         (without("encoder.downsample_output"), "encoder.downsample_output.bias is missing for"),

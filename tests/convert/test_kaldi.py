@@ -69,7 +69,7 @@ def test_a_part_of_it_and_other_features_are_errors(forms, name):
         (b"\0BCM " + bytes(30), "expected a matrix of float32 or float64"),
         (b"\0BDM " + struct.pack("<bibi", 4, 2**30, 4, 2**30), "ends too early"),
         (b"\0BDM " + struct.pack("<bibi", 4, -2, 4, -6) + bytes(96), "ends too early"),
-        (b"\0BDM \4", "not a matrix of Kaldi"),
+        (b"\0BDM \4", "not a Kaldi matrix"),
         (b'{"mean_stat": 3}', "not statistics in JSON"),
     ],
 )

@@ -140,7 +140,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (written("units.txt", b"<blank>\n"), "units.txt:1: '<blank>', expected a unit and an id"),
     (written("train.yaml", b"- 1"), "train.yaml: list, expected options by name"),
     (written("train.yaml", b"a: ["), "train.yaml:1: not YAML"),
-    (written("global_cmvn", b"[ 1 2"), "global_cmvn: not a matrix of Kaldi"),
+    (written("global_cmvn", b"[ 1 2"), "global_cmvn: not a Kaldi matrix"),
     (written("global_cmvn", b'{"mean_stat": [1]}'), "global_cmvn: not statistics in JSON"),
     (lines(lambda x: x[:-1]), "8 units, the checkpoint has 9"),
     (lines(lambda x: [*x[:3], f"{x[2].split()[0]} 3", *x[4:]]), "two units would be"),
@@ -291,5 +291,5 @@ def test_half_an_archive_is_told(asr, tiny_source, tmp_path, suffix):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     status, _, err = asr("convert", "wenet", file, "-o", tmp_path / "exp")
     assert status == 2
-    assert f"{file}: not a whole archive: " in err
+    assert f"{file}: incomplete archive: " in err
     assert not (tmp_path / "exp").exists()

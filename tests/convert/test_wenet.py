@@ -182,7 +182,7 @@ def edited(source: Path, **changes: object) -> None:
         ({"dataset_conf__fbank_conf__num_mel_bins": 40}, "input_dim is not the 40 mel bins"),
         ({"dataset_conf": 3}, "dataset_conf: 3, expected options by name"),
         ({"tokenizer_conf__special_tokens": {"<eos>": 999}}, "no id 999"),
-        ({"ctc_conf__ctc_blank_id": 1}, "are not apart"),
+        ({"ctc_conf__ctc_blank_id": 1}, "are not distinct"),
     ],
 )
 def test_what_ours_cannot_be_is_refused(asr, source, tmp_path, changes, expected):

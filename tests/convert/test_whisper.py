@@ -79,7 +79,7 @@ def test_published_units_are_those_of_the_model(tmp_path, num_units, num_pieces,
     write_ranks(tmp_path, num_pieces)
     sizes = {"n_vocab": num_units, "n_audio_ctx": 1500}
     if not languages:
-        with pytest.raises(CheckpointError, match=f"{num_pieces} units leave no number of languages"):
+        with pytest.raises(CheckpointError, match=f"{num_pieces} units do not fit"):
             our_units(sizes, tmp_path / "multilingual.tiktoken")
         return
     symbols, found = our_units(sizes, tmp_path / "multilingual.tiktoken")
@@ -115,12 +115,12 @@ def with_other_positions(source: Path) -> None:
             lambda x: (x / "multilingual.tiktoken").unlink(),
             "expected one of multilingual.tiktoken",
         ),
-        (lambda x: with_other_ranks(x, languages=0), "units leave no number of languages"),
-        (lambda x: with_other_ranks(x, languages=-120), "units leave no number of languages"),
+        (lambda x: with_other_ranks(x, languages=0), "units do not fit the"),
+        (lambda x: with_other_ranks(x, languages=-120), "units do not fit the"),
         (lambda x: (x / "multilingual.tiktoken").write_text("x"), ".tiktoken:1: 'x', expected"),
         (
             lambda x: torch.save({"a": torch.ones(1)}, x / "tiny.pt"),
-            "no dims in it; expected a file",
+            "no dims in it; expected OpenAI",
         ),
         (lambda x: changed(x, n_audio_layer=77), "layers of the encoder, dims say 77"),
         (lambda x: changed(x, n_text_state=10**5), "decoder.token_embedding.weight is ("),

@@ -232,7 +232,7 @@ def test_what_is_wrong_with_a_folder_of_the_hub_is_said(tmp_path):
         ("vocab.json", "[", "vocab.json: not JSON"),
         ("vocab.json", "[]", "vocab.json: list, expected values by name"),
         ("vocab.json", '{"a": 1}', "vocab.json: no piece or byte 0"),
-        ("vocab.json", '{"a": 0}', "1 units leave no number of languages"),
+        ("vocab.json", '{"a": 0}', "1 units do not fit"),
         ("config.json", '{"encoder_attention_heads": 0}', "encoder_attention_heads: 0, expected a size"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -151,7 +151,7 @@ def test_what_cannot_be_aligned_is_listed_and_left_out(exp, manifest, tmp_path, 
     rows = [json.loads(line) for line in (out.parent / "train.failures.jsonl").open(encoding="utf-8")]
     failures = {row["id"]: row["error"] for row in rows}
     assert set(failures) == {"u0", "u2"}
-    assert failures["u0"] == "0.90 s are too short for the 59 units of its text"
+    assert failures["u0"] == "0.90 s is too short for the 59 units of its text"
     assert "2.wav" in failures["u2"]
     assert "2 of 5 utterances could not be aligned, listed in" in capsys.readouterr().err
     cuts[0].supervisions[0].text = "ab"

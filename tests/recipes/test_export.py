@@ -223,7 +223,7 @@ def test_bench_prints_figures(asr, tiny_bundles: Path, tmp_path: Path, manifest:
         for name in ("real-time factor", "first partial", "final", "chunk", "memory"):
             assert name in out
     ahead = ("--chunk-ms", 160, "--look-ahead", 2)
-    assert "chunks of 160 ms, 640 ms behind" in asr("bench", tiny_bundles / "cpu-int8", sound, *ahead)[1]
+    assert "chunks of 160 ms, 640 ms of delay" in asr("bench", tiny_bundles / "cpu-int8", sound, *ahead)[1]
     assert '"rtf":' in asr("bench", tiny_bundles / "cpu-int8", tmp_path / "a.wav", "--json")[1]
 
 

@@ -84,7 +84,7 @@ def test_a_file_is_transcribed_in_pieces(asr: Asr, talk: Path, tiny_bundles: Pat
     assert events[-1]["start_s"] > 25
     lines = err.splitlines()
     assert [line for line in lines if " %  " in line]
-    assert lines[-1].startswith(f"{talk}: 0.6 min of sound in ")
+    assert lines[-1].startswith(f"{talk}: 0.6 min of audio in ")
     assert "RTF" in lines[-1]
 
 
@@ -103,7 +103,7 @@ def test_after_a_crash_the_same_command_goes_on(
     calls.clear()
     status, _, err = asr(talk, *options, out)
     assert (status, len(calls)) == (0, 3)
-    assert "going on at 0:00:1" in err
+    assert "resuming at 0:00:1" in err
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"talk.wav", "whole", "out"}
 
@@ -186,7 +186,7 @@ def test_what_was_done_for_another_job_is_not_used(
     else:
         status, _, err = asr(talk, "--vad", "-o", out, *options)
         assert status == 0
-        assert f"an earlier run had another {what}; beginning anew" in err
+        assert f"an earlier run had a different {what}; starting over" in err
     assert len(calls) == 5
 
 
@@ -268,6 +268,6 @@ def test_the_bar_tells_position_and_speed(monkeypatch: pytest.MonkeyPatch):
         told = screen.getvalue()
         assert "2:00:00 of 2:00:00  RTF 0.050" in told
         assert ("━━━" in told) == is_terminal
-        assert told.rstrip().endswith("talk.wav: 60.0 min of sound in 180.0 s (RTF 0.050)")
+        assert told.rstrip().endswith("talk.wav: 60.0 min of audio in 180.0 s (RTF 0.050)")
         if not is_terminal:
             assert [line.split()[1] for line in told.splitlines()[:-1]] == ["70", "100"]

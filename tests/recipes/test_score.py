@@ -144,8 +144,8 @@ def test_what_the_other_lacks_is_counted_as_deletions_and_said(tmp_path, capsys)
     assert main(["score", a, "--compare", b]) == 0
     out = capsys.readouterr().out
     assert "WER 88.89 %, +55.56" in out
-    assert "2 utterances that it lacks are counted as deletions" in out
-    assert "1 utterances that only it has are left out" in out
+    assert "2 utterances missing from it are counted as deletions" in out
+    assert "1 utterances found only in it are left out" in out
 
 
 @pytest.mark.parametrize(

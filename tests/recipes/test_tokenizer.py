@@ -32,7 +32,7 @@ def manifest(tmp_path):
 def test_every_supervision_is_read_those_of_mixed_cuts_too(manifest, tmp_path, capsys):
     assert main(["tokenizer", str(manifest), "--kind", "char", "-o", str(tmp_path / "char")]) == 0
     assert set("helowrdgüß▁") == set(load_tokenizer(tmp_path / "char").symbols[3:])
-    assert "14 units; 2 texts, 3 words, 5.33 units a word, 0 unknown" in capsys.readouterr().out
+    assert "14 units; 2 texts, 3 words, 5.33 units per word, 0 unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])

@@ -84,7 +84,7 @@ def test_a_stopped_training_is_told_from_one_that_is_done(corpus: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("asr.train.loop.listen", listen_and_be_asked)
         assert main(train) == 75
-    assert "asked to by SIGINT" in Path("exp/a/train.log").read_text()
+    assert "stopped by SIGINT" in Path("exp/a/train.log").read_text()
     assert main(train) == 0
 
 

@@ -133,7 +133,7 @@ def test_modes_and_context_can_be_chosen(asr, folder: Path):
         ([], "pass sound files"),
         (["--mic", "a.wav"], "pass sound files"),
         (["a.wav", "--format", "doc"], "no such format"),
-        (["-", "a.wav"], "beside files"),
+        (["-", "a.wav"], "combined with files"),
         (["a.wav", "b.wav", "--format", "srt"], "need a folder"),
         (["x/a.wav", "y/a.wav", "-o", "out"], "several sources"),
         (["missing.wav"], "missing.wav: not found"),
