@@ -36,7 +36,7 @@ def bench(
     mode: Modes = None,
     search: Search = None,
     chunk_ms: Annotated[
-        list[int] | None, typer.Option(help="chunk length; several with --latency; 0: the bundle's own")
+        list[int] | None, typer.Option(help="several with --latency; 0: bundle's own")
     ] = None,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: the bundle's own")] = -1,
     look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer")] = 0,

@@ -106,7 +106,7 @@ def test_another_network_of_that_name_is_refused_and_no_package_is_imported(
 
 
 def test_other_sample_rates_are_refused_with_a_way_out():
-    with pytest.raises(BundleError, match=r"hears 22,050 Hz, voice activity detection 8,000 or 16,000 Hz"):
+    with pytest.raises(BundleError, match=r"takes 22,050 Hz, voice activity detection 8,000 or 16,000 Hz"):
         VoiceActivity(22050)
 
 

@@ -35,7 +35,7 @@ def test_it_is_trained_saved_averaged_and_read_again(spaced: Any) -> None:
     lab = spaced
     exp_dir, _ = lab.train("fired", FIRE, lab.spaced, "optim.max_steps=3", "train.ema=0.9")
     exp_dir, _ = lab.train("fired", FIRE, lab.spaced, "optim.max_steps=6", "train.ema=0.9")
-    assert any("going on" in line for line in lab.log)
+    assert any("resuming" in line for line in lab.log)
     found = [weights_of(exp_dir, step) for step in (3, 6)]
     assert not torch.equal(found[0]["fire.weight"], found[1]["fire.weight"])
     assert {name for name in found[0] if name.startswith("fire.")} == {"fire.weight", "fire.bias"}
