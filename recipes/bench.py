@@ -35,9 +35,7 @@ def bench(
     threads: Annotated[int, typer.Option(help="threads of onnxruntime")] = 1,
     mode: Modes = None,
     search: Search = None,
-    chunk_ms: Annotated[
-        list[int] | None, typer.Option(help="several with --latency; 0: bundle's own")
-    ] = None,
+    chunk_ms: Annotated[list[int] | None, typer.Option(help="0: the default; several: --latency")] = None,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: the bundle's own")] = -1,
     look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer")] = 0,
     limit: Annotated[int, typer.Option(help="how many utterances of a manifest, from the start")] = 50,
