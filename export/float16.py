@@ -12,7 +12,7 @@ import onnx
 
 from export.quantize import module_of
 
-CONVERTED = re.compile(r"(.*\blayers\.\d+\.|encoder\.front\b|decoder\.(cross|out)\b)")
+CONVERTED = re.compile(r"(.*\blayers\.\d+\.|encoder\.front\b|cross\.|decoder\.out\b)")
 """Names of the nodes that compute in 16 bits."""
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

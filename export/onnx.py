@@ -3,8 +3,8 @@ causal Zipformers, which are hand-written (`export/conformer.py`, `export/zipfor
 
     encoder   features, normalisation, encoder, CTC head; each call takes the state that the last one returned
     memory    keys and values of the decoder's cross-attention
-    decoder   a whole token sequence at once, or one token with the state of those before it
-    reverse   a whole token sequence from right to left, for models with a second decoder
+    decoder   a tree of tokens at once, or one token with the state of those before it
+    reverse   a tree of tokens from right to left, for models with a second decoder
     length    where segments end, and how long they were in training, for models with a segmental decoder
     fire      weights of frames that sum to the number of words, for models with a head that counts them
 
@@ -27,125 +27,27 @@ from torch.export import Dim
 from asr.context import Context
 from asr.errors import AsrError
 from asr.features import Fbank
-from asr.model.attention import split_heads
 from asr.model.conformer import Conformer
 from asr.model.decoder import TransformerDecoder
 from asr.model.encoder import look_ahead_layers
 from asr.model.fire import Fire
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import LengthModel, SegmentalDecoder
-from asr.model.state import State
 from asr.model.zipformer import Zipformer
 from asr.runtime.info import Field
 from export.conformer import conformer_fields, conformer_graph
 from export.graph import IR_VERSION, OPSET
 from export.states import dynamic_shapes, encoder_fields
+from export.traced import (
+    DecoderGraph,
+    EncoderGraph,
+    LengthGraph,
+    MemoryGraph,
+    ReverseGraph,
+    SamplesGraph,
+    WholeGraph,
+)
 from export.zipformer import zipformer_fields, zipformer_graph
-
-
-class EncoderGraph(nn.Module):
-    """One call of a stream, which takes the state that the previous call returned."""
-
-    def __init__(self, model: HybridModel, state: State, num_context: int) -> None:
-        """state: an example.  num_context: how many of chunk, left, right are inputs."""
-        super().__init__()
-        self.model = model
-        self.state = state
-        self.num_context = num_context
-
-    def forward(self, window: Tensor, num_frames: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        x = self.model.cmvn(self.model.fbank.frames(window))
-        context, state = rest[: self.num_context], self.state.of(rest[self.num_context :])
-        y, y_lens, present = self.model.encoder(x, num_frames, state, *context)
-        return *_heard(self.model, y), y_lens, *present.tensors()
-
-
-class WholeGraph(nn.Module):
-    """A whole utterance, for encoders that cannot stream."""
-
-    def __init__(self, model: HybridModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, window: Tensor, num_frames: Tensor) -> tuple[Tensor, ...]:
-        x = self.model.cmvn(self.model.fbank.frames(window))
-        y, y_lens, _ = self.model.encoder(x, num_frames)
-        return *_heard(self.model, y), y_lens
-
-
-class SamplesGraph(nn.Module):
-    """One utterance, for models whose features depend on all samples."""
-
-    def __init__(self, model: HybridModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, samples: Tensor) -> tuple[Tensor, ...]:
-        lens = torch.full((1,), samples.shape[1], dtype=torch.int64)
-        x, x_lens = self.model.fbank(samples, lens)
-        y, _, _ = self.model.encoder(self.model.cmvn(x), x_lens)
-        return _heard(self.model, y)
-
-
-def _heard(model: HybridModel, y: Tensor) -> tuple[Tensor, ...]:
-    return (y,) if model.ctc is None else (y, model.ctc_log_probs(y))
-
-
-class MemoryGraph(nn.Module):
-    def __init__(self, model: HybridModel) -> None:
-        super().__init__()
-        self.decoder = model.decoder
-
-    def forward(self, y: Tensor) -> tuple[Tensor, ...]:
-        """Keys of every layer, values of every layer, (N, H, T, D) each."""
-        parts = self.decoder.cross(y).chunk(2 * len(self.decoder.layers), dim=-1)
-        return tuple(split_heads(part, self.decoder.config.num_heads) for part in parts)
-
-
-class DecoderGraph(nn.Module):
-    """G hypotheses of each of N utterances, side by side, share one copy of its memory. Keys and values are
-    separate inputs and outputs per layer: stacked in one tensor, each would be copied in every call."""
-
-    def __init__(self, model: HybridModel) -> None:
-        super().__init__()
-        self.decoder = model.decoder
-
-    def forward(self, tokens: Tensor, y_lens: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """tokens (N, G, U), y_lens (N,); rest: keys and values of the memory (N, H, T, D) and of the tokens
-        before (N, G, H, W, D). Returns log-probabilities (N G, U, V), attention (N G, U, T), and keys and
-        values of all tokens (N G, H, W + U, D)."""
-        depth = len(self.decoder.layers)
-        memory, past = rest[: 2 * depth], [x.flatten(0, 1) for x in rest[2 * depth :]]
-        logits, attention, present = self.decoder.extend(
-            tokens.flatten(0, 1),
-            list(zip(memory[:depth], memory[depth:], strict=True)),
-            y_lens,
-            list(zip(past[:depth], past[depth:], strict=True)),
-            guide=self.decoder.guide,
-        )
-        keys, values = zip(*present, strict=True)
-        return self.decoder.log_probs(logits), attention, *keys, *values
-
-
-class ReverseGraph(nn.Module):
-    """Hypotheses of one utterance, which share one memory."""
-
-    def __init__(self, decoder: TransformerDecoder) -> None:
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, tokens: Tensor, y: Tensor, y_lens: Tensor) -> Tensor:
-        keys, values = (x.expand(tokens.shape[0], -1, -1, -1, -1) for x in self.decoder.memory(y))
-        return self.decoder(tokens, keys, values, y_lens.expand(tokens.shape[0])).logits.log_softmax(-1)
-
-
-class LengthGraph(nn.Module):
-    def __init__(self, length: LengthModel) -> None:
-        super().__init__()
-        self.length = length
-
-    def forward(self, y: Tensor, labels: Tensor, durations: Tensor) -> tuple[Tensor, Tensor]:
-        return self.length(y, labels, durations), self.length.log_lengths()
 
 
 @dataclass(frozen=True)
@@ -272,14 +174,16 @@ def decoder_trace(model: HybridModel) -> Trace:
     with torch.no_grad():
         memory = [x.unbind(1) for x in model.decoder.memory(torch.randn(2, 7, model.encoder.dim))]
     shape = 2, 3, model.decoder.config.num_heads, 4, model.decoder.head_dim
-    inputs = {"tokens": torch.ones(2, 3, 5, dtype=torch.int64), "y_lens": torch.tensor([7, 5])}
+    tokens = torch.ones(2, 3, 5, dtype=torch.int64)
+    inputs = {"tokens": tokens, "ends": 5 * tokens, "y_lens": torch.tensor([7, 5])}
     inputs |= zip(_layers(model, "cross_"), (x.contiguous() for pair in memory for x in pair), strict=True)
     inputs |= {name: torch.randn(shape) for name in _layers(model)}
-    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: n, 1: g, 2: more}, "y_lens": {0: n}}
+    dynamic: dict[str, dict[int, Any]] = {name: {0: n, 1: g, 2: more} for name in ("tokens", "ends")}
+    dynamic["y_lens"] = {0: n}
     dynamic |= {name: {0: n, 2: t} for name in _layers(model, "cross_")}
     dynamic |= {name: {0: n, 1: g, 3: Dim("U")} for name in _layers(model)}
     outputs = ["log_probs", "attention", *(f"next_{name}" for name in _layers(model))]
-    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(inputs) - 2)
+    return Trace(DecoderGraph(model).eval(), inputs, dynamic, outputs, len(inputs) - 3)
 
 
 def with_best(decoder: onnx.ModelProto) -> onnx.ModelProto:
@@ -301,12 +205,13 @@ def with_best(decoder: onnx.ModelProto) -> onnx.ModelProto:
 
 def reverse_trace(model: HybridModel, decoder: TransformerDecoder) -> Trace:
     inputs = {
-        "tokens": torch.ones(2, 3, dtype=torch.int64),
+        "tokens": torch.ones(1, 3, dtype=torch.int64),
+        "ends": torch.full((1, 3), 3),
         "y": torch.randn(1, 7, model.encoder.dim),
         "y_lens": torch.tensor([6]),
     }
-    dynamic: dict[str, dict[int, Any]] = {"tokens": {0: Dim("B"), 1: Dim("U")}, "y": {1: Dim("T")}}
-    dynamic["y_lens"] = {}
+    u = Dim("U")
+    dynamic: dict[str, dict[int, Any]] = {"tokens": {1: u}, "ends": {1: u}, "y": {1: Dim("T")}, "y_lens": {}}
     return Trace(ReverseGraph(decoder).eval(), inputs, dynamic, ["log_probs"], 0)
 
 

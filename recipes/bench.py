@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 MADE_S, MADE_PARTS = 60.0, 6
 
+ChunkLengths = Annotated[
+    list[int] | None, typer.Option(help="chunk length; several with --latency; 0: the bundle's own")
+]
+
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
@@ -35,7 +39,7 @@ def bench(
     threads: Annotated[int, typer.Option(help="threads of onnxruntime")] = 1,
     mode: Modes = None,
     search: Search = None,
-    chunk_ms: Annotated[list[int] | None, typer.Option(help="0: the default; several: --latency")] = None,
+    chunk_ms: ChunkLengths = None,
     left_chunks: Annotated[int, typer.Option(help="chunks of left context; -1: the bundle's own")] = -1,
     look_ahead: Annotated[int, typer.Option(help="chunks of look-ahead in every layer")] = 0,
     limit: Annotated[int, typer.Option(help="how many utterances of a manifest, from the start")] = 50,

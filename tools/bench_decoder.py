@@ -4,17 +4,22 @@ Whisper base: 6 layers of 512 channels, 51,865 units, 1,500 encoder frames; in 8
     python tools/bench_decoder.py build /tmp/decoder
     python tools/bench_decoder.py run /tmp/decoder --rounds 7
     python tools/bench_decoder.py memory
+    python tools/bench_decoder.py share exp/NAME/bundle data/manifests/test.jsonl.gz --limit 40
 
 build    our bundle, which takes minutes, and the model of CTranslate2 (the extra `bench`), once
 run      one process each, pinned to one core and driven in turns; processor time of `--tokens` tokens from
          the encoder's output on, and how many times faster than others each is: medians over rounds of the
          ratios of neighbours, with the smallest and the largest. Drafts are what the decoder writes, with
-         every tenth token replaced
+         every tenth token replaced. Texts are alike as in an n-best list, a tree of which has 0.45 of their
+         tokens, or differ from the first token on
 memory   cross-attention of one layer: keys and values cached, or keys alone, or nothing but the encoder's
          output, with the other products moved to the queries (arXiv:2503.05840); time, bytes, exactness
+share    the share of the tokens that is left in trees (asr/decode/trie.py) of real n-best lists, of the CTC
+         prefix beam search of a bundle
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -29,14 +34,18 @@ import numpy as np
 
 DIM, HEADS, LAYERS, NUM_TOKENS, NUM_FRAMES, BEAM = 512, 8, 6, 51865, 1500, 5
 WRONG_EVERY = 10
+BRANCHES = (0.5, 0.6, 0.75, 0.9)
+"""Where texts that are alike begin to differ."""
+
 PEER = "CTranslate2, beam 5"
 OURS = {
     "beam 5, step by step": ("beam", BEAM),
-    "rescoring of 5 texts": ("score", BEAM),
+    "rescoring of 5 alike": ("alike", BEAM),
+    "rescoring of 5 unlike": ("unlike", BEAM),
     "greedy, step by step": ("beam", 1),
     "greedy, from drafts": ("draft", 1),
 }
-PAIRS = [(name, PEER) for name in list(OURS)[:2]] + [tuple(reversed(list(OURS)[2:]))]
+PAIRS = [(name, PEER) for name in list(OURS)[:3]] + [tuple(reversed(list(OURS)[3:]))]
 
 
 def build(folder: Path) -> None:
@@ -159,10 +168,13 @@ def ours(folder: Path, num_tokens: int, kind: str, beam: int) -> Pass:
     if kind == "beam":
         return stepwise
     text = search(scorer, [nothing], scorer.memory([y]), SearchConfig(beam=1, ctc_weight=0, **limits))[0][0]
-    if kind == "score":
+    if kind in ("alike", "unlike"):
+        texts = [list(text.tokens) for _ in range(beam)]
+        for i, (other, branch) in enumerate(zip(texts[1:], BRANCHES, strict=True)):
+            other[int(branch * len(other)) if kind == "alike" else 0] = 3 + i
 
         def score() -> int:
-            scorer.score(scorer.memory([y]), np.zeros(beam, np.int64), [text.tokens] * beam)
+            scorer.score(scorer.memory([y]), np.zeros(beam, np.int64), texts)
             return len(text.tokens)
 
         return score
@@ -219,6 +231,33 @@ def run(folder: Path, num_tokens: int, rounds: int, core: int) -> None:
         ratios = [b / a for a, b in zip(seconds[name], seconds[other], strict=True)]
         spread = f"[{min(ratios):.2f}..{max(ratios):.2f}]"
         print(f"{name:22} {statistics.median(ratios):5.2f} times as fast {spread} as {other}")
+
+
+def share(bundle: Path, manifest: Path, limit: int) -> None:
+    from lhotse import load_manifest_lazy
+
+    from asr.decode.config import SearchConfig
+    from asr.decode.modes import ctc_prefix
+    from asr.decode.trie import tries
+    from asr.runtime import Bundle
+    from asr.runtime.onnx_scorer import OnnxScorer
+
+    scorer = OnnxScorer(Bundle.load(bundle))
+    cuts = itertools.islice(load_manifest_lazy(manifest), limit)
+    encoded = [scorer.encode([cut.load_audio()[0]])[0] for cut in cuts]
+    for beam in (BEAM, 2 * BEAM):
+        found = [ctc_prefix(scorer, x, None, SearchConfig(beam=beam, nbest=beam))[0] for x in encoded]
+        lists = [[list(x.tokens) for x in nbest] for nbest in found]
+        num_tokens = sum(len(text) + 1 for nbest in lists for text in nbest)
+        shares = []
+        for texts in (lists, [[text[::-1] for text in nbest] for nbest in lists]):
+            trees = [tree for nbest in texts for tree in tries(nbest, range(len(nbest)), scorer.sos_eos)]
+            shares.append(sum(len(tree.tokens) for tree in trees) / num_tokens)
+        length = statistics.mean(len(nbest[0]) for nbest in lists)
+        print(
+            f"beam {beam:2}, {len(lists)} utterances of {length:.1f} tokens: trees have {shares[0]:.2f} of "
+            f"them, {shares[1]:.2f} from right to left"
+        )
 
 
 def memory(rounds: int) -> None:
@@ -282,11 +321,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument("what", choices=["build", "run", "work", "memory"])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path())
+    parser.add_argument("what", choices=["build", "run", "work", "memory", "share"])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="a bundle for share")
+    parser.add_argument("manifest", type=Path, nargs="?", default=Path(), help="for share")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=40, help="utterances, for share")
     parser.add_argument("--name", default=PEER, help="for work, which run starts itself")
     args = parser.parse_args()
     match args.what:
@@ -296,5 +337,7 @@ if __name__ == "__main__":
             run(args.folder, args.tokens, args.rounds, args.core)
         case "work":
             work(args.folder, args.name, args.tokens)
+        case "share":
+            share(args.folder, args.manifest, args.limit)
         case _:
             memory(args.rounds)

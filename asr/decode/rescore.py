@@ -1,4 +1,5 @@
-"""Two passes: the decoder rescores the hypotheses of the CTC prefix beam search, all in one call.
+"""Two passes: the decoder rescores the hypotheses of the CTC prefix beam search, all in one call, in which
+what they have in common is computed once (trie.py).
 
 Teacher forcing needs no search, so the cost is one pass of the decoder, whatever the length; and the answer
 is one that CTC found plausible, so the decoder cannot run away. Zhang et al., arXiv:2012.05481. A second,

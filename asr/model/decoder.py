@@ -20,7 +20,7 @@ from asr.errors import ConfigError
 from asr.losses import label_smoothed_cross_entropy
 from asr.model.attention import CrossAttention, Rotation, SelfAttention, sinusoids
 from asr.model.layers import FeedForward, initialise
-from asr.model.masks import context_mask, window_mask
+from asr.model.masks import window_mask
 from asr.model.state import State
 
 SOS_EOS = 1
@@ -372,10 +372,22 @@ def _layers(keys: Tensor, values: Tensor) -> Pairs:
 def in_order(tokens: Tensor, width: int, left: int = -1) -> Order:
     """The order of tokens (N, U) after `width` others: each sees itself and `left` tokens before it, -1 for
     all. One row for all hypotheses."""
-    offset = tokens.new_full((1,), width)
-    length = tokens.shape[1]
-    visible = context_mask(offset, torch.full_like(offset, length), width, length, chunk=1, left=left)
-    return Order(offset[:, None] + torch.arange(length, device=tokens.device), visible)
+    return in_tree(tokens.new_full((1, tokens.shape[1]), tokens.shape[1]), width, left)
+
+
+def in_tree(ends: Tensor, width: int = 0, left: int = -1) -> Order:
+    """The order of tokens in trees, depth first, after `width` others that all of them follow: each sees
+    itself and, of those above it, the last `left`, -1 for all. ends (N, U): where the descendants of each
+    token end."""
+    step = torch.arange(ends.shape[1], device=ends.device)
+    above = (step <= step[:, None]) & (step[:, None] < ends[:, None])
+    visible = torch.cat([above.new_ones(*above.shape[:2], width), above], 2)
+    positions = visible.sum(2) - 1
+    if left >= 0:
+        before = torch.arange(width, device=ends.device).expand(len(ends), -1)
+        keys = torch.cat([before, positions], 1)
+        visible = visible & (positions[:, :, None] - keys[:, None] <= left)
+    return Order(positions, visible)
 
 
 def reverse(tokens: Tensor, token_lens: Tensor) -> Tensor:

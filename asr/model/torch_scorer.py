@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from asr.context import WHOLE, Context
 from asr.decode.scorer import Step, Window
-from asr.model.decoder import SOS_EOS, DecoderState, TransformerDecoder
+from asr.decode.trie import Trie, read_order, text_order, tries
+from asr.model.decoder import SOS_EOS, DecoderState, TransformerDecoder, in_tree
 from asr.model.hybrid import HybridModel
 from asr.model.segmental import SegmentalDecoder
 from asr.model.state import join, select
@@ -24,8 +25,8 @@ from asr.model.state import join, select
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-# hypotheses scored in one call of the decoder: bounds the memory of logits and cross-attention
-ROWS = 64
+# trees scored in one call of the decoder: bounds the memory of logits and cross-attention
+ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -220,34 +221,38 @@ class TorchScorer:
         prompt: Sequence[int] = (),
     ) -> list[Floats]:
         """As Scorer.score."""
+        texts = read_order(tokens, reverse, prompt)
+        decoder = self.model.decoder
         if reverse:
             assert self.model.reverse_decoder is not None
-            mirrored = self._score_all(self.model.reverse_decoder, memory, owner, [x[::-1] for x in tokens])
-            return [np.append(x[-2::-1], x[-1]) for x in mirrored]
-        behind = self._score_all(self.model.decoder, memory, owner, [[*prompt, *x] for x in tokens])
-        return [x[len(prompt) :] for x in behind]
-
-    def _score_all(
-        self, decoder: TransformerDecoder, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]
-    ) -> list[Floats]:
-        if decoder is not self.model.decoder:
+            decoder = self.model.reverse_decoder
             with self._evaluating():
                 memory = Memory(*decoder.memory(memory.y), memory.y, memory.y_lens)
-        scores: list[Floats] = []
-        for start in range(0, len(tokens), ROWS):
-            part = slice(start, start + ROWS)
-            scores += self._score(decoder, memory.rows(owner[part]), tokens[part])
-        return scores
+        numbers = {n: np.flatnonzero(owner == n).tolist() for n in np.unique(owner).tolist()}
+        found = [(n, trie) for n, same in numbers.items() for trie in tries(texts, same, SOS_EOS)]
+        scores: dict[int, Floats] = {}
+        for start in range(0, len(found), ROWS):
+            rows, batch = zip(*found[start : start + ROWS], strict=True)
+            values = self._read(decoder, memory.rows(np.array(rows)), batch)
+            for trie, own in zip(batch, values, strict=True):
+                scores.update(trie.split(own))
+        return text_order([scores[b] for b in range(len(tokens))], reverse, len(prompt))
 
-    def _score(
-        self, decoder: TransformerDecoder, heard: Memory, tokens: Sequence[Sequence[int]]
-    ) -> list[Floats]:
-        rows = [torch.tensor([SOS_EOS, *x, SOS_EOS], device=self.device) for x in tokens]
-        batch = pad_sequence(rows, batch_first=True)
+    def _read(self, decoder: TransformerDecoder, heard: Memory, batch: Sequence[Trie]) -> list[Floats]:
+        """The log-probabilities of the targets of each tree."""
+        sizes = [len(trie.tokens) for trie in batch]
+        tokens = torch.zeros(len(batch), max(sizes), dtype=torch.int64)
+        ends = torch.arange(1, max(sizes) + 1).repeat(len(batch), 1)  # padding sees itself
+        for n, trie in enumerate(batch):
+            tokens[n, : sizes[n]] = torch.tensor(trie.tokens)
+            ends[n, : sizes[n]] = torch.tensor(trie.ends)
+        order = in_tree(ends.to(self.device), left=decoder.config.left_tokens)
         with self._evaluating():
-            logits = decoder(batch[:, :-1], heard.cross_keys, heard.cross_values, heard.y_lens).logits
-            log_probs = decoder.log_probs(logits.float()).gather(2, batch[:, 1:, None])[:, :, 0].cpu().numpy()
-        return [a[: len(x) + 1] for a, x in zip(log_probs, tokens, strict=True)]
+            logits = decoder(
+                tokens.to(self.device), heard.cross_keys, heard.cross_values, heard.y_lens, order=order
+            ).logits
+            log_probs = decoder.log_probs(logits.float())
+            return [x[t.nodes, t.targets].cpu().numpy() for x, t in zip(log_probs, batch, strict=True)]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -5,10 +5,10 @@
                     the graph; for encoders that cannot stream (window of samples) -> (y, log-probabilities),
                     or (samples) as input if features depend on the whole utterance
     memory.onnx     y -> keys and values for the decoder's cross-attention, once per utterance
-    decoder.onnx    (tokens, memory, state) -> (log-probabilities of what follows each token, attention of the
-                    heads that guide streaming, state)
-    reverse.onnx    (tokens from right to left, y, its frames) -> log-probabilities; for models with a second
-                    decoder
+    decoder.onnx    (tree of tokens, memory, state) -> (log-probabilities of what follows each token,
+                    attention of the heads that guide streaming, state)
+    reverse.onnx    (tree of tokens from right to left, y, its frames) -> log-probabilities; for models with
+                    a second decoder
     length.onnx     (frames of y, tokens before them, durations) -> log-odds that a segment ends, and length
                     counts; for segmental decoders
     fire.onnx       y -> weights of its frames that sum to the number of words; for models that count words

@@ -15,7 +15,7 @@ from asr.context import WHOLE, Context
 from asr.decode.scorer import Chunking
 from asr.errors import BundleError
 
-FORMAT = 4
+FORMAT = 5
 STRICT = ConfigDict(extra="forbid")
 SIZE = re.compile(r"([1-9]\d*\*)?[WRU](/[1-9]\d*)?")
 """A variable dimension, as `parse_size` reads it."""

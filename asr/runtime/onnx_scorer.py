@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr.context import WHOLE, Context
-from asr.decode.scorer import BLANK, Floats, Ints, Step, Window
+from asr.decode.scorer import Floats, Ints, Step, Window
+from asr.decode.trie import Trie, read_order, text_order, tries
 from asr.errors import AudioError
 from asr.runtime.bundle import Bundle
 from asr.runtime.framing import Framer
@@ -26,9 +27,6 @@ State = Mapping[str, NDArray[Any]]
 
 
 Tensors = dict[str, NDArray[Any]]
-
-ROWS = 5
-"""Hypotheses scored in one call: bounds the memory of what they attend to, at little cost."""
 
 
 class Encoded(NamedTuple):
@@ -267,7 +265,7 @@ class OnnxScorer:
     def listen(self, memory: Memory, utterance: int, tokens: Sequence[int]) -> Floats:
         """As Scorer.listen; the graph outputs the mean of all heads."""
         state = self.start(memory, np.array([utterance]))
-        attention: Floats = self._follow(state, np.array([tokens], np.int64), 1, ("attention",))[0]
+        attention: Floats = self._follow(state, np.array([tokens], np.int64), 0, ("attention",))[0]
         return attention
 
     def steps(self, state: DecoderState, tokens: Ints, k: int) -> Step:
@@ -311,51 +309,44 @@ class OnnxScorer:
         reverse: bool = False,
         prompt: Sequence[int] = (),
     ) -> list[Floats]:
-        scores: list[Floats] = []
-        for start in range(0, len(tokens), ROWS):
-            part = slice(start, start + ROWS)
-            if reverse:
-                scores += self._score_reverse(memory, owner[part], tokens[part])
-            else:
-                scores += self._score(memory, owner[part], [[*prompt, *x] for x in tokens[part]])
-        return [x[len(prompt) :] for x in scores] if prompt and not reverse else scores
-
-    def _score(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
-        (log_probs,) = self._follow(self.start(memory, owner), self._inputs(tokens), 1, ("log_probs",))[:1]
-        return [_of_tokens(x, [*y, self.sos_eos]) for x, y in zip(log_probs, tokens, strict=True)]
-
-    def _score_reverse(self, memory: Memory, owner: Ints, tokens: Sequence[Sequence[int]]) -> list[Floats]:
-        """Like `_score`, one utterance at a time."""
+        texts = read_order(tokens, reverse, prompt)
         scores: dict[int, Floats] = {}
         for n in np.unique(owner).tolist():
-            rows = np.flatnonzero(owner == n).tolist()
-            mirrored = [tokens[b][::-1] for b in rows]
-            inputs = {"tokens": self._inputs(mirrored), "y": memory.frames(n)[None]}
-            inputs["y_lens"] = np.array([len(memory.ys[n])])
-            (log_probs,) = self.bundle.reverse.run(None, inputs)
-            for b, x, y in zip(rows, log_probs, mirrored, strict=True):
-                found = _of_tokens(x, [*y, self.sos_eos])
-                scores[b] = np.append(found[-2::-1], found[-1])
-        return [scores[b] for b in range(len(tokens))]
+            for trie in tries(texts, np.flatnonzero(owner == n).tolist(), self.sos_eos):
+                read = self._read_reverse if reverse else self._read
+                scores.update(trie.split(read(memory, n, trie)[trie.nodes, trie.targets]))
+        return text_order([scores[b] for b in range(len(tokens))], reverse, len(prompt))
 
-    def _inputs(self, tokens: Sequence[Sequence[int]]) -> Ints:
-        """Token sequences after sos, padded."""
-        padded = np.full((len(tokens), 1 + max(map(len, tokens))), BLANK, np.int64)
-        padded[:, 0] = self.sos_eos
-        for row, sequence in zip(padded, tokens, strict=True):
-            row[1 : 1 + len(sequence)] = sequence
-        return padded
+    def _read(self, memory: Memory, n: int, trie: Trie) -> Floats:
+        """Log-probabilities after each token of a tree (U, V)."""
+        tokens, ends = np.array([trie.tokens]), np.array([trie.ends])
+        state = self.start(memory, np.array([n]))
+        log_probs: Floats = self._follow(state, tokens, 0, ("log_probs",), ends=ends)[0]
+        return log_probs[0]
+
+    def _read_reverse(self, memory: Memory, n: int, trie: Trie) -> Floats:
+        inputs = {"tokens": np.array([trie.tokens]), "ends": np.array([trie.ends])}
+        inputs |= {"y": memory.frames(n)[None], "y_lens": np.array([len(memory.ys[n])])}
+        return self.bundle.reverse.run(None, inputs)[0][0]
 
     def _follow(
-        self, state: DecoderState, tokens: Ints, k: int, outputs: Sequence[str], window: Window | None = None
+        self,
+        state: DecoderState,
+        tokens: Ints,
+        k: int,
+        outputs: Sequence[str],
+        window: Window | None = None,
+        ends: Ints | None = None,
     ) -> tuple[Any, ...]:
-        """Feed tokens (B, U) to the decoder: the requested outputs, a row per hypothesis, and the state."""
+        """Feed tokens (B, U) to the decoder, with ends (B, U) trees of them: the requested outputs, a row per
+        hypothesis, and the state."""
+        ends = np.full_like(tokens, tokens.shape[1]) if ends is None else ends
         rows = Rows.of(state.owner) if window is None else _alone(state.owner)
         if window is None and state.cross is None:
             state = replace(state, cross=state.memory.gather(rows.utterances))
         heard = state.memory.gather(state.owner, window) if window else state.cross or {}
         names = [*outputs, *(f"next_{name}" for name in state.past)]
-        given = {name: rows.shape(x) for name, x in {"tokens": tokens, **state.past}.items()}
+        given = {name: rows.shape(x) for name, x in {"tokens": tokens, "ends": ends, **state.past}.items()}
         k = min(k, self.num_tokens)
         found = self.bundle.decoder.run(names, {"k": np.array([k]), **given, **heard})
         found = found if rows.order is None else [x[rows.places] for x in found]
@@ -369,11 +360,6 @@ BEST = ("ids", "log_probs_of_ids", "attention")
 def _alone(owner: Ints) -> Rows:
     """Every hypothesis with its own copy of what it attends to."""
     return Rows(owner, None, slice(None))
-
-
-def _of_tokens(log_probs: Floats, tokens: Sequence[int]) -> Floats:
-    """log_probs (U, V) -> those of tokens (U,)."""
-    return log_probs[np.arange(len(tokens)), list(tokens)]
 
 
 def _zeros(field: Field, sizes: Mapping[str, int], n: int = 1) -> NDArray[Any]:

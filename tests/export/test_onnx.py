@@ -25,10 +25,10 @@ def test_inputs_and_outputs_are_named(graphs: dict[str, onnx.ModelProto]):
         ),
         "memory": (["y"], ["cross_keys_0", "cross_values_0"]),
         "decoder": (
-            ["tokens", "y_lens", "cross_keys_0", "cross_values_0", "keys_0", "values_0", "k"],
+            ["tokens", "ends", "y_lens", "cross_keys_0", "cross_values_0", "keys_0", "values_0", "k"],
             ["log_probs", "attention", "next_keys_0", "next_values_0", "log_probs_of_ids", "ids"],
         ),
-        "reverse": (["tokens", "y", "y_lens"], ["log_probs"]),
+        "reverse": (["tokens", "ends", "y", "y_lens"], ["log_probs"]),
     }
     for name, graph in graphs.items():
         found = [x.name for x in graph.graph.input], [x.name for x in graph.graph.output]

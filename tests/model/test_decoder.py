@@ -1,17 +1,21 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn, tensor
 from torch.export import Dim
 
+from asr.decode.trie import tries
 from asr.errors import ConfigError
 from asr.model.attention import sinusoids
 from asr.model.decoder import (
+    SOS_EOS,
     DecoderConfig,
     DecoderState,
     Guide,
     Order,
     TransformerDecoder,
     Window,
+    in_tree,
     reverse,
 )
 from asr.model.state import join, select, split
@@ -273,3 +277,20 @@ def test_a_token_sees_so_many_before_it(y):
         logits, _, state = decoder(tokens, *memory, Y_LENS, state)
         parts.append(logits)
     close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "sinusoid", "learnt"])
+@pytest.mark.parametrize("left_tokens", [-1, 2])
+@pytest.mark.parametrize("width", [0, 2])
+def test_a_tree_gives_what_each_of_its_texts_gives(y, positions, left_tokens, width):
+    decoder = family(positions=positions, left_tokens=left_tokens)
+    memory, lens = [x[:1] for x in decoder.memory(y)], Y_LENS[:1]
+    state = decoder(TOKENS[:1, :width], *memory, lens).state if width else None
+    texts = [[3, 4, 5], [3, 4, 6, 7], [3, 8], [], [3, 4, 5]]
+    (tree,) = tries(texts, range(len(texts)), SOS_EOS)
+    order = in_tree(tensor([tree.ends]), width, left_tokens)
+    found = decoder(tensor([tree.tokens]), *memory, lens, state, order=order).logits[0]
+    for number, nodes in tree.split(np.array(tree.nodes)):
+        alone = decoder(tensor([[SOS_EOS, *texts[number]]]), *memory, lens, state).logits[0]
+        close(found[nodes], alone)
+    assert len(tree.tokens) == 7

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from asr.context import WHOLE, Context
+from asr.decode import trie
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode, modes_for
 from asr.model import torch_scorer
@@ -84,11 +85,15 @@ def test_only_the_best_k_are_returned(scorer, waves):
 
 def test_scoring_in_parts_equals_at_once(scorer, waves, monkeypatch):
     _, memory = scorer.encode(waves)
-    owner, texts = np.array([0, 0, 1, 4, 1]), [[2], [3, 4, 5], [], [6] * 7, [7, 8]]
+    owner = np.array([0, 0, 1, 4, 1, 0, 0])
+    texts = [[3, 4, 6], [3, 4, 5], [], [6] * 7, [7, 8], [3, 4, 5, 5], [3]]
     at_once = scorer.score(memory, owner, texts)
+    alone = [scorer.score(memory, owner[[b]], [texts[b]])[0] for b in range(len(texts))]
     monkeypatch.setattr(torch_scorer, "ROWS", 2)
-    for a, b in zip(at_once, scorer.score(memory, owner, texts), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    monkeypatch.setattr(trie, "MOST", 6)
+    for scores in (alone, scorer.score(memory, owner, texts)):
+        for a, b in zip(at_once, scores, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", modes_for("transformer"))

@@ -139,8 +139,9 @@ def test_torch_and_onnx_agree_on_no_frames(scorers: tuple[TorchScorer, OnnxScore
 def test_both_directions_score_the_same_in_torch_and_onnx(
     scorers: tuple[TorchScorer, OnnxScorer], sound: Floats
 ):
-    """Several utterances and lengths; the second decoder gets the tokens in their order."""
-    hypotheses, owner = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (3, 9), (5,), ()], np.array([0, 1, 1, 0, 1, 2, 2])
+    """Several utterances, lengths, common beginnings and ends; scores come in the order of the tokens."""
+    hypotheses = [(5, 6, 7), (), (9,), (4, 4, 8, 6), (9, 3), (5,), (), (5, 6, 8, 7), (5, 6, 7), (3, 8, 6)]
+    owner = np.array([0, 1, 1, 0, 1, 2, 2, 0, 0, 0])
     answers = []
     for scorer in scorers:
         _, memory = scorer.encode([sound, sound[:20000], sound[:60]])  # the last has no frame
