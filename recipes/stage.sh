@@ -2,6 +2,7 @@
 #   every variable set so far becomes an option: stop_stage=99 is --stop-stage N
 #   --help           prints the comment at the top of run.sh, and the options
 #   asr              is taken from the repository's .venv if it is not on the PATH
+#   $model_config    is conf/MODEL.yaml of the recipe, or else that of recipes/conf, for the option --model
 #   stage N "Title"  is true if stage N is to run; prints its title and the time of the previous stage
 
 _options=$(comm -23 <(compgen -v | grep '^[a-z][a-z0-9_]*$' | sort) <(compgen -e | sort) | tr _ -)
@@ -22,6 +23,9 @@ while (($#)); do
   shift 2
 done
 [[ $stage =~ ^[0-9]+$ && $stop_stage =~ ^[0-9]+$ ]] || _stop "--stage $stage --stop-stage $stop_stage: not numbers"
+
+model_config=conf/${model-}.yaml
+[ -e "$model_config" ] || model_config=../../recipes/$model_config
 
 command -v asr >/dev/null || PATH=$PWD/../../.venv/bin:$PATH
 

@@ -22,7 +22,7 @@ def train(
     On SIGTERM, SIGINT or SIGUSR1, finishes the current step, saves a checkpoint and exits with 75: not done,
     run it again. A second signal ends it at once.
 
-    Example: asr train --config recipes/conf/conformer-s.yaml --config conf/train.yaml --exp exp/conformer-s
+    Example: asr train --config conf/train.yaml --config recipes/conf/conformer-s.yaml --exp exp/conformer-s
 
     Example: torchrun --nproc-per-node 8 -m recipes.cli train --config A.yaml --config B.yaml --exp exp/NAME
     """

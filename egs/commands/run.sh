@@ -29,7 +29,7 @@ if stage 2 "Join words of dev and test"; then
 fi
 if stage 3 "Tokenizer"; then asr tokenizer data/words/train.jsonl.gz --kind bpe --vocab "$vocab" -o data/tokens; fi
 if stage 4 "Train"; then
-  asr train --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp" --set "augment.noise=$noise"
+  asr train --config conf/train.yaml --config "$model_config" --exp "$exp" --set "augment.noise=$noise"
 fi
 if stage 5 "Average"; then asr average "$exp" --last 5; fi
 if stage 6 "Decode"; then

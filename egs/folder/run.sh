@@ -24,7 +24,7 @@ if stage 2 "Check what fits the units, and that no speaker is in train and test"
   asr prepare data/manifests/train.jsonl.gz --headers-only --tokens "data/unigram$vocab" --test data/manifests/test.jsonl.gz
 fi
 if stage 3 "Train"; then
-  asr train --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp" --set "data.tokens=data/unigram$vocab"
+  asr train --config conf/train.yaml --config "$model_config" --exp "$exp" --set "data.tokens=data/unigram$vocab"
 fi
 if stage 4 "Average"; then asr average "$exp" --last 10; fi
 if stage 5 "Decode"; then asr decode "$exp" data/manifests/test.jsonl.gz --mode rescore --chunk-ms "$chunk_ms"; fi

@@ -27,7 +27,7 @@ if stage 2 "Join digits of dev and test"; then
 fi
 if stage 3 "Tokenizer"; then asr tokenizer "$words/train.jsonl.gz" --kind bpe --vocab "$vocab" -o data/tokens; fi
 if stage 4 "Train"; then
-  asr train --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp" \
+  asr train --config conf/train.yaml --config "$model_config" --exp "$exp" \
     --set "data.train=[$words/train.jsonl.gz]" --set "data.valid=[$words/dev-joined.jsonl.gz]"
 fi
 if stage 5 "Average"; then asr average "$exp" --last 5; fi

@@ -34,7 +34,7 @@ if stage 3 "Check what fits the units"; then
   for part in $train; do asr prepare "data/manifests/$part.jsonl.gz" --headers-only --tokens "data/bpe$vocab"; done
 fi
 if stage 4 "Train"; then
-  $launch train --config "../../recipes/conf/$model.yaml" --config "$config" --exp "$exp" \
+  $launch train --config "$config" --config "$model_config" --exp "$exp" \
     --set "data.train=[$(manifests $train | paste -sd ,)]" --set "data.valid=[$(manifests $dev | paste -sd ,)]" \
     --set "data.tokens=data/bpe$vocab"
 fi

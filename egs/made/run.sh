@@ -23,7 +23,7 @@ if stage 2 "Tokenizer"; then
 fi
 if stage 3 "Train"; then
   torchrun --standalone --nproc-per-node "$processes" -m recipes.cli train \
-    --config "../../recipes/conf/$model.yaml" --config conf/train.yaml --exp "$exp"
+    --config conf/train.yaml --config "$model_config" --exp "$exp"
 fi
 if stage 4 "Average"; then asr average "$exp" --last 3; fi
 if stage 5 "Decode"; then

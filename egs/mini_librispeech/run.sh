@@ -25,7 +25,7 @@ if stage 1 "Decode compressed audio once"; then
 fi
 if stage 2 "Tokenizer"; then asr tokenizer data/manifests/train.jsonl.gz --vocab "$vocab" -o "data/unigram$vocab"; fi
 if stage 3 "Train"; then
-  asr train --config "../../recipes/conf/$model.yaml" --config "$config" --exp "$exp" --set "data.tokens=data/unigram$vocab"
+  asr train --config "$config" --config "$model_config" --exp "$exp" --set "data.tokens=data/unigram$vocab"
 fi
 if stage 4 "Average"; then asr average "$exp" --last 5; fi
 if stage 5 "Decode"; then

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,19 @@ def test_the_configuration_is_valid(path):
     from asr.config import load_config
 
     load_config([path.with_name("train.yaml"), path], [])
+
+
+@pytest.mark.parametrize("model", sorted((EGS.parent / "recipes/conf").glob("*.yaml")), ids=lambda x: x.stem)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_model_can_be_trained_on_any_corpus_as_it_is(recipe, model):
+    from asr.config import load_config
+
+    run = (EGS / recipe / "run.sh").read_text()
+    assert re.search(r'--config (conf/train\.yaml|"\$config") --config "\$model_config"', run)
+    found, alone = load_config([EGS / recipe / "conf/train.yaml", model]), load_config([model])
+    assert (found.encoder, found.decoder, found.loss) == (alone.encoder, alone.decoder, alone.loss)
+    if alone.optim.type == "scaled-adam":  # its rates have another unit
+        assert (found.optim.type, found.optim.lr) == (alone.optim.type, alone.optim.lr)
 
 
 # Tables

@@ -16,6 +16,7 @@ cd "$(dirname "$0")"
 
 corpus=download/nothing
 num_epochs=3
+model=small
 stage=0 stop_stage=99
 . ../../recipes/stage.sh
 
@@ -25,7 +26,7 @@ if stage 2 "Score"; then
   false
   echo "not reached"
 fi
-if stage 3 "Export"; then echo "export"; fi
+if stage 3 "Export"; then echo "export $model_config"; fi
 """
 
 
@@ -36,6 +37,8 @@ def run(tmp_path, request):
     (root / "egs" / "nothing").mkdir(parents=True)
     shutil.copy(REPO / "recipes" / "stage.sh", root / "recipes")
     (root / "egs" / "nothing" / "run.sh").write_text(RUN)
+    (root / "egs" / "nothing" / "conf").mkdir()
+    (root / "egs" / "nothing" / "conf" / "own.yaml").touch()
 
     def call(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -57,7 +60,8 @@ def test_stages_run_in_order_and_stop_at_the_first_failure(run):
     ("args", "out"),
     [
         (("--stage", "1", "--stop-stage", "1"), "train 3\n"),
-        (("--stage=3",), "export\n"),
+        (("--stage=3",), "export ../../recipes/conf/small.yaml\n"),
+        (("--stage=3", "--model", "own"), "export conf/own.yaml\n"),
         (("--stage", "1", "--stop-stage", "1", "--num-epochs", "7"), "train 7\n"),
         (("--stop-stage", "0", "--corpus", "/a b/$HOME/*"), "prepare /a b/$HOME/*\n"),
         (("--stop-stage", "0", "--corpus=a=b"), "prepare a=b\n"),
@@ -72,7 +76,10 @@ def test_every_variable_is_an_option(run, args, out):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--stag", "1"), "no such option: --stag; options: --corpus --num-epochs --stage --stop-stage\n"),
+        (
+            ("--stag", "1"),
+            "no such option: --stag; options: --corpus --model --num-epochs --stage --stop-stage\n",
+        ),
         (("--PATH", "x"), "no such option: --PATH"),
         (("--.*", "x"), "no such option: --.*"),
         (("1",), "not an option: 1"),
