@@ -11,6 +11,7 @@ C channels, S samples. The resampler is soxr at its high-quality setting.
 """
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,7 @@ import soxr
 from numpy.typing import NDArray
 
 from asr.containers import MAGIC, MAX_CHANNELS, Patched, check_format, check_head, how_to_convert, warn
-from asr.errors import AudioError
+from asr.errors import AudioError, AudioTooLong
 
 Floats = NDArray[np.float32]
 Source = str | os.PathLike[str] | BinaryIO
@@ -76,17 +77,23 @@ def read(
     seconds or max_bytes decoded bytes; `blocks` has no such limit.
     """
     with _opened(source) as sound:
-        limit = min(int(max_s * sound.rate), max_bytes // (4 * sound.channels))
+        limit = _limit(sound, max_s, max_bytes)
         pieces = list(_samples(sound, sample_rate, channel, limit))
     return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
 
 
 def blocks(
-    source: Source, block_s: float = 1.0, sample_rate: int = SAMPLE_RATE, channel: str | int = "mix"
+    source: Source,
+    block_s: float = 1.0,
+    sample_rate: int = SAMPLE_RATE,
+    channel: str | int = "mix",
+    max_s: float = math.inf,
+    max_bytes: float = math.inf,
 ) -> Iterator[Floats]:
     """The samples of `read` in blocks of block_s seconds (the last may be shorter), in bounded memory."""
     with _opened(source) as sound:
-        yield from _cut(_samples(sound, sample_rate, channel), block_s, sample_rate)
+        limit = _limit(sound, max_s, max_bytes)
+        yield from _cut(_samples(sound, sample_rate, channel, limit), block_s, sample_rate)
 
 
 def raw_blocks(
@@ -152,7 +159,8 @@ def _opened(source: Source) -> Iterator[_Sound]:
         name = os.fspath(source)
         context: AbstractContextManager[BinaryIO] = _open_file(name)
     else:
-        name, context = str(getattr(source, "name", "audio")), nullcontext(source)
+        given = getattr(source, "name", None)
+        name, context = given if isinstance(given, str) else "audio", nullcontext(source)
     with context as stream:
         patched, declared = check_head(stream, name)
         with _decoder(patched, name) as file:
@@ -210,9 +218,12 @@ def _pieces(sound: _Sound) -> Iterator[Floats]:
         yield piece
 
 
-def _samples(
-    sound: _Sound, sample_rate: int, channel: str | int, limit: int | None = None
-) -> Iterator[Floats]:
+def _limit(sound: _Sound, max_s: float, max_bytes: float) -> float:
+    """Frames."""
+    return min(max_s * sound.rate, max_bytes / (4 * sound.channels))
+
+
+def _samples(sound: _Sound, sample_rate: int, channel: str | int, limit: float) -> Iterator[Floats]:
     """Mono pieces at sample_rate; AudioError beyond `limit` frames of the file."""
     index = _channel_index(sound, channel)
     scale = np.float32(_check_floats(sound))
@@ -256,15 +267,15 @@ def _check_floats(sound: _Sound) -> float:
     return 1 / max(peak, 1.0)
 
 
-def _watched(sound: _Sound, scale: np.float32, limit: int | None) -> Iterator[Floats]:
+def _watched(sound: _Sound, scale: np.float32, limit: float) -> Iterator[Floats]:
     """The pieces, with a warning at the end if there are fewer than promised or none, or if they clip."""
     frames = clipped = 0
     for piece in _pieces(sound):
         frames += len(piece)
-        if limit is not None and frames > limit:
-            raise AudioError(
-                f"{sound.name}: longer than {limit / sound.rate:.0f} s ({limit * 4 * sound.channels:,} bytes "
-                "decoded), the limit for reading at once; read it in blocks, or split it"
+        if frames > limit:
+            raise AudioTooLong(
+                f"{sound.name}: longer than {limit / sound.rate:.0f} s ({limit * 4 * sound.channels:,.0f} "
+                "bytes decoded), the limit here; split it"
             )
         clipped += int((np.abs(piece).max(1) >= 0.999).sum())
         yield piece
@@ -277,14 +288,28 @@ def _watched(sound: _Sound, scale: np.float32, limit: int | None) -> Iterator[Fl
         warn(f"{sound.name}: {100 * clipped / frames:.0f} % of the samples are at full scale: clipped")
 
 
+class Resampler:
+    """Mono samples (S,) that come piece by piece, from one sample rate in Hz to another."""
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        is_needed = from_rate != to_rate
+        self._soxr = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32") if is_needed else None
+
+    def accept(self, piece: Floats) -> Floats:
+        """What is known so far of the next samples."""
+        return self._soxr.resample_chunk(piece) if self._soxr else piece
+
+    def finish(self) -> Floats:
+        """The rest."""
+        nothing = np.zeros(0, np.float32)
+        return self._soxr.resample_chunk(nothing, last=True) if self._soxr else nothing
+
+
 def _resampled(pieces: Iterable[Floats], from_rate: int, to_rate: int) -> Iterator[Floats]:
-    if from_rate == to_rate:
-        yield from pieces
-        return
-    resampler = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
+    resampler = Resampler(from_rate, to_rate)
     for piece in pieces:
-        yield resampler.resample_chunk(piece)
-    yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield resampler.accept(piece)
+    yield resampler.finish()
 
 
 def _cut(pieces: Iterable[Floats], block_s: float, sample_rate: int) -> Iterator[Floats]:

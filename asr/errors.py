@@ -4,6 +4,7 @@ AsrError
   ConfigError      a YAML file, --set or an option is wrong
   ManifestError    a line of a manifest is wrong
   AudioError       an audio file or device cannot be used as asked
+    AudioTooLong   it is longer than allowed
   TokensError      a unit inventory is wrong, or does not fit
   CheckpointError  a checkpoint is damaged, or does not fit the model or the configuration
   BundleError      an exported model is incomplete, damaged, or of another version
@@ -27,6 +28,10 @@ class ManifestError(AsrError):
 
 
 class AudioError(AsrError):
+    pass
+
+
+class AudioTooLong(AudioError):
     pass
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import soxr
 
-from asr.audio import SAMPLE_RATE, Floats
+from asr.audio import SAMPLE_RATE, Floats, Resampler
 from asr.errors import AudioError, MissingExtra
 
 QUEUE_S = 30.0
@@ -97,7 +96,7 @@ def microphone_blocks(
     found = _find(device, _inputs(sounddevice))
     rate = _native_rate(sounddevice, found, sample_rate)
     inbox = _Inbox(max(1, round(1000 * QUEUE_S / block_ms)), simulation)
-    resampler = None if rate == sample_rate else soxr.ResampleStream(rate, sample_rate, 1, dtype="float32")
+    resampler = Resampler(rate, sample_rate)
     try:
         with sounddevice.InputStream(
             samplerate=rate,
@@ -109,9 +108,7 @@ def microphone_blocks(
         ) as stream:
             while True:
                 samples, arrived_s, overflowed, lost = inbox.get(stream, found.name)
-                if resampler is not None:
-                    samples = resampler.resample_chunk(samples)
-                yield Block(samples, inbox.now() - arrived_s, overflowed, lost / rate)
+                yield Block(resampler.accept(samples), inbox.now() - arrived_s, overflowed, lost / rate)
     except sounddevice.PortAudioError as error:
         raise AudioError(f"microphone {found.name!r}: {error}; is it in use, or unplugged?") from None
 

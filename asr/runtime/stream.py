@@ -15,7 +15,8 @@ how much).
 N streams · S samples
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,8 @@ class Stream:
         self._utterance = Utterance(self._scorer, config)
         self._finished = False  # no more samples
         self._ended = False  # and all of them encoded
+        self.failure: Exception | None = None
+        """What went wrong in encoding or searching this stream, which cannot go on; `accept` raises it."""
 
     @property
     def duration_s(self) -> float:
@@ -75,11 +78,15 @@ class Stream:
 
     def accept(self, samples: Floats) -> list[Event]:
         """Take samples (S,), float32 in [-1, 1] at the bundle's sample rate. AudioError for NaN, infinity."""
-        return accept_all([self], [samples])[0]
+        (events,) = accept_all([self], [samples])
+        _raise_failure([self])
+        return events
 
     def finish(self) -> list[Event]:
         """End the stream: the events of the audio not yet encoded, and the last final one."""
-        return finish_all([self])[0]
+        (events,) = finish_all([self])
+        _raise_failure([self])
+        return events
 
 
 def stream_context(info: ModelInfo, config: StreamConfig) -> Context:
@@ -116,15 +123,22 @@ class StreamBatch:
 
     def accept(self, blocks: Mapping[Stream, Floats]) -> dict[Stream, list[Event]]:
         """Blocks of samples of some of the streams -> their events."""
-        return dict(zip(blocks, accept_all(list(blocks), list(blocks.values())), strict=True))
+        events = accept_all(list(blocks), list(blocks.values()))
+        _raise_failure(list(blocks))
+        return dict(zip(blocks, events, strict=True))
 
     def finish(self, streams: Sequence[Stream]) -> dict[Stream, list[Event]]:
         """End some of the streams -> their last events."""
-        return dict(zip(streams, finish_all(streams), strict=True))
+        events = finish_all(streams)
+        _raise_failure(streams)
+        return dict(zip(streams, events, strict=True))
 
 
 def accept_all(streams: Sequence[Stream], blocks: Sequence[Floats]) -> list[list[Event]]:
-    """`Stream.accept` of several streams with equal configuration; a refused block leaves all unchanged."""
+    """`Stream.accept` of several streams with equal configuration; a refused block leaves all unchanged.
+
+    A stream that fails says nothing more, and why is its `failure`; the others go on.
+    """
     checked = [
         check_samples(block, stream._framer.num_samples, stream._finished)
         for stream, block in zip(streams, blocks, strict=True)
@@ -141,7 +155,7 @@ def accept_all(streams: Sequence[Stream], blocks: Sequence[Floats]) -> list[list
 
 
 def finish_all(streams: Sequence[Stream]) -> list[list[Event]]:
-    """`Stream.finish` of several streams with equal configuration."""
+    """`Stream.finish` of several streams with equal configuration; failures as in `accept_all`."""
     events: list[list[Event]] = [[] for _ in streams]
     for stream in streams:
         check_samples(np.zeros(0, np.float32), stream._framer.num_samples, stream._finished)
@@ -149,8 +163,26 @@ def finish_all(streams: Sequence[Stream]) -> list[list[Event]]:
         stream._finished = True
     _encode_ready(streams, events)
     for stream, told in zip(streams, events, strict=True):
-        told += stream._utterance.end()
+        if not stream.failure:
+            with _failing([stream]):
+                told += stream._utterance.end()
     return events
+
+
+@contextmanager
+def _failing(streams: Sequence[Stream]) -> Iterator[None]:
+    """An error in here is the failure of these streams, not of all that are encoded with them."""
+    try:
+        yield
+    except Exception as error:
+        for stream in streams:
+            stream.failure = error
+
+
+def _raise_failure(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        if stream.failure:
+            raise stream.failure
 
 
 def check_samples(samples: Floats, num_samples: int, finished: bool) -> Floats:
@@ -175,9 +207,9 @@ def _encode_ready(streams: Sequence[Stream], events: list[list[Event]]) -> None:
         calls = [_next_call(stream) for stream in streams]
         for is_last in (False, True):  # the number of frames tells an encoder whether streams go on
             ready = [(n, call.num_frames) for n, call in enumerate(calls) if call and call.is_last == is_last]
-            told = _encode([(streams[n], frames) for n, frames in ready], is_last) if ready else []
-            for (n, _), of_one in zip(ready, told, strict=True):
-                events[n] += of_one
+            if ready:
+                with _failing([streams[n] for n, _ in ready]):
+                    _encode([(streams[n], frames, events[n]) for n, frames in ready], is_last)
         if not any(calls):
             return
 
@@ -191,6 +223,8 @@ class _Call(NamedTuple):
 
 def _next_call(stream: Stream) -> _Call | None:
     """What to encode next, if anything."""
+    if stream.failure:
+        return None
     ready, size = stream._framer.ready(), stream._call_frames + stream._overlap_frames
     if ready > size or (ready == size and not stream._finished):
         return _Call(size, False)
@@ -199,24 +233,24 @@ def _next_call(stream: Stream) -> _Call | None:
     return _Call(ready, True) if stream._finished and not stream._ended and is_due else None
 
 
-def _encode(calls: Sequence[tuple[Stream, int]], is_last: bool) -> list[list[Event]]:
+def _encode(calls: Sequence[tuple[Stream, int, list[Event]]], is_last: bool) -> None:
+    """One call of the encoder for (stream, feature frames, where its events go) each."""
     again = 0 if is_last else calls[0][0]._overlap_frames
-    windows = [stream._framer.take(num_frames, again) for stream, num_frames in calls]
+    windows = [stream._framer.take(num_frames, again) for stream, num_frames, _ in calls]
     padded = np.zeros((len(calls), max(map(len, windows))), np.float32)
     for row, window in zip(padded, windows, strict=True):
         row[: len(window)] = window
-    streams = [stream for stream, _ in calls]
+    streams = [stream for stream, _, _ in calls]
     first = streams[0]
-    num_frames = np.array([frames for _, frames in calls])
+    num_frames = np.array([frames for _, frames, _ in calls])
     state = _join([stream._past for stream in streams])
     flush = first._flush_frames if is_last else 0
     out = first._scorer.advance(padded, num_frames, first.context, state, flush)
-    events = []
-    for n, (stream, num) in enumerate(zip(streams, out.y_lens.tolist(), strict=True)):
+    for n, ((stream, _, told), num) in enumerate(zip(calls, out.y_lens.tolist(), strict=True)):
         stream._past = _Past(out.state, n)
         stream._ended = is_last
-        events.append(_chunks(stream, out.y[n, :num], out.log_probs[n, :num]))
-    return events
+        with _failing([stream]):
+            told += _chunks(stream, out.y[n, :num], out.log_probs[n, :num])
 
 
 def _chunks(stream: Stream, y: Floats, log_probs: Floats) -> list[Event]:

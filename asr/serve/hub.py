@@ -1,0 +1,117 @@
+"""What all requests share: the engine, the limits, the keys, and whether the server is about to leave."""
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from starlette.requests import HTTPConnection
+
+from asr.errors import ConfigError
+from asr.runtime import Bundle, StreamConfig
+from asr.serve.engine import Engine, ServedStream
+from asr.serve.refusal import Refusal
+
+COMPAT = ("sherpa", "vosk")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """What the server grants its clients."""
+
+    name: str
+    """The model's name for clients."""
+
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    keys: tuple[str, ...] = ()
+    """Clients need one of them, if there are any."""
+
+    compat: str = "sherpa"
+    """One of COMPAT: what the websocket at / speaks, for clients that know no path."""
+
+    max_streams: int = 32
+    """Clients at the same time; others are told to come back."""
+
+    max_upload_mb: float = 25.0
+    max_audio_s: float = 7200.0
+    """The longest file."""
+
+    upload_s: float = 120.0
+    """The longest time that an upload may take."""
+
+    first_audio_s: float = 10.0
+    """A websocket is closed if it brings no audio for so long, ..."""
+
+    idle_s: float = 60.0
+    """... and later if nothing comes for so long, ..."""
+
+    send_s: float = 30.0
+    """... or if the client reads nothing for so long."""
+
+    drain_s: float = 30.0
+    """After SIGTERM, clients have this long to finish."""
+
+    def __post_init__(self) -> None:
+        if self.compat not in COMPAT:
+            raise ConfigError(f"compat is {self.compat}, expected one of {', '.join(COMPAT)}")
+        for name in ("max_upload_mb", "max_audio_s", "upload_s", "first_audio_s", "idle_s", "send_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
+        if self.max_streams < 1:
+            raise ConfigError(f"max_streams is {self.max_streams}, expected 1 or more")
+        if self.drain_s < 0:
+            raise ConfigError(f"drain_s is {self.drain_s}, expected 0 or more")
+
+
+class Hub:
+    """One server."""
+
+    def __init__(self, bundle: Bundle, config: ServeConfig) -> None:
+        self.config = config
+        self.engine = Engine(bundle, config.stream)
+        self.is_ready = False
+        """Whether it takes new clients."""
+        self.leaving = asyncio.Event()
+        """Set when clients must finish now."""
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Run the engine until the block is left. BundleError or ConfigError if the model cannot stream."""
+        running = asyncio.create_task(self.engine.run())
+        try:
+            await self.engine.warm_up()
+            self.is_ready = True
+            yield
+        finally:
+            running.cancel()
+            self.engine.close()
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[ServedStream]:
+        """A stream for a client. Raises Refusal if there are too many, or the server is about to leave."""
+        if not self.is_ready:
+            raise Refusal(503, "the server does not take clients now", code="unavailable")
+        if self.engine.num_streams >= self.config.max_streams:
+            raise Refusal(503, f"{self.config.max_streams} clients are being served", code="overloaded")
+        async with self.engine.stream() as stream:
+            yield stream
+
+    def drain(self) -> None:
+        """Take no more clients, and leave the others some time."""
+        if self.is_ready:
+            self.is_ready = False
+            asyncio.get_running_loop().call_later(self.config.drain_s, self.leaving.set)
+
+    def check_key(self, client: HTTPConnection) -> None:
+        """Refusal unless the client has a key, if any is needed: in the header Authorization, or for a
+        browser's websocket as api_key in the URL."""
+        scheme, _, given = client.headers.get("authorization", "").partition(" ")
+        if client.scope["type"] == "websocket" and not scheme:
+            given = client.query_params.get("api_key", "")
+        elif scheme.lower() not in ("bearer", "token"):
+            given = ""
+        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.config.keys]
+        if matches and not any(matches):
+            message = "a key is missing or wrong; send the header Authorization: Bearer KEY"
+            raise Refusal(401, message, code="invalid_api_key")

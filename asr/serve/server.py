@@ -1,0 +1,66 @@
+"""Listening, and leaving: on SIGTERM or Ctrl-C clients may finish; a second signal ends it at once."""
+
+import socket
+from types import FrameType
+
+import uvicorn
+
+from asr.errors import ConfigError
+from asr.serve.app import make_app
+from asr.serve.hub import Hub
+
+MAX_MESSAGE_BYTES = 2**20
+PING_S = 20.0
+GRACE_S = 5.0
+"""How long clients have to read their last results."""
+
+
+class Server(uvicorn.Server):
+    """Serves a hub until it is told to leave."""
+
+    def __init__(self, hub: Hub) -> None:
+        config = uvicorn.Config(
+            make_app(hub),
+            lifespan="off",
+            ws="websockets-sansio",
+            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_ping_interval=PING_S,
+            ws_ping_timeout=PING_S,
+            ws_per_message_deflate=False,  # a megabyte of it can hold a gigabyte
+            timeout_graceful_shutdown=round(GRACE_S),
+            log_config=None,
+            log_level="warning",  # below that, it shows URLs, which may hold keys
+            access_log=False,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._hub = hub
+        self._is_told = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """What a signal does."""
+        self.should_exit = self._is_told
+        self._is_told = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to exit."""
+        if self._is_told:
+            self._hub.drain()
+            self.should_exit |= not self._hub.engine.num_streams
+        return await super().on_tick(counter)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any. ConfigError if that is not possible."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"{host}:{port}: {reason}; choose another with --host and --port") from None
+
+
+async def serve(server: Server, hub: Hub, listener: socket.socket) -> None:
+    """Serve until told to leave. BundleError or ConfigError if the model cannot be served."""
+    async with hub.open():
+        await server.serve(sockets=[listener])

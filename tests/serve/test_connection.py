@@ -1,0 +1,255 @@
+"""Clients that come in crowds, say nothing, read nothing or vanish; and a server that leaves."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+import threading
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from asr.audio import Floats
+from asr.runtime import Bundle
+from asr.runtime.utterance import Utterance
+from asr.serve import engine
+from tests.serve.conftest import Running, running
+
+
+def _floats(samples: Floats) -> bytes:
+    return samples.astype("<f4").tobytes()
+
+
+def _talk(server: Running, sound: Floats, num_blocks: int = 9) -> str:
+    """The text of a sherpa client."""
+    with connect(server.url("/sherpa")) as client:
+        for block in np.array_split(sound, num_blocks):
+            client.send(_floats(block))
+        client.send("Done")
+        return _rest(client)
+
+
+def _rest(client: ClientConnection) -> str:
+    texts = []
+    while (message := client.recv(timeout=60)) != "Done!":
+        result = json.loads(message)
+        texts += [result["text"]] if result["is_final"] else []
+    return " ".join(texts)
+
+
+def _closed(client: ClientConnection) -> tuple[int, str]:
+    """(code, reason) with which the server ends the connection."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            client.recv(timeout=30)
+    return client.close_code or 0, client.close_reason or ""
+
+
+def test_clients_together_have_the_texts_that_each_has_alone(server: Running, sound: Floats):
+    sounds = [np.roll(sound, 7000 * n)[: 40000 + 5000 * n] for n in range(6)]
+    alone = [_talk(server, x) for x in sounds]
+    assert len(set(alone)) == 6
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda x: _talk(server, x), sounds))
+    assert together == alone
+
+
+def test_a_crowd_is_told_to_come_back(bundle: Bundle, sound: Floats, text: str):
+    with running(bundle, max_streams=1) as server, connect(server.url("/sherpa")) as client:
+        client.send(_floats(sound[:16000]))
+        for path in ("/", "/sherpa", "/vosk", "/v1/realtime"):
+            with pytest.raises(InvalidStatus) as refused:
+                connect(server.url(path))
+            assert refused.value.response.status_code == 503
+            assert refused.value.response.headers["Retry-After"]
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{server.http}/v1/audio/transcriptions", b"x")
+        assert (caught.value.code, caught.value.headers["Retry-After"]) == (503, "1")
+        client.send(_floats(sound[16000:]))
+        client.send("Done")
+        assert _rest(client) == text
+
+
+@pytest.mark.parametrize("path", ["/sherpa", "/vosk", "/v1/realtime"])
+def test_a_websocket_needs_a_key(bundle: Bundle, path: str):
+    with running(bundle, keys=("secret",)) as server:
+        for url, headers in (
+            (path, {}),
+            (path, {"Authorization": "Bearer wrong"}),
+            (path, {"Authorization": "Basic secret"}),
+            (f"{path}?api_key=wrong", {}),
+        ):
+            with pytest.raises(InvalidStatus) as refused:
+                connect(server.url(url), additional_headers=headers)
+            assert refused.value.response.status_code == 401
+        with connect(server.url(path), additional_headers={"Authorization": "Bearer secret"}):
+            pass
+        with connect(server.url(f"{path}?api_key=secret")):
+            pass
+
+
+def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"), running(bundle, keys=("secret",)) as server:
+        with connect(server.url("/sherpa?api_key=secret")) as client:
+            client.send("Done")
+            _rest(client)
+        server.wait(lambda: "/sherpa" in caplog.text)
+    assert "WEBSOCKET /sherpa 1000" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("/sherpa", ""), ("/vosk", '{"config": {}}'), ("/v1/realtime", '{"type": "session.update"}')],
+)
+def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str):
+    with running(bundle, first_audio_s=0.2) as server, connect(server.url(path)) as client:
+        if message:
+            client.send(message)
+        assert _closed(client) == (1008, "nothing was heard for 0.2 s")
+
+
+def test_who_falls_silent_is_sent_away(bundle: Bundle):
+    with running(bundle, idle_s=0.2) as server, connect(server.url("/sherpa")) as client:
+        client.send(bytes(64))
+        assert _closed(client) == (1008, "nothing was heard for 0.2 s")
+
+
+def test_a_pause_changes_nothing(bundle: Bundle, sound: Floats, text: str):
+    with running(bundle, first_audio_s=0.2) as server, connect(server.url("/sherpa")) as client:
+        client.send(_floats(sound[:30000]))
+        threading.Event().wait(0.5)  # longer than is allowed before the first audio
+        client.send(_floats(sound[30000:]))
+        client.send("Done")
+        assert _rest(client) == text
+
+
+def test_who_reads_nothing_is_sent_away(bundle: Bundle, sound: Floats):
+    with running(bundle, send_s=0.2) as server:
+        client = _raw(server, buffer=4096)
+        heard = json.dumps({"type": "x" * 50})
+        frame = bytes([0x81, 0x80 | len(heard)]) + bytes(4) + heard.encode()
+        with pytest.raises(OSError, match=r"reset|pipe|timed out"):
+            _send_for_ever(client, frame)  # each is answered by an error, until the answers fill the way back
+        server.wait(lambda: server.hub.engine.num_streams == 0)
+        client.close()
+
+
+def _send_for_ever(client: socket.socket, frame: bytes) -> None:
+    while True:
+        client.sendall(frame)
+
+
+def test_who_vanishes_leaves_nothing_behind(server: Running, sound: Floats, text: str):
+    before = len(_connections(server))
+    for n in range(200):
+        client = _raw(server)
+        client.sendall(bytes([0x82, 0xFE]) + struct.pack(">H", 6400) + bytes(6404))
+        if n % 2:  # a reset instead of an end
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    server.wait(lambda: server.hub.engine.num_streams == 0 and len(_connections(server)) <= before)
+    assert _talk(server, sound) == text
+
+
+def _connections(server: Running) -> set[Any]:
+    return {task for task in asyncio.all_tasks(server.loop) if "run_asgi" in repr(task)}
+
+
+def _raw(server: Running, buffer: int = 0) -> socket.socket:
+    """A websocket on which everything is possible."""
+    path = "/v1/realtime" if buffer else "/sherpa"
+    client = socket.socket()
+    if buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", server.port))
+    head = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+    key = "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="
+    client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{head}\r\n{key}\r\n\r\n".encode())
+    answer = b""
+    while not answer.endswith(b"\r\n\r\n"):
+        answer += client.recv(1)
+    assert b" 101 " in answer
+    return client
+
+
+def test_faster_than_real_time_is_slowed_down(server: Running, sound: Floats):
+    """A minute of audio at once: it waits in the connection, not in the server."""
+    long = np.tile(sound, 12)
+    assert _talk(server, long, 12 * 50) == _talk(server, long, 10)
+
+
+def test_pings_are_answered_while_the_model_is_busy(
+    bundle: Bundle, sound: Floats, monkeypatch: pytest.MonkeyPatch
+):
+
+    is_let_on, told = threading.Event(), engine._do
+
+    def slow(jobs: Any) -> Any:
+        is_let_on.wait(30)
+        return told(jobs)
+
+    with running(bundle) as server, connect(server.url("/sherpa")) as client:
+        monkeypatch.setattr(engine, "_do", slow)
+        client.send(_floats(sound))
+        assert client.ping().wait(30)
+        with urllib.request.urlopen(f"{server.http}/readyz") as answer:
+            assert json.load(answer)["streams"] >= 1
+        is_let_on.set()
+        client.send("Done")
+        assert _rest(client)
+
+
+def test_one_stream_that_fails_does_not_fail_the_others(
+    server: Running, sound: Floats, text: str, monkeypatch: pytest.MonkeyPatch
+):
+    advance, seen = Utterance.advance, []
+
+    def first_is_broken(utterance: Utterance, *args: Any) -> Any:
+        seen.append(utterance)
+        if utterance is seen[0]:
+            raise RuntimeError("secret")
+        return advance(utterance, *args)
+
+    monkeypatch.setattr(Utterance, "advance", first_is_broken)
+    with connect(server.url("/sherpa")) as first, connect(server.url("/sherpa")) as second:
+        first.send(_floats(sound[:20000]))
+        assert _closed(first) == (1011, "internal error")
+        second.send(_floats(sound))
+        second.send("Done")
+        assert _rest(second) == text
+
+
+def test_who_is_there_may_finish_when_the_server_leaves(bundle: Bundle, sound: Floats, text: str):
+    with running(bundle, drain_s=30) as server, connect(server.url("/sherpa")) as client:
+        client.send(_floats(sound[:30000]))
+        client.recv(timeout=30)
+        server.soon(server.hub.drain)
+        server.wait(lambda: not server.hub.is_ready)
+        with pytest.raises(InvalidStatus) as refused:
+            connect(server.url("/sherpa"))
+        assert refused.value.response.status_code == 503
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{server.http}/readyz")
+        assert caught.value.code == 503
+        client.send(_floats(sound[30000:]))
+        client.send("Done")
+        assert _rest(client) == text
+
+
+def test_who_does_not_finish_has_the_text_so_far(bundle: Bundle, sound: Floats, text: str):
+    with running(bundle, drain_s=0.1) as server, connect(server.url("/sherpa")) as client:
+        client.send(_floats(sound))
+        heard_s = 1.0 + len(sound) / 16000  # one second to warm up
+        server.wait(lambda: server.hub.engine.audio_s > heard_s - 1e-6)
+        server.soon(server.hub.drain)
+        assert _rest(client) == text
+        assert _closed(client) == (1001, "the server is leaving")

@@ -1,0 +1,127 @@
+"""OpenAI's Realtime websocket for transcription, by OpenAI's own client."""
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from asr.audio import Floats
+from asr.runtime import Event
+from tests.serve.conftest import Running, pcm
+
+KIND = "conversation.item.input_audio_transcription"
+
+
+@contextmanager
+def _session(server: Running, turns: str | None = None) -> Iterator[Any]:
+    """A client whose session takes 16 kHz."""
+    client = openai.OpenAI(api_key="any", base_url=f"{server.http}/v1")
+    with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        assert connection.recv().type == "session.created"
+        _update(connection, {"type": turns} if turns else None)
+        updated = connection.recv()
+        assert updated.type == "session.updated"
+        assert updated.session.audio.input.format.rate == 16000
+        yield connection
+
+
+def _update(connection: Any, turns: Any, **format_: Any) -> None:
+    audio = {"format": {"type": "audio/pcm", "rate": 16000, **format_}, "turn_detection": turns}
+    connection.session.update(session={"type": "transcription", "audio": {"input": audio}})
+
+
+def _append(connection: Any, sound: Floats) -> None:
+    for block in np.array_split(sound, 11):
+        connection.input_audio_buffer.append(audio=base64.b64encode(pcm(block)).decode())
+
+
+def _until(connection: Any, kind: str) -> list[Any]:
+    events = [connection.recv()]
+    while events[-1].type != kind:
+        events.append(connection.recv())
+    return events
+
+
+def test_an_item_is_what_was_committed(server: Running, sound: Floats, text: str):
+    with _session(server) as connection:
+        for number in (1, 2):
+            _append(connection, sound)
+            connection.input_audio_buffer.commit()
+            events = _until(connection, f"{KIND}.completed")
+            assert [x.type for x in events] == [
+                "input_audio_buffer.committed",
+                "conversation.item.added",
+                f"{KIND}.delta",
+                f"{KIND}.completed",
+            ]
+            assert events[0].previous_item_id == ("item_1" if number == 2 else None)
+            assert (events[-1].item_id, events[-1].transcript) == (f"item_{number}", text)
+            assert "".join(x.delta for x in events if x.type == f"{KIND}.delta") == text
+
+
+def test_with_turns_an_item_is_an_utterance(server: Running, sound: Floats, finals: list[Event]):
+    with _session(server, "server_vad") as connection:
+        _append(connection, sound)
+        events = [x for _ in finals[:-1] for x in _until(connection, f"{KIND}.completed")]
+        connection.input_audio_buffer.commit()
+        events += _until(connection, f"{KIND}.completed")
+    assert [x.transcript for x in events if x.type == f"{KIND}.completed"] == [x.text for x in finals]
+    stopped = [x.audio_end_ms for x in events if x.type == "input_audio_buffer.speech_stopped"]
+    assert stopped == [round(1000 * x.end_s) for x in finals]
+    started = [x.item_id for x in events if x.type == "input_audio_buffer.speech_started"]
+    assert started == [f"item_{i + 1}" for i in range(len(finals))]
+    assert len({x.event_id for x in events}) == len(events)
+
+
+def test_what_is_cleared_is_not_told(server: Running, sound: Floats, text: str):
+    with _session(server) as connection:
+        _append(connection, sound[:30000])
+        connection.input_audio_buffer.clear()
+        assert connection.recv().type == "input_audio_buffer.cleared"
+        _append(connection, sound)
+        connection.input_audio_buffer.commit()
+        assert _until(connection, f"{KIND}.completed")[-1].transcript == text
+
+
+def _with_format(**format_: Any) -> dict[str, Any]:
+    return {"type": "session.update", "session": {"audio": {"input": {"format": format_}}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ({"type": "input_audio_buffer.commit"}, "input_audio_buffer_commit_empty"),
+        ({"type": "response.create"}, "unknown_type"),
+        ({"kind": "x"}, "unknown_type"),
+        ({"type": "input_audio_buffer.append", "audio": "no base64!"}, "invalid_value"),
+        ({"type": "input_audio_buffer.append", "audio": 7}, "invalid_value"),
+        ({"type": "input_audio_buffer.append", "audio": "AAAA"}, "invalid_value"),
+        ({"type": "session.update", "session": []}, "invalid_value"),
+        ({"type": "session.update", "session": {"audio": {"input": None}}}, "invalid_value"),
+        (_with_format(type="audio/pcmu"), "invalid_value"),
+        (_with_format(rate="x"), "invalid_value"),
+        (_with_format(rate=1), "invalid_audio"),
+    ],
+)
+def test_the_session_goes_on_after_an_error(
+    server: Running, sound: Floats, text: str, message: dict[str, Any], code: str
+):
+    with _session(server) as connection:
+        connection.send(message)
+        error = connection.recv()
+        assert (error.type, error.error.code) == ("error", code)
+        assert error.error.message
+        _append(connection, sound)
+        connection.input_audio_buffer.commit()
+        assert _until(connection, f"{KIND}.completed")[-1].transcript == text
+
+
+@pytest.mark.parametrize("message", ["nonsense", "[]", "7", b"\xff\x00"])
+def test_what_is_no_object_is_an_error_too(server: Running, message: str | bytes):
+    with _session(server) as connection:
+        connection._connection.send(message)
+        assert connection.recv().error.code == "unknown_type"
