@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 
@@ -15,6 +17,8 @@ from asr.decode.whisper_windows import Recording
 from asr.model.torch_scorer import TorchScorer
 from asr.runtime import Bundle, StreamConfig, WindowStream, open_stream
 from asr.runtime.onnx_scorer import OnnxScorer
+from asr.serve.background import Background, running
+from asr.serve.hub import ServeConfig
 from asr.train.checkpoint import load_model
 from export.verify import Utterance, count_same_searches, made_sound
 
@@ -53,6 +57,13 @@ def write_streaming_nemo(reference: GoldenSet, folder: Path) -> Path:
     return pack(folder / "a.nemo", options, reference.weights | made, pieces(count))
 
 
+def ask(server: Background, path: Path, **options: Any) -> str:
+    """What a server writes for a file."""
+    client = openai.OpenAI(api_key="any", base_url=f"{server.http}/v1", max_retries=0)
+    options |= {"model": "tiny", "file": path, "response_format": "text"}
+    return str(client.audio.transcriptions.create(**options))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "name", "write_source", "streams"),
@@ -86,7 +97,14 @@ def test_a_public_model_becomes_a_bundle_that_writes(
     assert (bundle.info.streaming is not None) == streams
     sound = made_sound(1.0, bundle.info.features.sample_rate)
     write(tmp_path / "a.wav", sound)
-    assert asr("transcribe", tmp_path / "bundle", tmp_path / "a.wav")[0] == 0
+    status, written, _ = asr("transcribe", tmp_path / "bundle", tmp_path / "a.wav")
+    assert status == 0
+    with running(bundle, ServeConfig(name="tiny")) as server:
+        assert ask(server, tmp_path / "a.wav").split() == written.split()
+        if family == "whisper":
+            with pytest.raises(openai.BadRequestError, match="language is xx, expected one of"):
+                ask(server, tmp_path / "a.wav", language="xx")
+            assert ask(server, tmp_path / "a.wav", language="en")
     model, tokenizer, _ = load_model(tmp_path / "exp")
     torch_scorer = TorchScorer(model, "cpu", bundle.word_starts, tokenizer.symbols)
     assert count_same_searches("", torch_scorer, OnnxScorer(bundle), [Utterance("a", sound, "")]) == 1

@@ -20,16 +20,18 @@ from asr.audio import Floats
 from asr.runtime import Bundle
 from asr.runtime.utterance import Utterance
 from asr.serve import engine
-from tests.serve.conftest import Running, running
+from asr.serve.background import Background
+
+from .clients import served, wait
 
 
 def _floats(samples: Floats) -> bytes:
     return samples.astype("<f4").tobytes()
 
 
-def _talk(server: Running, sound: Floats, num_blocks: int = 9) -> str:
+def _talk(server: Background, sound: Floats, num_blocks: int = 9) -> str:
     """The text of a sherpa client."""
-    with connect(server.url("/sherpa")) as client:
+    with connect(server.websocket("/sherpa")) as client:
         for block in np.array_split(sound, num_blocks):
             client.send(_floats(block))
         client.send("Done")
@@ -52,7 +54,7 @@ def _closed(client: ClientConnection) -> tuple[int, str]:
     return client.close_code or 0, client.close_reason or ""
 
 
-def test_clients_together_have_the_texts_that_each_has_alone(server: Running, sound: Floats):
+def test_clients_together_have_the_texts_that_each_has_alone(server: Background, sound: Floats):
     sounds = [np.roll(sound, 7000 * n)[: 40000 + 5000 * n] for n in range(6)]
     alone = [_talk(server, x) for x in sounds]
     assert len(set(alone)) == 6
@@ -62,11 +64,11 @@ def test_clients_together_have_the_texts_that_each_has_alone(server: Running, so
 
 
 def test_a_crowd_is_told_to_come_back(bundle: Bundle, sound: Floats, text: str):
-    with running(bundle, max_streams=1) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle, max_streams=1) as server, connect(server.websocket("/sherpa")) as client:
         client.send(_floats(sound[:16000]))
         for path in ("/", "/sherpa", "/vosk", "/v1/realtime"):
             with pytest.raises(InvalidStatus) as refused:
-                connect(server.url(path))
+                connect(server.websocket(path))
             assert refused.value.response.status_code == 503
             assert refused.value.response.headers["Retry-After"]
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -79,7 +81,7 @@ def test_a_crowd_is_told_to_come_back(bundle: Bundle, sound: Floats, text: str):
 
 @pytest.mark.parametrize("path", ["/sherpa", "/vosk", "/v1/realtime"])
 def test_a_websocket_needs_a_key(bundle: Bundle, path: str):
-    with running(bundle, keys=("secret",)) as server:
+    with served(bundle, keys=("secret",)) as server:
         for url, headers in (
             (path, {}),
             (path, {"Authorization": "Bearer wrong"}),
@@ -87,20 +89,20 @@ def test_a_websocket_needs_a_key(bundle: Bundle, path: str):
             (f"{path}?api_key=wrong", {}),
         ):
             with pytest.raises(InvalidStatus) as refused:
-                connect(server.url(url), additional_headers=headers)
+                connect(server.websocket(url), additional_headers=headers)
             assert refused.value.response.status_code == 401
-        with connect(server.url(path), additional_headers={"Authorization": "Bearer secret"}):
+        with connect(server.websocket(path), additional_headers={"Authorization": "Bearer secret"}):
             pass
-        with connect(server.url(f"{path}?api_key=secret")):
+        with connect(server.websocket(f"{path}?api_key=secret")):
             pass
 
 
 def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level("INFO"), running(bundle, keys=("secret",)) as server:
-        with connect(server.url("/sherpa?api_key=secret")) as client:
+    with caplog.at_level("INFO"), served(bundle, keys=("secret",)) as server:
+        with connect(server.websocket("/sherpa?api_key=secret")) as client:
             client.send("Done")
             _rest(client)
-        server.wait(lambda: "/sherpa" in caplog.text)
+        wait(server, lambda: "/sherpa" in caplog.text)
     assert "WEBSOCKET /sherpa 1000" in caplog.text
     assert "secret" not in caplog.text
 
@@ -110,20 +112,20 @@ def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):
     [("/sherpa", ""), ("/vosk", '{"config": {}}'), ("/v1/realtime", '{"type": "session.update"}')],
 )
 def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str):
-    with running(bundle, first_audio_s=0.2) as server, connect(server.url(path)) as client:
+    with served(bundle, first_audio_s=0.2) as server, connect(server.websocket(path)) as client:
         if message:
             client.send(message)
         assert _closed(client) == (1008, "nothing was heard for 0.2 s")
 
 
 def test_who_falls_silent_is_sent_away(bundle: Bundle):
-    with running(bundle, idle_s=0.2) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle, idle_s=0.2) as server, connect(server.websocket("/sherpa")) as client:
         client.send(bytes(64))
         assert _closed(client) == (1008, "nothing was heard for 0.2 s")
 
 
 def test_a_pause_changes_nothing(bundle: Bundle, sound: Floats, text: str):
-    with running(bundle, first_audio_s=0.2) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle, first_audio_s=0.2) as server, connect(server.websocket("/sherpa")) as client:
         client.send(_floats(sound[:30000]))
         threading.Event().wait(0.5)  # longer than is allowed before the first audio
         client.send(_floats(sound[30000:]))
@@ -132,13 +134,13 @@ def test_a_pause_changes_nothing(bundle: Bundle, sound: Floats, text: str):
 
 
 def test_who_reads_nothing_is_sent_away(bundle: Bundle, sound: Floats):
-    with running(bundle, send_s=0.2) as server:
+    with served(bundle, send_s=0.2) as server:
         client = _raw(server, buffer=4096)
         heard = json.dumps({"type": "x" * 50})
         frame = bytes([0x81, 0x80 | len(heard)]) + bytes(4) + heard.encode()
         with pytest.raises(OSError, match=r"reset|pipe|timed out"):
             _send_for_ever(client, frame)  # each is answered by an error, until the answers fill the way back
-        server.wait(lambda: server.hub.engine.num_streams == 0)
+        wait(server, lambda: server.hub.engine.num_streams == 0)
         client.close()
 
 
@@ -147,7 +149,7 @@ def _send_for_ever(client: socket.socket, frame: bytes) -> None:
         client.sendall(frame)
 
 
-def test_who_vanishes_leaves_nothing_behind(server: Running, sound: Floats, text: str):
+def test_who_vanishes_leaves_nothing_behind(server: Background, sound: Floats, text: str):
     before = len(_connections(server))
     for n in range(200):
         client = _raw(server)
@@ -155,15 +157,15 @@ def test_who_vanishes_leaves_nothing_behind(server: Running, sound: Floats, text
         if n % 2:  # a reset instead of an end
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
-    server.wait(lambda: server.hub.engine.num_streams == 0 and len(_connections(server)) <= before)
+    wait(server, lambda: server.hub.engine.num_streams == 0 and len(_connections(server)) <= before)
     assert _talk(server, sound) == text
 
 
-def _connections(server: Running) -> set[Any]:
+def _connections(server: Background) -> set[Any]:
     return {task for task in asyncio.all_tasks(server.loop) if "run_asgi" in repr(task)}
 
 
-def _raw(server: Running, buffer: int = 0) -> socket.socket:
+def _raw(server: Background, buffer: int = 0) -> socket.socket:
     """A websocket on which everything is possible."""
     path = "/v1/realtime" if buffer else "/sherpa"
     client = socket.socket()
@@ -181,7 +183,7 @@ def _raw(server: Running, buffer: int = 0) -> socket.socket:
     return client
 
 
-def test_faster_than_real_time_is_slowed_down(server: Running, sound: Floats):
+def test_faster_than_real_time_is_slowed_down(server: Background, sound: Floats):
     """A minute of audio at once: it waits in the connection, not in the server."""
     long = np.tile(sound, 12)
     assert _talk(server, long, 12 * 50) == _talk(server, long, 10)
@@ -197,7 +199,7 @@ def test_pings_are_answered_while_the_model_is_busy(
         is_let_on.wait(30)
         return told(jobs)
 
-    with running(bundle) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle) as server, connect(server.websocket("/sherpa")) as client:
         monkeypatch.setattr(engine, "_do", slow)
         client.send(_floats(sound))
         assert client.ping().wait(30)
@@ -209,7 +211,7 @@ def test_pings_are_answered_while_the_model_is_busy(
 
 
 def test_one_stream_that_fails_does_not_fail_the_others(
-    server: Running, sound: Floats, text: str, monkeypatch: pytest.MonkeyPatch
+    server: Background, sound: Floats, text: str, monkeypatch: pytest.MonkeyPatch
 ):
     advance, seen = Utterance.advance, []
 
@@ -220,7 +222,7 @@ def test_one_stream_that_fails_does_not_fail_the_others(
         return advance(utterance, *args)
 
     monkeypatch.setattr(Utterance, "advance", first_is_broken)
-    with connect(server.url("/sherpa")) as first, connect(server.url("/sherpa")) as second:
+    with connect(server.websocket("/sherpa")) as first, connect(server.websocket("/sherpa")) as second:
         first.send(_floats(sound[:20000]))
         assert _closed(first) == (1011, "internal error")
         second.send(_floats(sound))
@@ -229,13 +231,13 @@ def test_one_stream_that_fails_does_not_fail_the_others(
 
 
 def test_who_is_there_may_finish_when_the_server_leaves(bundle: Bundle, sound: Floats, text: str):
-    with running(bundle, drain_s=30) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle, drain_s=30) as server, connect(server.websocket("/sherpa")) as client:
         client.send(_floats(sound[:30000]))
         client.recv(timeout=30)
-        server.soon(server.hub.drain)
-        server.wait(lambda: not server.hub.is_ready)
+        server.loop.call_soon_threadsafe(server.hub.drain)
+        wait(server, lambda: not server.hub.is_ready)
         with pytest.raises(InvalidStatus) as refused:
-            connect(server.url("/sherpa"))
+            connect(server.websocket("/sherpa"))
         assert refused.value.response.status_code == 503
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(f"{server.http}/readyz")
@@ -246,10 +248,10 @@ def test_who_is_there_may_finish_when_the_server_leaves(bundle: Bundle, sound: F
 
 
 def test_who_does_not_finish_has_the_text_so_far(bundle: Bundle, sound: Floats, text: str):
-    with running(bundle, drain_s=0.1) as server, connect(server.url("/sherpa")) as client:
+    with served(bundle, drain_s=0.1) as server, connect(server.websocket("/sherpa")) as client:
         client.send(_floats(sound))
         heard_s = 1.0 + len(sound) / 16000  # one second to warm up
-        server.wait(lambda: server.hub.engine.audio_s > heard_s - 1e-6)
-        server.soon(server.hub.drain)
+        wait(server, lambda: server.hub.engine.audio_s > heard_s - 1e-6)
+        server.loop.call_soon_threadsafe(server.hub.drain)
         assert _rest(client) == text
         assert _closed(client) == (1001, "the server is leaving")

@@ -16,15 +16,17 @@ import soundfile
 from asr.audio import Floats
 from asr.runtime import Bundle, Event
 from asr.runtime.transcript import to_srt, to_vtt
-from tests.serve.conftest import Running, running, wav
+from asr.serve.background import Background
+
+from .clients import served, wait, wav
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> openai.OpenAI:
+def client(server: Background) -> openai.OpenAI:
     return _client(server)
 
 
-def _client(server: Running, key: str = "any", retries: int = 0) -> openai.OpenAI:
+def _client(server: Background, key: str = "any", retries: int = 0) -> openai.OpenAI:
     return openai.OpenAI(api_key=key, base_url=f"{server.http}/v1", max_retries=retries)
 
 
@@ -137,7 +139,7 @@ def test_each_wrong_field_is_named(
 MULTIPART = "multipart/form-data; boundary=b"
 
 
-def _post(server: Running, body: bytes, kind: str) -> tuple[int, Any]:
+def _post(server: Background, body: bytes, kind: str) -> tuple[int, Any]:
     request = urllib.request.Request(f"{server.http}/v1/audio/transcriptions", body, {"Content-Type": kind})
     try:
         with urllib.request.urlopen(request) as answer:
@@ -170,7 +172,7 @@ END = b"--b--\r\n"
         (_part("model", b"x", "a") + _part("file", b"x", "a") + END, MULTIPART, "model"),
     ],
 )
-def test_each_wrong_form_is_refused(server: Running, body: bytes, kind: str, message: str):
+def test_each_wrong_form_is_refused(server: Background, body: bytes, kind: str, message: str):
     status, answer = _post(server, body, kind)
     assert status == 400
     assert message in answer["error"]["message"]
@@ -178,7 +180,7 @@ def test_each_wrong_form_is_refused(server: Running, body: bytes, kind: str, mes
 
 
 def test_large_and_long_files_are_refused(bundle: Bundle, sound: Floats):
-    with running(bundle, max_upload_mb=0.1, max_audio_s=3) as server:
+    with served(bundle, max_upload_mb=0.1, max_audio_s=3) as server:
         client = _client(server)
         with pytest.raises(openai.APIStatusError, match=r"larger than 0\.1 MB") as caught:
             _ask(client, wav(sound))
@@ -191,7 +193,7 @@ def test_large_and_long_files_are_refused(bundle: Bundle, sound: Floats):
 
 
 def test_a_body_of_unknown_length_is_counted(bundle: Bundle):
-    with running(bundle, max_upload_mb=0.1) as server:
+    with served(bundle, max_upload_mb=0.1) as server:
         client = _client(server)
         chunks = iter([_part("model", b"tiny"), _part("file", bytes(2**18), "a"), b"--b--\r\n"])
         answer = client._client.post(
@@ -207,9 +209,9 @@ def test_an_upload_may_not_take_for_ever(bundle: Bundle):
         yield _part("model", b"tiny")
         while server.hub.engine.num_streams:
             yield b""
-            server.wait(lambda: True)
+            wait(server, lambda: True)
 
-    with running(bundle, upload_s=0.2) as server:
+    with served(bundle, upload_s=0.2) as server:
         answer = _client(server)._client.post(
             f"{server.http}/v1/audio/transcriptions",
             content=slowly(),
@@ -226,7 +228,7 @@ def test_models_are_listed(client: openai.OpenAI):
 
 
 def test_a_key_is_needed_if_there_are_any(bundle: Bundle, sound: Floats, text: str):
-    with running(bundle, keys=("first", "second")) as server:
+    with served(bundle, keys=("first", "second")) as server:
         assert _ask(_client(server, "second"), wav(sound)).text == text
         for ask in (
             lambda c: _ask(c, wav(sound)),
@@ -245,7 +247,7 @@ def test_a_model_that_cannot_stream_is_served_too(whole_bundle: Path, sound: Flo
     bundle = Bundle.load(whole_bundle)
     stream = open_stream(bundle)
     events = stream.accept(sound) + stream.finish()
-    with running(bundle, stream=StreamConfig()) as server:
+    with served(bundle, stream=StreamConfig()) as server:
         assert _ask(_client(server), wav(sound)).text == " ".join(x.text for x in events)
 
 
@@ -280,7 +282,7 @@ def test_our_own_errors_do_not_show_themselves(
     assert "secret" not in str(caught.value.body)
 
 
-def test_other_routes_answer_in_the_same_form(server: Running):
+def test_other_routes_answer_in_the_same_form(server: Background):
     for path, status in (("/", 404), ("/v1/nothing", 404), ("/v1/audio/transcriptions", 405)):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(server.http + path)

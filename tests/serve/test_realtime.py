@@ -11,13 +11,15 @@ import pytest
 
 from asr.audio import Floats
 from asr.runtime import Event
-from tests.serve.conftest import Running, pcm
+from asr.serve.background import Background
+
+from .clients import pcm
 
 KIND = "conversation.item.input_audio_transcription"
 
 
 @contextmanager
-def _session(server: Running, turns: str | None = None) -> Iterator[Any]:
+def _session(server: Background, turns: str | None = None) -> Iterator[Any]:
     """A client whose session takes 16 kHz."""
     client = openai.OpenAI(api_key="any", base_url=f"{server.http}/v1")
     with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
@@ -46,7 +48,7 @@ def _until(connection: Any, kind: str) -> list[Any]:
     return events
 
 
-def test_an_item_is_what_was_committed(server: Running, sound: Floats, text: str):
+def test_an_item_is_what_was_committed(server: Background, sound: Floats, text: str):
     with _session(server) as connection:
         for number in (1, 2):
             _append(connection, sound)
@@ -63,7 +65,7 @@ def test_an_item_is_what_was_committed(server: Running, sound: Floats, text: str
             assert "".join(x.delta for x in events if x.type == f"{KIND}.delta") == text
 
 
-def test_with_turns_an_item_is_an_utterance(server: Running, sound: Floats, finals: list[Event]):
+def test_with_turns_an_item_is_an_utterance(server: Background, sound: Floats, finals: list[Event]):
     with _session(server, "server_vad") as connection:
         _append(connection, sound)
         events = [x for _ in finals[:-1] for x in _until(connection, f"{KIND}.completed")]
@@ -77,7 +79,7 @@ def test_with_turns_an_item_is_an_utterance(server: Running, sound: Floats, fina
     assert len({x.event_id for x in events}) == len(events)
 
 
-def test_what_is_cleared_is_not_told(server: Running, sound: Floats, text: str):
+def test_what_is_cleared_is_not_told(server: Background, sound: Floats, text: str):
     with _session(server) as connection:
         _append(connection, sound[:30000])
         connection.input_audio_buffer.clear()
@@ -108,7 +110,7 @@ def _with_format(**format_: Any) -> dict[str, Any]:
     ],
 )
 def test_the_session_goes_on_after_an_error(
-    server: Running, sound: Floats, text: str, message: dict[str, Any], code: str
+    server: Background, sound: Floats, text: str, message: dict[str, Any], code: str
 ):
     with _session(server) as connection:
         connection.send(message)
@@ -121,7 +123,7 @@ def test_the_session_goes_on_after_an_error(
 
 
 @pytest.mark.parametrize("message", ["nonsense", "[]", "7", b"\xff\x00"])
-def test_what_is_no_object_is_an_error_too(server: Running, message: str | bytes):
+def test_what_is_no_object_is_an_error_too(server: Background, message: str | bytes):
     with _session(server) as connection:
         connection._connection.send(message)
         assert connection.recv().error.code == "unknown_type"

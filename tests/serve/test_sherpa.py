@@ -13,12 +13,14 @@ from websockets.sync.client import ClientConnection, connect
 
 from asr.audio import Floats
 from asr.runtime import Bundle, Event, open_stream
-from tests.serve.conftest import SOME, Running, wav
+from asr.serve.background import Background
+
+from .clients import SOME, wav
 
 
 @pytest.mark.parametrize("path", ["/", "/sherpa"])
-def test_texts_are_those_of_a_stream(server: Running, sound: Floats, finals: list[Event], path: str):
-    with connect(server.url(path), compression=None) as client:
+def test_texts_are_those_of_a_stream(server: Background, sound: Floats, finals: list[Event], path: str):
+    with connect(server.websocket(path), compression=None) as client:
         for block in np.array_split(sound, 13):
             client.send(block.astype("<f4").tobytes())
         results = _results(client, "Done")
@@ -31,7 +33,7 @@ def test_texts_are_those_of_a_stream(server: Running, sound: Floats, finals: lis
     assert len(results) > len(ended)
 
 
-def test_the_client_of_sherpa_onnx(server: Running, sound: Floats, finals: list[Event], tmp_path: Path):
+def test_the_client_of_sherpa_onnx(server: Background, sound: Floats, finals: list[Event], tmp_path: Path):
     path = tmp_path / "a.wav"
     path.write_bytes(wav(sound))
     program = Path(sysconfig.get_path("scripts")) / "sherpa-onnx-online-websocket-client"
@@ -42,19 +44,19 @@ def test_the_client_of_sherpa_onnx(server: Running, sound: Floats, finals: list[
     assert "Done!" in said
 
 
-def test_all_that_the_format_has(server: Running, sound: Floats):
+def test_all_that_the_format_has(server: Background, sound: Floats):
     names = "text tokens timestamps ys_probs lm_probs context_scores segment words start_time is_final is_eof"
-    with connect(server.url("/sherpa")) as client:
+    with connect(server.websocket("/sherpa")) as client:
         client.send(sound.astype("<f4").tobytes())
         assert all(list(x) == names.split() for x in _results(client, "Done"))
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 300])
-def test_next_to_nothing(server: Running, bundle: Bundle, num_samples: int):
+def test_next_to_nothing(server: Background, bundle: Bundle, num_samples: int):
     samples = np.zeros(num_samples, np.float32)
     stream = open_stream(bundle, SOME)
     expected = [x.text for x in stream.accept(samples) + stream.finish() if x.final]
-    with connect(server.url("/sherpa")) as client:
+    with connect(server.websocket("/sherpa")) as client:
         client.send(samples.tobytes())
         (last,) = _results(client, "Done")
         assert [last["text"]] == (expected or [""])
@@ -62,8 +64,8 @@ def test_next_to_nothing(server: Running, bundle: Bundle, num_samples: int):
     assert client.close_code == 1000
 
 
-def test_done_at_once_and_twice_and_sound_after_it(server: Running, sound: Floats):
-    with connect(server.url("/sherpa")) as client:
+def test_done_at_once_and_twice_and_sound_after_it(server: Background, sound: Floats):
+    with connect(server.websocket("/sherpa")) as client:
         client.send("Done")
         client.send("Done")
         client.send(sound.astype("<f4").tobytes())
@@ -83,9 +85,9 @@ def test_done_at_once_and_twice_and_sound_after_it(server: Running, sound: Float
     ],
 )
 def test_what_is_not_understood_ends_the_connection(
-    server: Running, message: str | bytes, code: int, reason: str
+    server: Background, message: str | bytes, code: int, reason: str
 ):
-    with connect(server.url("/sherpa"), compression=None) as client:
+    with connect(server.websocket("/sherpa"), compression=None) as client:
         client.send(np.zeros(320, "<f4").tobytes())
         client.send(message)
         with pytest.raises(ConnectionClosed) as caught:

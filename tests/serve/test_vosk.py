@@ -11,7 +11,9 @@ from websockets.sync.client import ClientConnection, connect
 
 from asr.audio import Floats, Resampler
 from asr.runtime import Bundle, Event, open_stream
-from tests.serve.conftest import SOME, Running, pcm, running
+from asr.serve.background import Background
+
+from .clients import SOME, pcm, served
 
 EOF = json.dumps({"eof": 1})
 
@@ -33,8 +35,8 @@ def _blocks(sound: Floats) -> Iterator[bytes]:
     return (pcm(block) for block in np.array_split(sound, 17))
 
 
-def test_each_message_has_one_answer(server: Running, sound: Floats, text: str):
-    with connect(server.url("/vosk")) as client:
+def test_each_message_has_one_answer(server: Background, sound: Floats, text: str):
+    with connect(server.websocket("/vosk")) as client:
         _configure(client)
         answers = [_say(client, block) for block in _blocks(sound)] + [_say(client, EOF)]
         with pytest.raises(ConnectionClosed):
@@ -45,12 +47,12 @@ def test_each_message_has_one_answer(server: Running, sound: Floats, text: str):
 
 
 def test_it_may_be_what_the_root_speaks(bundle: Bundle, sound: Floats):
-    with running(bundle, compat="vosk") as server, connect(server.url("/")) as client:
+    with served(bundle, compat="vosk") as server, connect(server.websocket("/")) as client:
         assert "partial" in _say(client, pcm(sound[:3200]))
 
 
-def test_words_have_times(server: Running, sound: Floats, finals: list[Event]):
-    with connect(server.url("/vosk")) as client:
+def test_words_have_times(server: Background, sound: Floats, finals: list[Event]):
+    with connect(server.websocket("/vosk")) as client:
         _configure(client, words=True)
         answers = [_say(client, block) for block in _blocks(sound)] + [_say(client, EOF)]
     found = [word for x in answers for word in x.get("result", [])]
@@ -59,28 +61,28 @@ def test_words_have_times(server: Running, sound: Floats, finals: list[Event]):
     assert {key for x in found for key in x} == {"conf", "start", "end", "word"}
 
 
-def test_alternatives(server: Running, sound: Floats):
-    with connect(server.url("/vosk")) as client:
+def test_alternatives(server: Background, sound: Floats):
+    with connect(server.websocket("/vosk")) as client:
         _configure(client, max_alternatives=3)
         answers = [_say(client, block) for block in _blocks(sound)] + [_say(client, EOF)]
     finals = [x["alternatives"] for x in answers if "alternatives" in x]
     assert any(x[0]["text"] and 0 < x[0]["confidence"] < 1 for x in finals)
 
 
-def test_samples_are_8_khz_unless_told_otherwise(server: Running, bundle: Bundle, sound: Floats):
+def test_samples_are_8_khz_unless_told_otherwise(server: Background, bundle: Bundle, sound: Floats):
     narrow = Resampler(16000, 8000)
     samples = np.concatenate([narrow.accept(sound), narrow.finish()])
     heard = np.frombuffer(pcm(samples), "<i2").astype(np.float32) / 32768
     wide, stream = Resampler(8000, 16000), open_stream(bundle, SOME)
     events = stream.accept(wide.accept(heard)) + stream.accept(wide.finish()) + stream.finish()
-    with connect(server.url("/vosk")) as client:
+    with connect(server.websocket("/vosk")) as client:
         answers = [_say(client, pcm(samples)), _say(client, EOF)]
     expected = [x.text for x in events if x.final and x.text]
     assert " ".join(x["text"] for x in answers if x.get("text")) == " ".join(expected)
 
 
-def test_a_reset_begins_anew(server: Running, sound: Floats):
-    with connect(server.url("/vosk")) as client:
+def test_a_reset_begins_anew(server: Background, sound: Floats):
+    with connect(server.websocket("/vosk")) as client:
         _configure(client)
         texts = []
         for _ in range(2):
@@ -92,8 +94,8 @@ def test_a_reset_begins_anew(server: Running, sound: Floats):
     assert texts[0] == texts[1] != ""
 
 
-def test_a_path_in_the_configuration_is_ignored(server: Running, sound: Floats, text: str):
-    with connect(server.url("/vosk")) as client:
+def test_a_path_in_the_configuration_is_ignored(server: Background, sound: Floats, text: str):
+    with connect(server.websocket("/vosk")) as client:
         _configure(client, model="/etc/passwd", phrase_list=["x"], other=1)
         answers = [_say(client, pcm(sound)), _say(client, EOF)]
     assert " ".join(x["text"] for x in answers if x.get("text")) == text
@@ -111,8 +113,8 @@ def test_a_path_in_the_configuration_is_ignored(server: Running, sound: Floats, 
         ('{"config": {"sample_rate": 2147483647}}', 1007),
     ],
 )
-def test_what_is_not_understood_ends_the_connection(server: Running, message: str | bytes, code: int):
-    with connect(server.url("/vosk")) as client:
+def test_what_is_not_understood_ends_the_connection(server: Background, message: str | bytes, code: int):
+    with connect(server.websocket("/vosk")) as client:
         client.send(message)
         with pytest.raises(ConnectionClosed) as caught:
             client.recv(timeout=30)
@@ -121,8 +123,8 @@ def test_what_is_not_understood_ends_the_connection(server: Running, message: st
     assert caught.value.rcvd.reason
 
 
-def test_unknown_commands_are_ignored(server: Running, sound: Floats):
-    with connect(server.url("/vosk")) as client:
+def test_unknown_commands_are_ignored(server: Background, sound: Floats):
+    with connect(server.websocket("/vosk")) as client:
         client.send("{}")
         client.send('{"config": []}')
         assert "partial" in _say(client, pcm(sound[:1600]))

@@ -1,0 +1,49 @@
+"""What all tests of the server use."""
+
+import io
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from asr.audio import Floats
+from asr.runtime import Bundle, EndpointConfig, StreamConfig
+from asr.serve.background import Background, running
+from asr.serve.hub import ServeConfig
+
+SOME = StreamConfig(endpoint=EndpointConfig(trailing_s=0.2, max_s=2.0))
+"""Utterances end often, so that a few seconds have several."""
+
+
+def served(bundle: Bundle, **config: Any) -> AbstractContextManager[Background]:
+    """A server whose model is called tiny."""
+    return running(bundle, ServeConfig(**{"name": "tiny", "stream": SOME, **config}))
+
+
+def wait(server: Background, is_true: Callable[[], bool]) -> None:
+    """Let the server run until something is true of it."""
+    done = threading.Event()
+
+    def look() -> None:
+        if is_true():
+            done.set()
+        else:
+            server.loop.call_later(0.01, look)
+
+    server.loop.call_soon_threadsafe(look)
+    assert done.wait(30)
+
+
+def wav(samples: Floats, sample_rate: int = 16000, kind: str = "WAV") -> bytes:
+    """A sound file of 16 bits."""
+    file = io.BytesIO()
+    soundfile.write(file, np.frombuffer(pcm(samples), "<i2"), sample_rate, format=kind)
+    return file.getvalue()
+
+
+def pcm(samples: Floats) -> bytes:
+    """Samples of 16 bits without a header."""
+    return (samples * 32768).round().clip(-32768, 32767).astype("<i2").tobytes()
