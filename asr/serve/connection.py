@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -32,28 +32,29 @@ class Connection:
         self._websocket = websocket
         self._has_heard = False
 
-    async def messages(self) -> AsyncIterator[str | bytes]:
-        """What the client sends, until it or the server leaves. TimeoutError if nothing comes."""
+    async def receive(self) -> str | bytes | None:
+        """The next message; None if the server is leaving.
+
+        Raises TimeoutError if nothing comes, WebSocketDisconnect if the client has gone.
+        """
+        timeout_s = self.hub.config.idle_s if self._has_heard else self.hub.config.first_audio_s
+        arrival = asyncio.create_task(self._websocket.receive())
         leaving = asyncio.create_task(self.hub.leaving.wait())
         try:
-            while True:
-                config = self.hub.config
-                timeout_s = config.idle_s if self._has_heard else config.first_audio_s
-                message = asyncio.create_task(self._websocket.receive())
-                await asyncio.wait({message, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-                if not message.done():
-                    message.cancel()
-                    if leaving.done():
-                        return
-                    raise TimeoutError(f"nothing was heard for {timeout_s:g} s")
-                received = message.result()
-                if received["type"] == "websocket.disconnect":
-                    raise WebSocketDisconnect(received["code"])
-                content: str | bytes = received["bytes" if received.get("text") is None else "text"]
-                self._has_heard |= isinstance(content, bytes)
-                yield content
+            await asyncio.wait({arrival, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not arrival.done():
+                if leaving.done():
+                    return None
+                raise TimeoutError(f"nothing was heard for {timeout_s:g} s")
+            message = arrival.result()
         finally:
+            arrival.cancel()
             leaving.cancel()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message["code"])
+        content: str | bytes = message["bytes" if message.get("text") is None else "text"]
+        self._has_heard |= isinstance(content, bytes)
+        return content
 
     async def send(self, message: dict[str, Any] | str) -> None:
         """Send a text, or an object as JSON. TimeoutError if the client does not read."""

@@ -41,10 +41,10 @@ class ServeConfig:
     """The longest time that an upload may take."""
 
     first_audio_s: float = 10.0
-    """A websocket is closed if it brings no audio for so long, ..."""
+    """A connection is closed if it brings no request for so long, or no audio, ..."""
 
     idle_s: float = 60.0
-    """... and later if nothing comes for so long, ..."""
+    """... a websocket later if nothing comes for so long, ..."""
 
     send_s: float = 30.0
     """... or if the client reads nothing for so long."""

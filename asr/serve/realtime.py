@@ -30,7 +30,7 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
     """Until either side leaves."""
     session = _Session(connection, stream)
     await session.tell("session.created", session=session.describe())
-    async for message in connection.messages():
+    while (message := await connection.receive()) is not None:
         try:
             await session.take(message)
         except Refusal as refusal:

@@ -1,9 +1,12 @@
 """Listening, and leaving: on SIGTERM or Ctrl-C clients may finish; a second signal ends it at once."""
 
+import asyncio
+import math
 import socket
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from asr.errors import ConfigError
 from asr.serve.app import make_app
@@ -15,6 +18,27 @@ GRACE_S = 5.0
 """How long clients have to read their last results."""
 
 
+class _Http(H11Protocol):
+    """A connection on which no request arrives is closed; uvicorn would wait for it for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        self._expect_request()
+        super().on_response_complete()
+
+    def _expect_request(self) -> None:
+        last = self.cycle
+
+        def close() -> None:
+            if self.cycle is last and self.transport.get_protocol() is self:
+                self.transport.close()
+
+        self.loop.call_later(self.config.timeout_keep_alive, close)
+
+
 class Server(uvicorn.Server):
     """Serves a hub until it is told to leave."""
 
@@ -22,11 +46,13 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             make_app(hub),
             lifespan="off",
+            http=_Http,
             ws="websockets-sansio",
             ws_max_size=MAX_MESSAGE_BYTES,
             ws_ping_interval=PING_S,
             ws_ping_timeout=PING_S,
             ws_per_message_deflate=False,  # a megabyte of it can hold a gigabyte
+            timeout_keep_alive=math.ceil(hub.config.first_audio_s),
             timeout_graceful_shutdown=round(GRACE_S),
             log_config=None,
             log_level="warning",  # below that, it shows URLs, which may hold keys

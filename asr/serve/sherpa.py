@@ -19,7 +19,7 @@ NOTHING = Event("", True, 0.0, 0.0, ())
 async def talk(connection: Connection, stream: ServedStream) -> None:
     """Until `Done`."""
     segment, last = 0, _result(NOTHING, 0)
-    async for message in connection.messages():
+    while (message := await connection.receive()) is not None:
         if message == "Done":
             break
         for event in _latest(await stream.accept(_samples(message))):

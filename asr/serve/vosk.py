@@ -33,7 +33,7 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
     settings = _Settings()
     resampler = Resampler(settings.sample_rate, stream.sample_rate)
     partial = ""
-    async for message in connection.messages():
+    while (message := await connection.receive()) is not None:
         if isinstance(message, bytes):
             events = await stream.accept(resampler.accept(_samples(message)))
             finals = [event for event in events if event.final]

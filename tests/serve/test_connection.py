@@ -118,6 +118,19 @@ def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str):
         assert _closed(client) == (1008, "nothing was heard for 0.2 s")
 
 
+@pytest.mark.parametrize(
+    "begun", [b"", b"GET /livez HTTP/1.1\r\nHost", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /"]
+)
+def test_who_asks_nothing_is_sent_away(bundle: Bundle, begun: bytes):
+    with served(bundle, first_audio_s=1) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+            client.sendall(begun)
+            answer = b""
+            while data := client.recv(4096):
+                answer += data
+        assert answer.count(b"HTTP/1.1 200 OK") == begun.count(REQUEST)
+
+
 def test_who_falls_silent_is_sent_away(bundle: Bundle):
     with served(bundle, idle_s=0.2) as server, connect(server.websocket("/sherpa")) as client:
         client.send(bytes(64))
