@@ -3,8 +3,8 @@
     python tools/bench_serve.py BUNDLE SOUND_FILE [--clients 1 4 16 32] [--seconds 20] [--chunk-ms 640]
 
 `asr serve` runs on the first core that this program may use, the clients on the last. Each of them speaks
-Vosk's protocol: 100 ms of the file every 100 ms, from a place of its own, and an answer to each. Per number of
-clients: the delays of the answers in milliseconds (median, 90, 95, 99 % and the largest), the share of the
+Vosk's protocol: 100 ms of the file every 100 ms, from a place of its own, and an answer to each. Per number
+of clients: the delays of the answers in milliseconds (median, 90, 95, 99 % and the largest), the share of the
 core that the server used, and whether it kept up, that is whether every client had sent all of its audio
 within one block of the time that it lasts.
 """
@@ -27,7 +27,7 @@ RATE, BLOCK_S = 16000, 0.1
 
 
 async def speak(url: str, blocks: Sequence[bytes], start: float) -> tuple[list[float], float]:
-    """(delay of each answer, how late the last block was sent), in seconds; the first block is due at start."""
+    """(delay of each answer, how late the last block was sent), in seconds; the first is due at start."""
     delays, late_s = [], 0.0
     async with connect(url, compression=None, max_queue=1) as client:
         await client.send(f'{{"config": {{"sample_rate": {RATE}}}}}')
@@ -89,10 +89,8 @@ def main() -> None:
             delays, late_s = asyncio.run(crowd(url, sound, num_clients, args.seconds))
             share = (cpu_s(server.pid) - used_s) / (time.monotonic() - started - 1)
             times = "".join(f"{1000 * np.quantile(delays, q):7.0f}" for q in (0.5, 0.9, 0.95, 0.99, 1))
-            print(
-                f"{num_clients:7}{times}{100 * share:8.0f} %  {'yes' if late_s < BLOCK_S else 'no'}",
-                flush=True,
-            )
+            keeps_up = "yes" if late_s < BLOCK_S else "no"
+            print(f"{num_clients:7}{times}{100 * share:8.0f} %  {keeps_up}", flush=True)
     finally:
         server.terminate()
         server.communicate()
