@@ -7,7 +7,6 @@ import uuid
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -26,7 +25,7 @@ PROTOCOLS = {"sherpa": sherpa.talk, "vosk": vosk.talk}
 """What clients that know no path may speak."""
 
 
-def make_app(hub: Hub) -> Starlette:
+def make_app(hub: Hub) -> ASGIApp:
     """The application of one hub, which must be open."""
     routes = [
         Route("/v1/audio/transcriptions", files.transcriptions, methods=["POST"]),
@@ -40,11 +39,10 @@ def make_app(hub: Hub) -> Starlette:
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_Log)],
         exception_handlers={Exception: _broken, AsrError: _unusable, Refusal: _refused, HTTPException: _http},
     )
     app.state.hub = hub
-    return app
+    return _Log(app)
 
 
 def _socket(path: str, talk: Talk) -> WebSocketRoute:

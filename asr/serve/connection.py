@@ -28,7 +28,6 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, hub: Hub) -> None:
         self.hub = hub
-        self.query = websocket.query_params
         self._websocket = websocket
         self._has_heard = False
 
@@ -37,6 +36,8 @@ class Connection:
 
         Raises TimeoutError if nothing comes, WebSocketDisconnect if the client has gone.
         """
+        if self.hub.leaving.is_set():
+            return None
         timeout_s = self.hub.config.idle_s if self._has_heard else self.hub.config.first_audio_s
         arrival = asyncio.create_task(self._websocket.receive())
         leaving = asyncio.create_task(self.hub.leaving.wait())

@@ -59,7 +59,7 @@ async def transcriptions(request: Request) -> Response:
         if wish.language and hub.engine.bundle.info.decoder_type == "whisper":
             search = replace(hub.config.stream.search, language=wish.language)
             await stream.restart(replace(hub.config.stream, search=search))
-        events = _events(request, stream, wish.file, hub.config)
+        events = _events(request, stream, wish.file, hub)
         if not wish.is_streamed:
             return _answer(wish, [event async for event in events], stream.duration_s)
         messages = _messages(events, stack.pop_all())
@@ -176,16 +176,17 @@ def _number(form: FormData, name: str) -> None:
 # Answering it
 
 
-async def _events(
-    request: Request, stream: ServedStream, file: UploadFile, config: ServeConfig
-) -> AsyncIterator[Event]:
-    """The final events of a file. AudioError if it cannot be used; ends early if the client has gone."""
+async def _events(request: Request, stream: ServedStream, file: UploadFile, hub: Hub) -> AsyncIterator[Event]:
+    """The final events of a file; fewer if the client has gone. AudioError if it cannot be used."""
+    config = hub.config
     found = blocks(
         file.file, BLOCK_S, stream.sample_rate, max_s=config.max_audio_s, max_bytes=MAX_DECODED_BYTES
     )
     while (block := await asyncio.to_thread(next, found, None)) is not None:
         if await request.is_disconnected():
             return
+        if hub.leaving.is_set():
+            raise Refusal(503, "the server is leaving", code="unavailable")
         for event in _finals(await stream.accept(block)):
             yield event
     for event in _finals(await stream.finish()):
@@ -253,6 +254,9 @@ async def _messages(events: AsyncIterator[Event], stack: AsyncExitStack) -> Asyn
                 upcoming = await anext(events, None)
         except AsrError as error:
             yield _message({"error": Refusal(400, str(error), "file", "invalid_audio").body()})
+            return
+        except Refusal as refusal:
+            yield _message({"error": refusal.body()})
             return
         yield _message({"type": "transcript.text.done", "text": text})
         yield "data: [DONE]\n\n"

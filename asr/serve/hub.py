@@ -15,6 +15,9 @@ from asr.serve.refusal import Refusal
 
 COMPAT = ("sherpa", "vosk")
 
+GRACE_S = 5.0
+"""How long clients have to read their last results."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
@@ -60,7 +63,7 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected more than 0")
         if self.max_streams < 1:
             raise ConfigError(f"max_streams is {self.max_streams}, expected 1 or more")
-        if self.drain_s < 0:
+        if not self.drain_s >= 0:
             raise ConfigError(f"drain_s is {self.drain_s}, expected 0 or more")
 
 
@@ -74,6 +77,8 @@ class Hub:
         """Whether it takes new clients."""
         self.leaving = asyncio.Event()
         """Set when clients must finish now."""
+        self.is_overdue = False
+        """Whether they have had the time for that, too."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -101,7 +106,9 @@ class Hub:
         """Take no more clients, and leave the others some time."""
         if self.is_ready:
             self.is_ready = False
-            asyncio.get_running_loop().call_later(self.config.drain_s, self.leaving.set)
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.config.drain_s, self.leaving.set)
+            loop.call_later(self.config.drain_s + GRACE_S, setattr, self, "is_overdue", True)
 
     def check_key(self, client: HTTPConnection) -> None:
         """Refusal unless the client has a key, if any is needed: in the header Authorization, or for a

@@ -10,12 +10,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from asr.errors import ConfigError
 from asr.serve.app import make_app
-from asr.serve.hub import Hub
+from asr.serve.hub import GRACE_S, Hub
 
 MAX_MESSAGE_BYTES = 2**20
 PING_S = 20.0
-GRACE_S = 5.0
-"""How long clients have to read their last results."""
 
 
 class _Http(H11Protocol):
@@ -72,7 +70,7 @@ class Server(uvicorn.Server):
         """Ten times a second: whether to exit."""
         if self._is_told:
             self._hub.drain()
-            self.should_exit |= not self._hub.engine.num_streams
+            self.should_exit |= self._hub.is_overdue or not self._hub.engine.num_streams
         return await super().on_tick(counter)
 
 

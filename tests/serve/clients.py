@@ -17,6 +17,8 @@ from asr.serve.hub import ServeConfig
 SOME = StreamConfig(endpoint=EndpointConfig(trailing_s=0.2, max_s=2.0))
 """Utterances end often, so that a few seconds have several."""
 
+MULTIPART = "multipart/form-data; boundary=b"
+
 
 def served(bundle: Bundle, **config: Any) -> AbstractContextManager[Background]:
     """A server whose model is called tiny."""

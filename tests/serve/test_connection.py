@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
@@ -19,10 +20,10 @@ from websockets.sync.client import ClientConnection, connect
 from asr.audio import Floats
 from asr.runtime import Bundle
 from asr.runtime.utterance import Utterance
-from asr.serve import engine
+from asr.serve import engine, hub
 from asr.serve.background import Background
 
-from .clients import served, wait
+from .clients import MULTIPART, served, wait, wav
 
 
 def _floats(samples: Floats) -> bytes:
@@ -269,3 +270,42 @@ def test_who_does_not_finish_has_the_text_so_far(bundle: Bundle, sound: Floats, 
         server.loop.call_soon_threadsafe(server.hub.drain)
         assert _rest(client) == text
         assert _closed(client) == (1001, "the server is leaving")
+
+
+def test_a_server_leaves_who_sends_without_end(bundle: Bundle):
+    frame = bytes([0x82, 0xFE]) + struct.pack(">H", 6400) + bytes(6404)
+    with served(bundle, drain_s=0.1) as server, ThreadPoolExecutor(1) as pool:
+        client = _raw(server)
+        sending = pool.submit(_send_for_ever, client, frame)
+        wait(server, lambda: server.hub.engine.num_streams == 1)
+        server.loop.call_soon_threadsafe(server.hub.drain)
+        wait(server, lambda: server.hub.engine.num_streams == 0)
+        assert not server.hub.is_overdue
+        client.shutdown(socket.SHUT_RDWR)
+        assert isinstance(sending.exception(30), OSError)
+
+
+def test_a_server_leaves_whose_upload_has_no_end(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub, "GRACE_S", 0.1)
+    head = f"Host: x\r\nContent-Length: 99\r\nContent-Type: {MULTIPART}"
+    with served(bundle, drain_s=0.1) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode())
+            wait(server, lambda: server.hub.engine.num_streams == 1)
+            server.loop.call_soon_threadsafe(server.hub.drain)
+            wait(server, lambda: server.hub.is_overdue)
+
+
+def test_a_file_does_not_keep_a_server(bundle: Bundle, sound: Floats):
+    long = np.tile(sound, 200)
+    with served(bundle, drain_s=0.1) as server, ThreadPoolExecutor(2) as pool:
+        client = openai.OpenAI(api_key="any", base_url=f"{server.http}/v1", max_retries=0)
+        options = {"model": "tiny", "file": ("a.flac", wav(long, kind="FLAC"))}
+        plain = pool.submit(client.audio.transcriptions.create, **options)
+        streamed = pool.submit(lambda: list(client.audio.transcriptions.create(**options, stream=True)))
+        wait(server, lambda: server.hub.engine.audio_s > 10)
+        server.loop.call_soon_threadsafe(server.hub.drain)
+        with pytest.raises(openai.InternalServerError, match="the server is leaving"):
+            plain.result(60)
+        with pytest.raises(openai.APIError, match="the server is leaving"):
+            streamed.result(60)

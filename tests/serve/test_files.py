@@ -18,7 +18,7 @@ from asr.runtime import Bundle, Event
 from asr.runtime.transcript import to_srt, to_vtt
 from asr.serve.background import Background
 
-from .clients import served, wait, wav
+from .clients import MULTIPART, served, wait, wav
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,6 @@ def test_each_wrong_field_is_named(
     with pytest.raises(openai.APIStatusError) as caught:
         _ask(client, wav(sound), **options)
     assert (caught.value.status_code, caught.value.param) == (status, param)  # type: ignore[attr-defined]
-
-
-MULTIPART = "multipart/form-data; boundary=b"
 
 
 def _post(server: Background, body: bytes, kind: str) -> tuple[int, Any]:
@@ -280,6 +277,7 @@ def test_our_own_errors_do_not_show_themselves(
     with pytest.raises(openai.InternalServerError, match="internal error") as caught:
         _ask(client, wav(sound))
     assert "secret" not in str(caught.value.body)
+    assert caught.value.request_id
 
 
 def test_other_routes_answer_in_the_same_form(server: Background):
