@@ -288,12 +288,14 @@ def test_a_server_leaves_who_sends_without_end(bundle: Bundle):
 def test_a_server_leaves_whose_upload_has_no_end(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hub, "GRACE_S", 0.1)
     head = f"Host: x\r\nContent-Length: 99\r\nContent-Type: {MULTIPART}"
-    with served(bundle, drain_s=0.1) as server:
-        with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode())
-            wait(server, lambda: server.hub.engine.num_streams == 1)
-            server.loop.call_soon_threadsafe(server.hub.drain)
-            wait(server, lambda: server.hub.is_overdue)
+    with (
+        served(bundle, drain_s=0.1) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as client,
+    ):
+        client.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode())
+        wait(server, lambda: server.hub.engine.num_streams == 1)
+        server.loop.call_soon_threadsafe(server.hub.drain)
+        wait(server, lambda: server.hub.is_overdue)
 
 
 def test_a_file_does_not_keep_a_server(bundle: Bundle, sound: Floats):
