@@ -97,19 +97,37 @@ def test_it_moves_as_the_reference_does(golden_folder):
     config = json.loads((folder / "config.json").read_text())["scaled_adam"]
     with np.load(folder / "io.npz") as file:
         arrays = {name: torch.from_numpy(file[name]) for name in file.files if "scaled_adam" in name}
-    params = {name: nn.Parameter(arrays[f"scaled_adam.param.{name}.init"]) for name in config["shapes"]}
-    last = config["save"][-1]
-    if all(torch.equal(p, arrays[f"scaled_adam.param.{name}.after{last}"]) for name, p in params.items()):
-        pytest.skip(f"{folder}: what it says of the beginning is what it says of the end")
+    begin = {name: arrays[f"scaled_adam.param.{name}.init"] for name in config["shapes"]}
+    last, saved = config["save"][-1], config["save"]
+    if all(torch.equal(p, arrays[f"scaled_adam.param.{name}.after{last}"]) for name, p in begin.items()):
+        begin, saved = drawn_again(config["shapes"], end=begin), [last]
+    params = {name: nn.Parameter(p.clone()) for name, p in begin.items()}
     optimizer = ScaledAdam(params.values(), config["lr"], tuple(config["betas"]))
     for step in range(config["steps"]):
         for name, p in params.items():
             p.grad = arrays[f"scaled_adam.grad.{name}"][step].clone()
         optimizer.clip(config["clipping_scale"])
         optimizer.step()
-        for name, p in params.items() if step + 1 in config["save"] else ():
+        for name, p in params.items() if step + 1 in saved else ():
             expected = arrays[f"scaled_adam.param.{name}.after{step + 1}"]
             torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+def drawn_again(shapes, end):
+    """The beginning of a set that gives its end in place of it: normal numbers of a small seed, in order.
+
+    No tensor moves far, so the right ones resemble the end."""
+    for seed in range(1000):
+        generator = torch.Generator().manual_seed(seed)
+        begin = {
+            name: torch.randn(shape, generator=generator) * scale if scale else torch.zeros(shape)
+            for name, (shape, scale) in shapes.items()
+        }
+        names = [name for name, (_, scale) in shapes.items() if scale > 1e-3]
+        both = [torch.cat([x[name].flatten() / shapes[name][1] for name in names]) for x in (begin, end)]
+        if torch.corrcoef(torch.stack(both))[0, 1] > 0.8:
+            return begin
+    pytest.skip("what the set says of the beginning is what it says of the end")
 
 
 def test_a_tensor_that_has_become_too_large_shrinks():
