@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: small tensors are four times faster on one thread
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before onnxruntime
+os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1"  # servers of tests are on this machine
 
 import numpy as np
 import pytest
