@@ -70,6 +70,15 @@ class Connection:
         self._has_heard = True
 
 
+def parse(message: str | bytes) -> dict[str, Any]:
+    """A JSON object; empty if the message is anything else."""
+    try:
+        content = json.loads(message)
+    except (ValueError, RecursionError):  # nested too deeply
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 Talk = Callable[[Connection, ServedStream], Awaitable[None]]
 """A protocol: what is said to a client from its first message to its last."""
 

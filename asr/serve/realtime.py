@@ -9,7 +9,6 @@ goes on.
 
 import base64
 import binascii
-import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from asr.audio import Resampler
 from asr.containers import check_format
 from asr.errors import AsrError
 from asr.runtime import Event
-from asr.serve.connection import Connection
+from asr.serve.connection import Connection, parse
 from asr.serve.engine import ServedStream
 from asr.serve.refusal import Refusal
 
@@ -82,14 +81,11 @@ class _Session:
 
     async def take(self, message: str | bytes) -> None:
         """Do what a message asks for. Raises Refusal or AsrError."""
-        try:
-            content = json.loads(message)
-        except ValueError:
-            content = None
-        kind = content.get("type") if isinstance(content, dict) else None
-        if kind not in self._takes:
-            message = f"expected an object whose type is one of {', '.join(self._takes)}"
-            raise Refusal(400, message, "type", "unknown_type")
+        content = parse(message)
+        kind = content.get("type")
+        if not isinstance(kind, str) or kind not in self._takes:
+            problem = f"expected an object whose type is one of {', '.join(self._takes)}"
+            raise Refusal(400, problem, "type", "unknown_type")
         await self._takes[kind](content)
 
     async def end(self) -> None:

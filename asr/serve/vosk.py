@@ -6,7 +6,6 @@ as stock clients wait for it: `{"partial": ...}` within an utterance, `{"text": 
 `{"reset": 1}` ends the utterance, and `{"eof": 1}` the conversation.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from asr.audio import Floats, Resampler
 from asr.containers import check_format
 from asr.runtime import Event
-from asr.serve.connection import Connection, UnknownMessage
+from asr.serve.connection import Connection, UnknownMessage, parse
 from asr.serve.engine import ServedStream
 
 
@@ -41,7 +40,7 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
                 partial = "" if events[-1].final else events[-1].text
             await connection.send(_final(finals, settings) if finals else {"partial": partial})
             continue
-        command = _command(message)
+        command = parse(message)
         if "config" in command:
             settings = _configured(command["config"])
             resampler = Resampler(settings.sample_rate, stream.sample_rate)
@@ -52,6 +51,8 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
             await connection.send(_final(finals, settings))
         elif command.get("eof"):
             break
+        elif not command:
+            raise UnknownMessage("expected binary messages of int16 samples, or a JSON object")
     events = await stream.accept(resampler.finish())
     finals = [event for event in events + await stream.finish() if event.final]
     await connection.send(_final(finals, settings))
@@ -61,16 +62,6 @@ def _samples(message: bytes) -> Floats:
     if len(message) % 2:
         raise UnknownMessage(f"a message of {len(message)} bytes, expected int16 samples of 2 bytes each")
     return np.frombuffer(message, "<i2").astype(np.float32) / np.float32(32768)
-
-
-def _command(message: str) -> dict[str, Any]:
-    try:
-        command = json.loads(message)
-    except ValueError:
-        command = None
-    if not isinstance(command, dict):
-        raise UnknownMessage("expected binary messages of int16 samples, or a JSON object")
-    return command
 
 
 def _configured(config: Any) -> _Settings:

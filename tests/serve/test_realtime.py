@@ -122,7 +122,7 @@ def test_the_session_goes_on_after_an_error(
         assert _until(connection, f"{KIND}.completed")[-1].transcript == text
 
 
-@pytest.mark.parametrize("message", ["nonsense", "[]", "7", b"\xff\x00"])
+@pytest.mark.parametrize("message", ["nonsense", "[]", "7", '{"type": []}', "[" * 100_000, b"\xff\x00"])
 def test_what_is_no_object_is_an_error_too(server: Background, message: str | bytes):
     with _session(server) as connection:
         connection._connection.send(message)
