@@ -8,12 +8,15 @@ import logging
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from asr.errors import ConfigError
 from recipes.options import Mode, Search, stream_config
+
+if TYPE_CHECKING:
+    from asr.serve.hub import Hub
 
 
 def serve(
@@ -52,8 +55,7 @@ def serve(
     """
     from asr.runtime import Bundle
     from asr.serve.hub import Hub, ServeConfig
-    from asr.serve.server import Server, listen
-    from asr.serve.server import serve as run
+    from asr.serve.server import listen
 
     if not (keys or insecure or _is_loopback(host)):
         raise ConfigError(f"--host {host}: reachable from elsewhere; pass --keys FILE, or --insecure")
@@ -71,11 +73,19 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", stream=sys.stderr)
     model = Bundle.load(bundle, threads)
     with listen(host, port) as listener:
+        asyncio.run(_serve(Hub(model, config), listener))
+
+
+async def _serve(hub: Hub, listener: socket.socket) -> None:
+    """Serve until told to leave."""
+    from asr.serve.server import Server
+
+    async with hub.open():
         address, number = listener.getsockname()[:2]
         where = f"[{address}]:{number}" if listener.family == socket.AF_INET6 else f"{address}:{number}"
-        print(f"{config.name} at http://{where}, for {config.max_streams} clients at a time", file=sys.stderr)
-        hub = Hub(model, config)
-        asyncio.run(run(Server(hub), hub, listener))
+        clients = f"for {hub.config.max_streams} clients at a time"
+        print(f"{hub.config.name} at http://{where}, {clients}", file=sys.stderr)
+        await Server(hub).serve(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:

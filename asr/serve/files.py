@@ -98,9 +98,8 @@ def _check_model(name: str, config: ServeConfig) -> None:
 @asynccontextmanager
 async def _form(request: Request, config: ServeConfig) -> AsyncIterator[FormData]:
     """The fields of a request, read within the limits of size and time."""
-    max_bytes = round(config.max_upload_mb * 2**20)
     _check_size(int(request.headers.get("content-length", 0)), config)
-    limited = Request(request.scope, _limited(request.receive, max_bytes, config))
+    limited = Request(request.scope, _limited(request.receive, config))
     try:
         async with asyncio.timeout(config.upload_s):
             form = await limited.form(
@@ -115,7 +114,8 @@ async def _form(request: Request, config: ServeConfig) -> AsyncIterator[FormData
         await form.close()
 
 
-def _limited(receive: Receive, max_bytes: int, config: ServeConfig) -> Receive:
+def _limited(receive: Receive, config: ServeConfig) -> Receive:
+    """The same, but Refusal once too much has come."""
     num_bytes = 0
 
     async def count() -> Message:

@@ -38,7 +38,7 @@ class _Http(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves a hub until it is told to leave."""
+    """Serves an open hub until it is told to leave."""
 
     def __init__(self, hub: Hub) -> None:
         config = uvicorn.Config(
@@ -82,9 +82,3 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"{host}:{port}: {reason}; choose another with --host and --port") from None
-
-
-async def serve(server: Server, hub: Hub, listener: socket.socket) -> None:
-    """Serve until told to leave. BundleError or ConfigError if the model cannot be served."""
-    async with hub.open():
-        await server.serve(sockets=[listener])
