@@ -139,15 +139,6 @@ def test_who_falls_silent_is_sent_away(bundle: Bundle):
         assert _closed(client) == (1008, "nothing was heard for 0.2 s")
 
 
-def test_a_pause_changes_nothing(bundle: Bundle, sound: Floats, text: str):
-    with served(bundle, first_audio_s=0.2) as server, connect(server.websocket("/sherpa")) as client:
-        client.send(_floats(sound[:30000]))
-        threading.Event().wait(0.5)  # longer than is allowed before the first audio
-        client.send(_floats(sound[30000:]))
-        client.send("Done")
-        assert _rest(client) == text
-
-
 def test_who_reads_nothing_is_sent_away(bundle: Bundle, sound: Floats):
     with served(bundle, send_s=0.2) as server:
         client = _raw(server, buffer=4096)
