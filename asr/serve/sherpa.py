@@ -26,10 +26,11 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
             last = _result(event, segment)
             await connection.send(last)
             segment += event.final
-    for event in _latest(await stream.finish()):
-        if event.text or not last["is_final"]:
-            last = _result(event, segment)
-    await connection.send({**last, "is_final": True, "is_eof": True})
+    finals = [x for x in await stream.finish() if x.final and (x.text or not last["is_final"])]
+    results = [_result(event, segment + n) for n, event in enumerate(finals)] or [last]
+    for result in results[:-1]:
+        await connection.send(result)
+    await connection.send({**results[-1], "is_final": True, "is_eof": True})
     await connection.send("Done!")
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from asr.audio import Floats
 from asr.runtime import Bundle, Event, open_stream
 from asr.serve.background import Background
 
-from .clients import SOME, wav
+from .clients import SOME, served, wav
 
 
 @pytest.mark.parametrize("path", ["/", "/sherpa"])
@@ -49,6 +50,20 @@ def test_all_that_the_format_has(server: Background, sound: Floats):
     with connect(server.websocket("/sherpa")) as client:
         client.send(sound.astype("<f4").tobytes())
         assert all(list(x) == names.split() for x in _results(client, "Done"))
+
+
+def test_several_utterances_may_end_at_the_end(bundle: Bundle, sound: Floats):
+    config = replace(SOME, chunk_ms=5120)
+    stream = open_stream(bundle, config)
+    assert not stream.accept(sound)
+    expected = [x.text for x in stream.finish() if x.final and x.text]
+    assert len(expected) > 1
+    with served(bundle, stream=config) as server, connect(server.websocket("/sherpa")) as client:
+        client.send(sound.astype("<f4").tobytes())
+        results = _results(client, "Done")
+    assert [x["text"] for x in results] == expected
+    assert [x["segment"] for x in results] == list(range(len(expected)))
+    assert [x["is_eof"] for x in results] == [False] * (len(results) - 1) + [True]
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 300])
