@@ -74,7 +74,7 @@ def read(
     """A whole audio file -> (S,) at sample_rate.
 
     channel: "mix" (the mean), "left", "right", or a channel number from 0. Raises AudioError beyond max_s
-    seconds or max_bytes decoded bytes; `blocks` has no such limit.
+    seconds or max_bytes decoded bytes; `blocks` has no limits unless they are given.
     """
     with _opened(source) as sound:
         limit = _limit(sound, max_s, max_bytes)
@@ -219,7 +219,7 @@ def _pieces(sound: _Sound) -> Iterator[Floats]:
 
 
 def _limit(sound: _Sound, max_s: float, max_bytes: float) -> float:
-    """Frames."""
+    """The number of frames of a file that may be read."""
     return min(max_s * sound.rate, max_bytes / (4 * sound.channels))
 
 

@@ -51,6 +51,8 @@ class _Session:
         self._texts: list[str] = []
         """Final texts of the item that is not yet committed."""
         self._is_speaking = False
+        self._new_s = 0.0
+        """Seconds of audio since the last item."""
         self._takes: dict[str, Callable[[dict[str, Any]], Awaitable[None]]] = {
             "session.update": self._update,
             "input_audio_buffer.append": self._append,
@@ -118,24 +120,27 @@ class _Session:
             raise Refusal(400, f"audio: {len(data)} bytes, expected int16 samples", "audio", "invalid_value")
         self._connection.heard()
         samples = np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+        self._new_s += len(samples) / self._rate
         await self._hear(await self._stream.accept(self._resampler.accept(samples)))
 
     async def _commit(self, _: dict[str, Any]) -> None:
         if not self._stream.duration_s:
             raise Refusal(400, "there is no audio to commit", code="input_audio_buffer_commit_empty")
-        await self._restart()
+        await self._hear(await self._restart())
         if self._texts or not self._has_turns:
             await self._complete()
 
     async def _clear(self, _: dict[str, Any]) -> None:
         await self._restart()
         self._texts.clear()
+        self._is_speaking, self._new_s = False, 0.0
         await self.tell("input_audio_buffer.cleared")
 
-    async def _restart(self) -> None:
-        await self._hear(await self._stream.accept(self._resampler.finish()))
+    async def _restart(self) -> list[Event]:
+        """End the stream and begin another -> the last events."""
+        events = await self._stream.accept(self._resampler.finish())
         self._resampler = Resampler(self._rate, self._stream.sample_rate)
-        await self._hear(await self._stream.restart())
+        return events + await self._stream.restart()
 
     async def _hear(self, events: list[Event]) -> None:
         """Take what the model heard; with turns, each final text is an item."""
@@ -166,7 +171,8 @@ class _Session:
         kind, of_item = "conversation.item.input_audio_transcription", {"item_id": item, "content_index": 0}
         if text:
             await self.tell(f"{kind}.delta", **of_item, delta=text)
-        usage = {"type": "duration", "seconds": round(self._stream.duration_s, 3)}
+        usage = {"type": "duration", "seconds": round(self._new_s, 3)}
+        self._new_s = 0.0
         await self.tell(f"{kind}.completed", **of_item, transcript=text, usage=usage)
 
 

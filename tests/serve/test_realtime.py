@@ -10,10 +10,10 @@ import openai
 import pytest
 
 from asr.audio import Floats
-from asr.runtime import Event
+from asr.runtime import Bundle, Event, open_stream
 from asr.serve.background import Background
 
-from .clients import pcm
+from .clients import SOME, pcm
 
 KIND = "conversation.item.input_audio_transcription"
 
@@ -62,6 +62,7 @@ def test_an_item_is_what_was_committed(server: Background, sound: Floats, text: 
             ]
             assert events[0].previous_item_id == ("item_1" if number == 2 else None)
             assert (events[-1].item_id, events[-1].transcript) == (f"item_{number}", text)
+            assert events[-1].usage.seconds == 5.0
             assert "".join(x.delta for x in events if x.type == f"{KIND}.delta") == text
 
 
@@ -87,6 +88,21 @@ def test_what_is_cleared_is_not_told(server: Background, sound: Floats, text: st
         _append(connection, sound)
         connection.input_audio_buffer.commit()
         assert _until(connection, f"{KIND}.completed")[-1].transcript == text
+
+
+def test_with_turns_only_what_had_ended_is_told(
+    server: Background, bundle: Bundle, sound: Floats, finals: list[Event]
+):
+    ended = [x.text for x in open_stream(bundle, SOME).accept(sound[:50000]) if x.final and x.text]
+    with _session(server, "server_vad") as connection:
+        _append(connection, sound[:50000])
+        connection.input_audio_buffer.clear()
+        before = _until(connection, "input_audio_buffer.cleared")
+        _append(connection, sound)
+        after = [x for _ in finals[:-1] for x in _until(connection, f"{KIND}.completed")]
+    assert [x.transcript for x in before if x.type == f"{KIND}.completed"] == ended
+    assert any(x.type == "input_audio_buffer.speech_started" for x in after)
+    assert [x.transcript for x in after if x.type == f"{KIND}.completed"] == [x.text for x in finals[:-1]]
 
 
 def _with_format(**format_: Any) -> dict[str, Any]:
