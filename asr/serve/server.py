@@ -13,7 +13,6 @@ from asr.serve.app import make_app
 from asr.serve.hub import GRACE_S, Hub
 
 MAX_MESSAGE_BYTES = 2**20
-PING_S = 20.0
 
 
 class _Http(H11Protocol):
@@ -47,8 +46,7 @@ class Server(uvicorn.Server):
             http=_Http,
             ws="websockets-sansio",
             ws_max_size=MAX_MESSAGE_BYTES,
-            ws_ping_interval=PING_S,
-            ws_ping_timeout=PING_S,
+            ws_ping_interval=None,  # an answer to it may wait behind minutes of audio; the hub has its own limits
             ws_per_message_deflate=False,  # a megabyte of it can hold a gigabyte
             timeout_keep_alive=math.ceil(hub.config.first_audio_s),
             timeout_graceful_shutdown=round(GRACE_S),

@@ -2,8 +2,8 @@
 
 import io
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,23 @@ def wait(server: Background, is_true: Callable[[], bool]) -> None:
 
     server.loop.call_soon_threadsafe(look)
     assert done.wait(30)
+
+
+@contextmanager
+def held(server: Background) -> Iterator[None]:
+    """The server hears and answers nothing until the block is left; then all that was sent is there."""
+    is_held, is_let_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        is_let_on.wait(30)
+
+    server.loop.call_soon_threadsafe(hold)
+    assert is_held.wait(30)
+    try:
+        yield
+    finally:
+        is_let_on.set()
 
 
 def wav(samples: Floats, sample_rate: int = 16000, kind: str = "WAV") -> bytes:

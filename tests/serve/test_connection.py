@@ -47,9 +47,11 @@ def _rest(client: ClientConnection) -> str:
     return " ".join(texts)
 
 
-def _closed(client: ClientConnection) -> tuple[int, str]:
-    """(code, reason) with which the server ends the connection."""
+def _closed(client: ClientConnection, message: str = "") -> tuple[int, str]:
+    """(code, reason) with which the server ends the connection, if it is sent a message or nothing."""
     with contextlib.suppress(ConnectionClosed):
+        if message:
+            client.send(message)
         while True:
             client.recv(timeout=30)
     return client.close_code or 0, client.close_reason or ""
@@ -114,9 +116,7 @@ def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):
 )
 def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str):
     with served(bundle, first_audio_s=0.2) as server, connect(server.websocket(path)) as client:
-        if message:
-            client.send(message)
-        assert _closed(client) == (1008, "nothing was heard for 0.2 s")
+        assert _closed(client, message) == (1008, "nothing was heard for 0.2 s")
 
 
 REQUEST = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -195,23 +195,48 @@ def test_faster_than_real_time_is_slowed_down(server: Background, sound: Floats)
     assert _talk(server, long, 12 * 50) == _talk(server, long, 10)
 
 
-def test_pings_are_answered_while_the_model_is_busy(
-    bundle: Bundle, sound: Floats, monkeypatch: pytest.MonkeyPatch
-):
-
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Cleared, it makes the model wait."""
     is_let_on, told = threading.Event(), engine._do
+    is_let_on.set()
 
     def slow(jobs: Any) -> Any:
         is_let_on.wait(30)
         return told(jobs)
 
+    monkeypatch.setattr(engine, "_do", slow)
+    return is_let_on
+
+
+def _age(server: Background, seconds: float) -> None:
+    """Let time pass for a server that no other test uses."""
+    now = server.loop.time
+    setattr(server.loop, "time", lambda: now() + seconds)  # noqa: B010
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.01), server.loop).result(30)
+
+
+def test_audio_may_wait_for_minutes(bundle: Bundle, sound: Floats, text: str, model: threading.Event):
+    """Pongs of the client, and what else it sends, stand behind its audio."""
     with served(bundle) as server, connect(server.websocket("/sherpa")) as client:
-        monkeypatch.setattr(engine, "_do", slow)
+        model.clear()
+        for block in np.array_split(sound, 9):
+            client.send(_floats(block))
+        for _ in range(9):
+            _age(server, 60)
+        model.set()
+        client.send("Done")
+        assert _rest(client) == text
+
+
+def test_pings_are_answered_while_the_model_is_busy(bundle: Bundle, sound: Floats, model: threading.Event):
+    with served(bundle) as server, connect(server.websocket("/sherpa")) as client:
+        model.clear()
         client.send(_floats(sound))
         assert client.ping().wait(30)
         with urllib.request.urlopen(f"{server.http}/readyz") as answer:
             assert json.load(answer)["streams"] >= 1
-        is_let_on.set()
+        model.set()
         client.send("Done")
         assert _rest(client)
 

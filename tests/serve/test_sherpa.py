@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from websockets.sync.client import ClientConnection, connect
 
 from asr.audio import Floats
 from asr.runtime import Bundle, Event, open_stream
 from asr.serve.background import Background
 
-from .clients import SOME, served, wav
+from .clients import SOME, held, served, wav
 
 
 @pytest.mark.parametrize("path", ["/", "/sherpa"])
@@ -81,11 +81,14 @@ def test_next_to_nothing(server: Background, bundle: Bundle, num_samples: int):
 
 def test_done_at_once_and_twice_and_sound_after_it(server: Background, sound: Floats):
     with connect(server.websocket("/sherpa")) as client:
-        client.send("Done")
-        client.send("Done")
-        client.send(sound.astype("<f4").tobytes())
+        with held(server):
+            client.send("Done")
+            client.send("Done")
+            client.send(sound[:800].astype("<f4").tobytes())
         (last,) = _results(client, None)
         assert (last["text"], last["is_eof"]) == ("", True)
+        with pytest.raises(ConnectionClosedOK):
+            client.recv(timeout=30)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +107,8 @@ def test_what_is_not_understood_ends_the_connection(
 ):
     with connect(server.websocket("/sherpa"), compression=None) as client:
         client.send(np.zeros(320, "<f4").tobytes())
-        client.send(message)
         with pytest.raises(ConnectionClosed) as caught:
+            client.send(message)
             client.recv(timeout=30)
     assert caught.value.rcvd
     assert caught.value.rcvd.code == code
