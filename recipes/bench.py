@@ -27,7 +27,7 @@ ChunkLengths = Annotated[
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder of the bundle, or of an experiment that has one")],
     sound: Annotated[
         Path | None, typer.Argument(help="sound file or manifest; a minute of synthetic sound if not given")
     ] = None,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder of the bundle, or of an experiment that has one")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on; 0: any")] = 6006,
     name: Annotated[str, typer.Option(help="the model's name for clients; default: the folder's")] = "",

@@ -30,7 +30,7 @@ FINISHED_WITH_FAILURES = 3
 
 
 def transcribe(
-    bundle: Annotated[Path, typer.Argument(help="folder of the bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder of the bundle, or of an experiment that has one")],
     sources: Annotated[
         list[str] | None, typer.Argument(help="sound files, folders, or - for raw samples on standard input")
     ] = None,

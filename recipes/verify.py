@@ -45,7 +45,7 @@ def verify(
     is_experiment = (model / "config.yaml").is_file()
     if searches and not is_experiment:
         raise BundleError(f"{model}: no checkpoint to compare searches with; give the experiment")
-    bundle = Bundle.load(model / "bundle" if is_experiment else model)
+    bundle = Bundle.load(model)
     heard = read_utterances(manifest, utterances, bundle.info.features.sample_rate)
     if not heard:
         raise ManifestError(f"{manifest}: no utterances in it")

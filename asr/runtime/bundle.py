@@ -61,11 +61,12 @@ class Bundle:
 
     @classmethod
     def load(cls, folder: str | Path, threads: int = 1, device: str = "") -> Self:
-        """Read and check a bundle. BundleError says which file is missing, damaged or of another version.
+        """Read and check a bundle, or that of an experiment. BundleError says which file is missing, damaged
+        or of another version.
 
         device: cpu or cuda; by default that of the bundle's target. A CPU runs any, though not all fast.
         """
-        folder = Path(folder)
+        folder = _inner(Path(folder))
         if threads < 0:
             raise BundleError(f"threads is {threads}, expected 1 or more, or 0 for all cores")
         info = read_info(folder)
@@ -139,6 +140,13 @@ class Bundle:
         if of_tokens != self.info.tokens_sha256:
             raise BundleError(f"{path}: belongs to another tokens.txt than model.json says; export again")
         return session
+
+
+def _inner(folder: Path) -> Path:
+    """The folder itself, or `bundle` in it, where `asr export` writes that of an experiment."""
+    inner = folder / "bundle"
+    is_within = (inner / "model.json").is_file() and not (folder / "model.json").is_file()
+    return inner if is_within else folder
 
 
 def _unlike(session: ort.InferenceSession, info: ModelInfo) -> str:

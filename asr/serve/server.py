@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
             http=_Http,
             ws="websockets-sansio",
             ws_max_size=MAX_MESSAGE_BYTES,
-            ws_ping_interval=None,  # an answer to it may wait behind minutes of audio; the hub has its own limits
+            ws_ping_interval=None,  # an answer may wait behind minutes of audio; the hub has its own limits
             ws_per_message_deflate=False,  # a megabyte of it can hold a gigabyte
             timeout_keep_alive=math.ceil(hub.config.first_audio_s),
             timeout_graceful_shutdown=round(GRACE_S),

@@ -89,15 +89,16 @@ def test_a_public_model_becomes_a_bundle_that_writes(
     streams: bool,
 ):
     source = write_source(golden_set(name), tmp_path / "source")
-    assert asr("convert", family, source, "-o", tmp_path / "exp")[0] == 0
-    status, out, err = asr("export", tmp_path / "exp", "--target", "cpu-fp32", "-o", tmp_path / "bundle")
+    exp = tmp_path / "exp"
+    assert asr("convert", family, source, "-o", exp)[0] == 0
+    status, out, err = asr("export", exp, "--target", "cpu-fp32")
     assert (status, err) == (0, "")
     assert "max |Δ log p|" in out
-    bundle = Bundle.load(tmp_path / "bundle")
+    bundle = Bundle.load(exp)
     assert (bundle.info.streaming is not None) == streams
     sound = made_sound(1.0, bundle.info.features.sample_rate)
     write(tmp_path / "a.wav", sound)
-    status, written, _ = asr("transcribe", tmp_path / "bundle", tmp_path / "a.wav")
+    status, written, _ = asr("transcribe", exp, tmp_path / "a.wav")
     assert status == 0
     with running(bundle, ServeConfig(name="tiny")) as server:
         assert ask(server, tmp_path / "a.wav").split() == written.split()
@@ -105,7 +106,7 @@ def test_a_public_model_becomes_a_bundle_that_writes(
             with pytest.raises(openai.BadRequestError, match="language is xx, expected one of"):
                 ask(server, tmp_path / "a.wav", language="xx")
             assert ask(server, tmp_path / "a.wav", language="en")
-    model, tokenizer, _ = load_model(tmp_path / "exp")
+    model, tokenizer, _ = load_model(exp)
     torch_scorer = TorchScorer(model, "cpu", bundle.word_starts, tokenizer.symbols)
     assert count_same_searches("", torch_scorer, OnnxScorer(bundle), [Utterance("a", sound, "")]) == 1
 

@@ -65,6 +65,12 @@ def test_one_flipped_bit_is_refused(copy: Path, name: str):
     assert "export again" in text
 
 
+def test_an_experiment_stands_for_its_bundle(copy: Path):
+    assert Bundle.load(copy.parent).folder == copy
+    (copy / "model.json").unlink()
+    assert f"{copy.parent}: no model.json in it" in message(copy.parent)
+
+
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_file_cut_off_is_refused(copy: Path, size: int):
     with (copy / "encoder.onnx").open("r+b") as file:

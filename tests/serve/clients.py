@@ -3,11 +3,13 @@
 import io
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import soundfile
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
 
 from asr.audio import Floats
 from asr.runtime import Bundle, EndpointConfig, StreamConfig
@@ -54,6 +56,16 @@ def held(server: Background) -> Iterator[None]:
         yield
     finally:
         is_let_on.set()
+
+
+def closed(client: ClientConnection, message: bytes | str | None = None) -> tuple[int, str]:
+    """(code, reason) with which the server ends the connection, if it is sent a message or nothing."""
+    with suppress(ConnectionClosed):
+        if message is not None:
+            client.send(message)
+        while True:
+            client.recv(timeout=30)
+    return client.close_code or 0, client.close_reason or ""
 
 
 def wav(samples: Floats, sample_rate: int = 16000, kind: str = "WAV") -> bytes:

@@ -1,7 +1,6 @@
 """Clients that come in crowds, say nothing, read nothing or vanish; and a server that leaves."""
 
 import asyncio
-import contextlib
 import json
 import socket
 import struct
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from asr.audio import Floats
@@ -23,7 +22,7 @@ from asr.runtime.utterance import Utterance
 from asr.serve import engine, hub
 from asr.serve.background import Background
 
-from .clients import MULTIPART, served, wait, wav
+from .clients import MULTIPART, closed, served, wait, wav
 
 
 def _floats(samples: Floats) -> bytes:
@@ -45,16 +44,6 @@ def _rest(client: ClientConnection) -> str:
         result = json.loads(message)
         texts += [result["text"]] if result["is_final"] else []
     return " ".join(texts)
-
-
-def _closed(client: ClientConnection, message: str = "") -> tuple[int, str]:
-    """(code, reason) with which the server ends the connection, if it is sent a message or nothing."""
-    with contextlib.suppress(ConnectionClosed):
-        if message:
-            client.send(message)
-        while True:
-            client.recv(timeout=30)
-    return client.close_code or 0, client.close_reason or ""
 
 
 def test_clients_together_have_the_texts_that_each_has_alone(server: Background, sound: Floats):
@@ -112,11 +101,11 @@ def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("/sherpa", ""), ("/vosk", '{"config": {}}'), ("/v1/realtime", '{"type": "session.update"}')],
+    [("/sherpa", None), ("/vosk", '{"config": {}}'), ("/v1/realtime", '{"type": "session.update"}')],
 )
-def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str):
+def test_who_says_nothing_is_sent_away(bundle: Bundle, path: str, message: str | None):
     with served(bundle, first_audio_s=0.2) as server, connect(server.websocket(path)) as client:
-        assert _closed(client, message) == (1008, "nothing was heard for 0.2 s")
+        assert closed(client, message) == (1008, "nothing was heard for 0.2 s")
 
 
 REQUEST = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -136,7 +125,7 @@ def test_who_asks_nothing_is_sent_away(bundle: Bundle, begun: bytes):
 def test_who_falls_silent_is_sent_away(bundle: Bundle):
     with served(bundle, idle_s=0.2) as server, connect(server.websocket("/sherpa")) as client:
         client.send(bytes(64))
-        assert _closed(client) == (1008, "nothing was heard for 0.2 s")
+        assert closed(client) == (1008, "nothing was heard for 0.2 s")
 
 
 def test_who_reads_nothing_is_sent_away(bundle: Bundle, sound: Floats):
@@ -255,7 +244,7 @@ def test_one_stream_that_fails_does_not_fail_the_others(
     monkeypatch.setattr(Utterance, "advance", first_is_broken)
     with connect(server.websocket("/sherpa")) as first, connect(server.websocket("/sherpa")) as second:
         first.send(_floats(sound[:20000]))
-        assert _closed(first) == (1011, "internal error")
+        assert closed(first) == (1011, "internal error")
         second.send(_floats(sound))
         second.send("Done")
         assert _rest(second) == text
@@ -285,7 +274,7 @@ def test_who_does_not_finish_has_the_text_so_far(bundle: Bundle, sound: Floats, 
         wait(server, lambda: server.hub.engine.audio_s > heard_s - 1e-6)
         server.loop.call_soon_threadsafe(server.hub.drain)
         assert _rest(client) == text
-        assert _closed(client) == (1001, "the server is leaving")
+        assert closed(client) == (1001, "the server is leaving")
 
 
 def test_a_server_leaves_who_sends_without_end(bundle: Bundle):
