@@ -6,6 +6,7 @@ are inferred from shapes; anything else is read from the checkpoint, or from ice
 The front, the Zipformer, its CTC head and its attention decoder are mapped.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -135,6 +136,8 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
             f"{ASK_FOR_OPTIONS}"
         )
     causal = any(".chunkwise_conv." in name for name in weights)
+    unit = math.lcm(2, *sizes["rates"]) // 2  # chunks are multiples of it
+    chunks = sorted({-(-chunk // unit) * unit for chunk in (8, 16, 32)})
     return ZipformerConfig(
         dims=sizes["dims"],
         rates=sizes["rates"],
@@ -146,9 +149,9 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
         query_dims=queries,
         value_dims=values,
         position_head_dims=positions,
-        position_dim=weights["encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight"].shape[1],
+        position_dim=sizes["position_dims"][0],
         causal=causal,
-        chunk=ChunkConfig(dynamic=causal, max_chunk=32, chunks=[8, 16, 32, 0], left_frames=[32, 64, 128, -1]),
+        chunk=ChunkConfig(dynamic=causal, max_chunk=32, chunks=[*chunks, 0], left_frames=[32, 64, 128, -1]),
     )
 
 
@@ -172,6 +175,7 @@ def _stack_sizes(weights: Mapping[str, Tensor], number: int) -> dict[str, int]:
         "kernel_sizes": shape(f"{KERNEL}weight", f"{KERNEL}chunkwise_conv.weight")[-1],
         "projected": shape("self_attn_weights.in_proj.weight")[0],
         "positions": shape("self_attn_weights.linear_pos.weight")[0],
+        "position_dims": shape("self_attn_weights.linear_pos.weight")[1],
         "valued": shape("self_attn1.in_proj.weight")[0],
     }
 
