@@ -64,6 +64,7 @@ DECODER_LAYER = ATTENTION | {
     "feed_forward.1.": ("feed_forward.w_1.",),
     "feed_forward.4.": ("feed_forward.w_2.",),
 }
+RIGHT = "decoder.right_decoder."
 MEMORY = ("src_attn.linear_k.", "src_attn.linear_v.")
 
 SINUSOIDS = r"\.pe$"
@@ -119,6 +120,9 @@ def read(source: Source) -> Converted:
     theirs = read_units(source.text(units_file), str(units_file))
     tensors = source.tensors(file, "model", "state_dict")
     weights, notes = tensors.weights, [*tensors.notes]
+    if empty := empty_decoder(weights):
+        weights = {name: x for name, x in weights.items() if name not in empty}
+        notes.append("the right-to-left decoder has no layers and is left out")
     config = read_config(options)
     _add_cmvn(source, options, weights, config.features.num_bins)
     _check_sizes(config, weights, len(theirs), str(file), str(units_file))
@@ -269,6 +273,12 @@ def _special(options: Options, theirs: list[str], where: str) -> tuple[int, int,
             f"{options.where}: blank {blank}, unk {unk}, sos {sos}, eos {eos} are not distinct"
         )
     return sos, eos, blank, unk
+
+
+def empty_decoder(theirs: Iterable[str]) -> list[str]:
+    """The tensors of a right-to-left decoder without layers, which hears nothing; by default it has none."""
+    found = [name for name in theirs if name.startswith(RIGHT)]
+    return [] if any(name.startswith(f"{RIGHT}decoders.") for name in found) else found
 
 
 def wenet_names(theirs: Iterable[str]) -> Names:

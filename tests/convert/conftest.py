@@ -77,6 +77,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 9,
     "special_tokens": None,
     "sos": 8,
+    "eos": 8,
     "encoder_conf": {
         "output_size": 8,
         "attention_heads": 2,

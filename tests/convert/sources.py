@@ -85,6 +85,7 @@ def pieces(count: int, first: Sequence[str] = ("<unk>",)) -> bytes:
         model_type="char",
         vocab_size=count,
         character_coverage=1.0,
+        max_sentence_length=4 * count + 1000,
         user_defined_symbols=[x for x in first if x != "<unk>"],
         unk_id=list(first).index("<unk>"),
         bos_id=-1,
@@ -114,7 +115,8 @@ def nemo_options(config: dict[str, Any]) -> dict[str, Any]:
     bins = config["encoder"]["feat_in"]
     preprocessor = FEATURES | config.get("preprocessor", {}) | {"features": bins, "normalize": "per_feature"}
     tokenizer = {"dir": None, "type": "bpe", "model_path": "nemo:12ab_tokenizer.model"}
-    model = {"sample_rate": 16000, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
+    rate = preprocessor["sample_rate"]
+    model = {"sample_rate": rate, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
     parts = (
         {"transf_decoder": {"config_dict": config["transf_decoder"]}} if "transf_decoder" in config else {}
     )
@@ -158,12 +160,20 @@ def train_yaml(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def wenet_unknown(options: dict[str, Any]) -> int:
+    """The unit for what is unknown; the reference names it in some sets only."""
+    named = options["special_tokens"] or {}
+    taken = (0, options["sos"], options["eos"])
+    return named.get("<unk>", next(i for i in range(options["vocab_size"]) if i not in taken))
+
+
 def write_wenet(folder: Path, options: dict[str, Any], weights: dict[str, Tensor]) -> Path:
     """final.pt, train.yaml and units.txt."""
     folder.mkdir(parents=True)
     (folder / "train.yaml").write_text(yaml.safe_dump(train_yaml(options)))
-    names = {0: "<blank>", 1: "<unk>", options["sos"]: "<sos/eos>"}
-    found = symbols(options["vocab_size"], names)
+    sos, eos, unknown = options["sos"], options["eos"], wenet_unknown(options)
+    ends = {sos: "<sos/eos>"} if sos == eos else {sos: "<sos>", eos: "<eos>"}
+    found = symbols(options["vocab_size"], {0: "<blank>", unknown: "<unk>"} | ends)
     lines = "".join(f"{symbol} {i}\n" for i, symbol in enumerate(found))
     (folder / "units.txt").write_text(lines, encoding="utf-8")
     torch.save(weights, folder / "final.pt")
