@@ -139,11 +139,12 @@ def search(fire: FireRed, options: dict, index: int, num_frames: int) -> tuple[l
     assert not options.keys() - NAMED.keys() - {"decode_max_len"}
     y_lens = fire["encoder_out_lens"][index : index + 1]
     y = fire["encoder_out"][index : index + 1, : int(y_lens)]
+    most = options.get("decode_max_len", 0) or num_frames  # may exceed the frames
     config = SearchConfig(
         **{NAMED[name]: value for name, value in options.items() if name in NAMED},
         length_offset=6.0,  # it counts sos as a token
-        extra_tokens=num_frames - int(y_lens),
-        max_tokens=options.get("decode_max_len", 0),
+        extra_tokens=max(most - int(y_lens), 0),
+        max_tokens=most,
     )
     frames = np.zeros((int(y_lens), fire.model.ctc.out_features), np.float32)  # there is no CTC
     memory = Memory(*fire.model.decoder.memory(y), y, y_lens)
