@@ -80,21 +80,27 @@ class Whisper:
     def theirs(self, tokens: tuple[int, ...]) -> list[int]:
         return [to_theirs(x, self.end) for x in tokens]
 
+    def suppressed(self, tokens: str) -> tuple[int, ...] | None:
+        """Our ids of a list separated by commas, in which -1 stands for what is not speech."""
+        found = [int(x) for x in tokens.split(",") if x]
+        not_speech = self.config["special"]["non_speech_tokens"] if -1 in found else []
+        return self.ours([*(x for x in found if x >= 0), *not_speech]) if found else None
+
     def options(self, name: str) -> WhisperOptions:
         """The options of one of the reference's runs."""
         given = dict(self.config["decode"][name])
         frames = self.config["dims"]["n_audio_ctx"]
-        suppress = self.ours(self.config["special"]["non_speech_tokens"])
+        first_time_s = given.pop("max_initial_timestamp", FIRST_TIME_S)
         return WhisperOptions(
             language=given.pop("language", "auto"),
             timestamps=not given.pop("without_timestamps", False),
             beam=given.pop("beam_size", 1),
             suppress_space=given.pop("suppress_blank", True),
-            suppress=suppress if given.pop("suppress_tokens", "-1") else None,
+            suppress=self.suppressed(given.pop("suppress_tokens", "-1")),
             prompt=self.ours(given.pop("prompt", [])),
             prefix=self.ours(given.pop("prefix", [])),
             max_tokens=given.pop("sample_len", None),
-            max_first_time=round(FIRST_TIME_S * frames / WINDOW_S),
+            max_first_time=round(first_time_s * frames / WINDOW_S) if first_time_s else None,
             **given,
         )
 
