@@ -73,8 +73,10 @@ def test_frames_equal_kaldis(kaldi, snip_edges):
 
 @pytest.mark.parametrize("snip_edges", [False, True])
 def test_frames_of_very_short_utterances_equal_kaldis(kaldi, snip_edges):
+    high_freqs = kaldi.options["high_freqs"]
+    high_freq = 0.0 if 0.0 in high_freqs else high_freqs[0]  # their names do not say
     for num_samples in kaldi.options["short"]:
-        config = kaldi.config(snip_edges=snip_edges, high_freq_hz=0)
+        config = kaldi.config(snip_edges=snip_edges, high_freq_hz=high_freq)
         x = frames(config, kaldi["wav.noise"][:num_samples])
         expected = kaldi[f"short.len{num_samples}.snip{snip_edges:d}"]
         assert x.shape == expected.shape
