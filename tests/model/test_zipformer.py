@@ -4,11 +4,13 @@ Its values: test_golden_zipformer.py.
 """
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn, tensor
 
+from asr.config import load_config
 from asr.errors import ConfigError
 from asr.model.masks import ChunkConfig
 from asr.model.schedule import scheduled, set_batch_count
@@ -20,6 +22,7 @@ from asr.model.zipformer_layer import QUERIES
 from asr.model.zipformer_state import ZipformerState
 from asr.model.zipformer_training import Rates, dropout, feature_masks, kept, layer_skip
 
+CONF = Path(__file__).parents[2] / "recipes" / "conf"
 NUM_BINS = 12
 SIZES = {
     "dims": [12, 20, 16],
@@ -71,6 +74,16 @@ def no_grad():
 
 
 needs_no_grad = pytest.mark.usefixtures("no_grad")
+
+
+@pytest.mark.parametrize(("name", "count"), [("s", 22_118_279), ("m", 64_250_603), ("l", 147_010_094)])
+def test_published_sizes(name: str, count: int):
+    """With the head for 500 units, as in icefall."""
+    config = load_config([CONF / f"zipformer-{name}.yaml"])
+    with torch.device("meta"):
+        encoder = Zipformer(config.encoder, config.features.num_bins)
+        head = nn.Linear(encoder.dim, 500)
+    assert sum(p.numel() for part in (encoder, head) for p in part.parameters()) == count
 
 
 @needs_no_grad
