@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -270,6 +271,7 @@ class Loader:
             num_workers=self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # otherwise each start would draw from the global one
+            worker_init_fn=_outlive_stop,
         )
         try:
             for batch in loader:
@@ -283,6 +285,12 @@ class Loader:
                 f"a data loading process died ({error}); if memory ran out, lower data.num_workers or "
                 "data.max_batch_s; data.num_workers=0 loads in the training process and shows more"
             ) from error
+
+
+def _outlive_stop(_: int) -> None:
+    """SIGTERM often goes to all processes of a job (`timeout`, Slurm, systemd). Training still needs its data
+    workers then, to finish the step and save; they end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Skips:

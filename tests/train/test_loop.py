@@ -130,6 +130,24 @@ def test_a_signal_ends_training_with_a_checkpoint(lab: Any, number: int) -> None
     assert progress.step == 4
 
 
+def ask_all(line: str) -> None:
+    if line.startswith("step       2"):
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(1)  # for the data workers to end, if they do
+
+
+def train_until_all_are_asked(lab: Any) -> None:
+    os.setsid()
+    lab.train("a", "optim.max_steps=100", "data.num_workers=2", echo=ask_all)
+
+
+def test_a_signal_to_the_whole_group_ends_training_with_a_checkpoint(lab: Any, children: Any) -> None:
+    child = children.start(train_until_all_are_asked, lab)
+    child.join(40)
+    assert child.exitcode == 0
+    assert checkpoints(lab.folder / "a") == [path_of(lab.folder / "a", 3)]
+
+
 def ask_twice(line: str) -> None:
     if line.startswith("step       2"):
         os.kill(os.getpid(), signal.SIGTERM)
