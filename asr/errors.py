@@ -15,6 +15,15 @@ A message is `where: what is, what was expected; what to do`: lower case after t
 """
 
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
 class AsrError(Exception):
     """The root: `recipes/cli.py` prints one line for it and exits with 2."""
 
@@ -54,3 +63,14 @@ class TrainingError(AsrError):
 class MissingExtra(AsrError):
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; pip install 'asr-toolkit[{extra}]'")
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Name the file of an error that says that the disk is full: the system tells only that it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from asr.errors import TokensError
+from asr.errors import TokensError, naming_full_disk
 from asr.pieces import makes_units, open_pieces
 
 BLANK, SOS_EOS, UNK = 0, 1, 2
@@ -388,10 +388,16 @@ def write_tokens(folder: Path, symbols: Sequence[str], model: bytes | None = Non
 
 
 def _write(folder: Path, files: dict[str, bytes]) -> Tokenizer:
-    """Write the files of a tokenizer, and remove those of another kind that was there before."""
+    """Write the files of a tokenizer, each whole or not at all, and remove those of another kind."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in {"tokens.txt", "tokens.model", "lexicon.txt"} - files.keys():
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
-        (folder / name).write_bytes(data)
+        unfinished = folder / f"{name}.tmp"
+        try:
+            with naming_full_disk(folder / name):
+                unfinished.write_bytes(data)
+            unfinished.replace(folder / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return load_tokenizer(folder)

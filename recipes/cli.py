@@ -19,7 +19,7 @@ import typer
 import typer.main
 
 from asr import __version__
-from asr.errors import AsrError, ConfigError, MissingExtra
+from asr.errors import DISK_FULL, AsrError, ConfigError, MissingExtra
 
 VERBS = {
     "prepare": "check a corpus, and write a manifest of it",
@@ -97,10 +97,13 @@ def guard(program: Callable[[], int | None], debug: bool = False) -> int:
         _silence_stdout()
         return 141
     except OSError as error:  # disk full, read-only, not a folder: only the place is worth reporting
-        if debug or not error.filename:
+        is_known = bool(error.filename) or error.errno in DISK_FULL
+        if debug or not is_known:
             traceback.print_exc()
-        print(f"asr: {error.filename or error}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
-        return 2 if error.filename else 1
+        where = error.filename or ("output" if is_known else error)
+        print(f"asr: {where}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        _flush_stdout()
+        return 2 if is_known else 1
     except Exception:
         traceback.print_exc()
         return 1
@@ -177,8 +180,15 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is what failed
+        _silence_stdout()
+
+
 def _silence_stdout() -> None:
-    """Redirect standard output to null, or the interpreter complains about the broken pipe again on exit."""
+    """Redirect standard output to null, or the interpreter complains about it again on exit."""
     with contextlib.suppress(OSError):  # if it is not a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

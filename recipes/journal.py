@@ -21,10 +21,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from asr.errors import ConfigError
+from asr.errors import ConfigError, naming_full_disk
 
 if TYPE_CHECKING:
     from asr.runtime.recording import Batch
+
+MAX_NAME_BYTES = 255
 
 
 class Journal:
@@ -71,21 +73,30 @@ def open_journal(output: Path, job: Mapping[str, Any]) -> Iterator[Journal]:
 
     job: everything that the output depends on. ConfigError if another process writes the same output.
     """
-    path = output.with_name(f".{output.name}.journal")
-    with path.open("a+b") as file:
+    path = hidden(output, ".journal")
+    with naming_full_disk(path), path.open("a+b") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
                 f"{output}: another process is writing it; wait for it, or choose another with -o"
             ) from None
-        journal, is_done = Journal(file, job), False
+        journal, is_done = None, False
         try:
+            journal = Journal(file, job)
             yield journal
             is_done = True
         finally:
-            if is_done or not journal.num_batches:
+            if is_done or not (journal and journal.num_batches):
                 path.unlink()
+
+
+def hidden(output: Path, suffix: str) -> Path:
+    """A hidden file beside an output, with a short name if that of the output is too long to be extended."""
+    name = f".{output.name}{suffix}"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:32]}{suffix}"
+    return output.with_name(name)
 
 
 def hash_recording(path: Path) -> str:

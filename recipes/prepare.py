@@ -104,13 +104,14 @@ def _kind(path: Path) -> str:
 def _write(kept: Iterable[Cut], output: str, report: Report) -> None:
     """Write what was kept and what was left out, or without an output only check everything."""
     from asr.data.cuts import save_cuts
-    from asr.errors import ManifestError
+    from asr.errors import ManifestError, naming_full_disk
 
     manifest, left_out = Path(f"{output}.jsonl.gz"), Path(f"{output}_left_out.jsonl")
     if output:
         save_cuts(kept, manifest)
         rows = (json.dumps(vars(item), ensure_ascii=False) + "\n" for item in report.left_out)
-        left_out.write_text("".join(rows), encoding="utf-8")
+        with naming_full_disk(left_out):
+            left_out.write_text("".join(rows), encoding="utf-8")
         print(f"{manifest} and {left_out} written", file=sys.stderr)
     else:
         deque(kept, maxlen=0)

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from asr.errors import AudioError, ConfigError
+from asr.errors import AudioError, ConfigError, naming_full_disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +120,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that gets its name when it is complete; until then an earlier file keeps it."""
     unfinished = path.with_name(path.name + ".tmp")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with naming_full_disk(path), unfinished.open("w", encoding="utf-8") as file:
             yield file
         unfinished.replace(path)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ from lhotse.utils import fastcopy
 
 from asr.data.cuts import ctc_frames, ctc_frames_needed, cut_speaker, cut_text, read_cut
 from asr.data.importers import LeftOut
-from asr.errors import AudioError
+from asr.errors import AudioError, naming_full_disk
 
 if TYPE_CHECKING:
     from asr.tokens import Tokenizer
@@ -179,8 +180,14 @@ def store_audio(cut: Cut, folder: Path, sample_rate: int = 16000) -> Cut:
         samples = read_cut(cut).clip(-1, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"part-{os.getpid()}-{path.name}")
-        soundfile.write(part, samples, sample_rate, subtype="PCM_16", format="WAV")
-        part.replace(path)
+        wav = io.BytesIO()  # libsndfile does not tell why a file cannot be written
+        soundfile.write(wav, samples, sample_rate, subtype="PCM_16", format="WAV")
+        try:
+            with naming_full_disk(path):
+                part.write_bytes(wav.getbuffer())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     source = AudioSource("file", [0], str(path.absolute()))
     recording = Recording(cut.id, [source], sample_rate, cut.num_samples, cut.num_samples / sample_rate)
     supervisions = [fastcopy(s, recording_id=cut.id, channel=0) for s in cut.supervisions]

@@ -25,7 +25,7 @@ from lhotse.cut.set import mix
 from lhotse.serialization import decode_json_line, deserialize_item
 from lhotse.supervision import SupervisionSegment
 
-from asr.errors import AudioError, ManifestError
+from asr.errors import AudioError, ManifestError, naming_full_disk
 
 # One reader for all formats. lhotse's own choice depends on the installed packages, and reading from memory
 # fails entirely if the installed torchaudio cannot be loaded.
@@ -107,11 +107,14 @@ def save_cuts(cuts: Iterable[Cut], path: str | Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name("part-" + path.name)
     count = 0
-    with CutSet.open_writer(part, overwrite=True) as writer:
-        for cut in cuts:
-            writer.write(cut)
-            count += 1
-    part.replace(path)
+    try:
+        with naming_full_disk(path), CutSet.open_writer(part, overwrite=True) as writer:
+            for cut in cuts:
+                writer.write(cut)
+                count += 1
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return count
 
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asr.errors import CheckpointError
+from asr.errors import DISK_FULL, CheckpointError
 
 META = "meta.json"
 UNFINISHED = ".tmp"
 DISCARDED = ".old"
-FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -130,7 +129,7 @@ def _guard_space(path: Path, needed: int) -> None:
 
 def _explain(error: OSError, path: Path, needed: int) -> CheckpointError:
     reason = (error.strerror or str(error)).lower()
-    if error.errno not in FULL:
+    if error.errno not in DISK_FULL:
         return CheckpointError(f"{path}: cannot be written: {reason}")
     free = shutil.disk_usage(path.parent).free
     return CheckpointError(
