@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -15,7 +16,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asr.errors import AsrError, AudioError, ConfigError
+from asr.errors import AsrError, AudioError, ConfigError, naming_full_disk
+from recipes.journal import hidden
 from recipes.options import Mode, Search, stream_config
 from recipes.sources import Settings, Source, find_sources, print_devices, terminal_width
 
@@ -84,8 +86,9 @@ def transcribe(
     model = Bundle.load(bundle, threads)
     pieces = _recording_config(model, config, piece_s) if vad else None
     run = Run(model, config, format_, is_single=len(found) == 1, pieces=pieces)
-    for source, output in zip(found, outputs, strict=True):
-        run.transcribe(source, output)
+    with _terminable():
+        for source, output in zip(found, outputs, strict=True):
+            run.transcribe(source, output)
     run.summarise()
     if run.num_failed:
         raise typer.Exit(FINISHED_WITH_FAILURES)
@@ -135,8 +138,11 @@ def _outputs(sources: list[Source], out: Path | None, format_: str) -> list[Path
             raise ConfigError(f"{output}: is a source; choose another file with -o")
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
+            output.exists()  # an error if its name is too long
         except OSError as error:
-            raise ConfigError(f"{output.parent}: {(error.strerror or str(error)).lower()}") from None
+            raise ConfigError(
+                f"{error.filename or output}: {(error.strerror or str(error)).lower()}"
+            ) from None
         if not os.access(output.parent, os.W_OK):
             raise ConfigError(f"{output.parent}: not writable; choose another folder with -o")
     return list(outputs)
@@ -162,7 +168,7 @@ class Run:
     pieces: RecordingConfig | None = None
     """How recordings are cut, if they are."""
 
-    broken: AudioError | None = None
+    broken: AudioError | KeyboardInterrupt | None = None
     """What ended a source that cannot be read again; its transcript is complete up to there."""
 
     num_done: int = 0
@@ -219,9 +225,10 @@ class Run:
         try:
             for block in source.blocks(self.bundle.info.features.sample_rate):
                 yield from _shown(stream.accept(block), source.settings.realtime)
-        except KeyboardInterrupt:
-            if source.name != "microphone":
+        except KeyboardInterrupt as interrupt:
+            if not source.is_gone:
                 raise
+            self.broken = interrupt if source.name == "-" else None  # the usual end of a microphone
         except AudioError as error:
             if not source.is_gone or not stream.duration_s:
                 raise
@@ -263,13 +270,23 @@ def _opened(output: Path | None) -> Iterator[IO[str]]:
     if output is None:
         yield sys.stdout
         return
-    unfinished = output.with_name(f".{output.name}.part")
+    unfinished = hidden(output, ".part")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with naming_full_disk(output), unfinished.open("w", encoding="utf-8") as file:
             yield file
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM does the same as Ctrl-C: no half transcript stays, and none of a live source is lost."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
 import io
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,6 +186,64 @@ def test_a_failure_leaves_no_half_transcript(asr, folder: Path, tmp_path: Path):
     out = tmp_path / "out.txt"
     assert asr(folder / "broken.wav", "-o", out)[0] == 2
     assert not list(tmp_path.glob("*out*"))
+
+
+class Interrupted(io.BytesIO):
+    """Standard input of a program that is then told to end."""
+
+    def __init__(self, data: bytes, number: int) -> None:
+        super().__init__(data)
+        self._number = number
+
+    def read1(self, size: int = -1) -> bytes:
+        if data := super().read1(size):
+            return data
+        os.kill(os.getpid(), self._number)
+        time.sleep(5)
+        raise AssertionError("the signal was ignored")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_standard_input_has_said(
+    asr, tiny_bundles: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    samples, _ = soundfile.read(folder / "a.wav", dtype="int16")
+    stdin = io.TextIOWrapper(Interrupted(samples.astype("<i2").tobytes(), number))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    status, _, err = asr("-", "-o", tmp_path / "out.txt")
+    assert (status, err) == (130, "asr: interrupted\n")
+    assert (tmp_path / "out.txt").read_text().splitlines() == expected(tiny_bundles, folder / "a.wav")
+
+
+def test_sigterm_leaves_no_half_transcript(
+    asr, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "paced", lambda *_: iter([os.kill(os.getpid(), signal.SIGTERM)]))
+    assert asr(folder / "a.wav", "--realtime", "-o", tmp_path / "out.txt")[0] == 130
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_full_disk_is_told_in_one_line_that_names_the_file(folder: Path, tiny_bundles: Path):
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+    code += "from recipes.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "transcribe", str(tiny_bundles / "cpu-fp32"), "a.wav"]
+    for args, name in (["-o", "out.txt"], "out.txt"), ([], "output"):
+        with (folder / "printed").open("w") as out:
+            pipes = {"stdout": out, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+            done = subprocess.run([*command, *args], check=False, **pipes)  # type: ignore[call-overload]
+        assert (done.returncode, done.stderr) == (2, f"asr: {name}: file too large\n")
+        assert not list(folder.glob("*out.txt*"))
+
+
+def test_the_longest_names_are_written_and_longer_ones_told_before_any_work(
+    asr, folder: Path, tmp_path: Path
+):
+    status, _, _ = asr(folder / "a.wav", "-o", tmp_path / f"{'x' * 251}.txt")
+    assert (status, len(list(tmp_path.glob("x*.txt")))) == (0, 1)
+    status, _, err = asr(folder / "a.wav", "-o", tmp_path / f"{'x' * 252}.txt")
+    assert status == 2
+    assert "xxx.txt: file name too long" in err
 
 
 def test_a_closed_pipe_is_quiet(asr, folder: Path, monkeypatch: pytest.MonkeyPatch):
