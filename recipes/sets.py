@@ -86,7 +86,7 @@ def read_batch(
     samples: list[NDArray[np.float32]] = []
     for number, cut in batch:
         try:
-            samples.append(read_cut(cut.resample(sample_rate)))
+            samples.append(read_cut(cut.resample(sample_rate) if cut.has_recording else cut))
             heard.append((number, cut))
         except AudioError as error:
             failures.append(failure(cut, str(error)))

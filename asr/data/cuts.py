@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,13 +47,20 @@ class Manifest:
         self.path = path
 
     def __iter__(self) -> Iterator[Cut]:
-        with self._open() as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES), b""), 1):
-                yield _parse(line, f"{self.path}:{number}")
+        for number, line in enumerate(self._lines(), 1):
+            yield _parse(line, f"{self.path}:{number}")
 
     def __len__(self) -> int:
-        with self._open() as lines:
-            return sum(1 for _ in lines)
+        return sum(1 for _ in self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            with self._open() as lines:
+                yield from iter(lambda: lines.readline(MAX_LINE_BYTES), b"")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ManifestError(
+                f"{self.path}: not a complete gzip file ({error}); copy it again, or make it again"
+            ) from None
 
     def _open(self) -> IO[bytes]:
         try:
@@ -76,7 +84,22 @@ def _parse(line: bytes, where: str) -> Cut:
             f"{where}: expected a cut, found a {type(cut).__name__}; make cuts from lhotse's recordings and "
             "supervisions with asr.data.importers.from_lhotse"
         )
+    if problem := _nonsense(cut):
+        raise ManifestError(f"{where}: {problem}; correct or drop the line")
     return cut
+
+
+def _nonsense(cut: Cut) -> str:
+    """What lhotse reads without complaint, and stumbles over later or reads from elsewhere; "" if nothing."""
+    times = {"duration": cut.duration, "start": getattr(cut, "start", 0.0)}
+    for name, value in times.items():
+        if not isinstance(value, float | int) or not math.isfinite(value):
+            return f"{name} is {value!r}, expected a number of seconds"
+    if times["start"] < 0:
+        return f"start is {times['start']} s, expected 0 or more"
+    texts = (segment.text for segment in cut.supervisions)
+    wrong = next((text for text in texts if not isinstance(text, str | None)), None)
+    return "" if wrong is None else f"text is {wrong!r}, expected a string"
 
 
 def open_cuts(path: str | Path) -> CutSet:

@@ -1,8 +1,11 @@
 """Manifests keep what they are given and name a wrong line; short utterances are joined."""
 
 import gzip
+import json
 import random
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from asr.data.cuts import (
+    Manifest,
     balance_texts,
     count_cuts,
     ctc_frames,
@@ -41,12 +45,14 @@ def test_what_is_saved_is_opened_and_lhotse_reads_it_too(corpus: Corpus, tmp_pat
 def test_a_save_that_breaks_off_leaves_the_old_manifest(corpus: Corpus) -> None:
     path = corpus([0.2, 0.3])
 
-    def broken() -> list[Cut]:
+    def broken() -> Iterator[Cut]:
+        yield from open_cuts(path)
         raise ValueError("source broke")
 
     with pytest.raises(ValueError, match="source broke"):
-        save_cuts((cut for cut in broken()), path)
+        save_cuts(broken(), path)
     assert count_cuts(path) == 2
+    assert not list(path.parent.glob("part-*"))
 
 
 def test_a_shar_folder_opens_like_a_manifest(corpus: Corpus, tmp_path: Path) -> None:
@@ -76,6 +82,37 @@ def test_a_wrong_line_is_named(corpus: Corpus, line: bytes, message: str) -> Non
         file.write(b"\n" * (not gzip.decompress(path.read_bytes()).endswith(b"\n")) + line + b"\n")
     with pytest.raises(ManifestError, match=message):
         list(open_cuts(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("duration", "long", "duration is 'long', expected a number"),
+        ("duration", float("nan"), "duration is nan, expected a number"),
+        ("start", -1.0, "start is -1.0 s, expected 0 or more"),
+        ("text", 5, "text is 5, expected a string"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(
+    corpus: Corpus, tmp_path: Path, field: str, value: object, message: str
+) -> None:
+    with gzip.open(corpus([0.2]), "rb") as file:
+        row = json.loads(file.read())
+    (row["supervisions"][0] if field == "text" else row)[field] = value
+    path = tmp_path / "changed.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match=re.escape(f"changed.jsonl:1: {message}")):
+        list(open_cuts(path))
+
+
+def test_a_damaged_gzip_file_is_named(corpus: Corpus) -> None:
+    path = corpus([0.2])
+    whole = path.read_bytes()
+    for damaged in (whole[:-12], b"no gzip" + whole, whole[:30] + b"\xff" * 40 + whole[70:]):
+        path.write_bytes(damaged)
+        for read in (list, len):
+            with pytest.raises(ManifestError, match="train.jsonl.gz: not a complete gzip file"):
+                read(Manifest(path))
 
 
 def test_no_manifest_and_no_kind_of_manifest_are_errors(tmp_path: Path) -> None:

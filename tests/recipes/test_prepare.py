@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from lhotse import CutSet, Recording, SupervisionSegment
+from lhotse.audio import AudioSource
 
 from asr.data.cuts import open_cuts, read_cut
 from asr.tokens import train_tokenizer
@@ -106,3 +108,18 @@ def test_refusals_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_command_in_a_manifest_is_run_only_if_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 8000)
+    cut = Recording.from_file(tmp_path / "a.wav").to_cut()
+    cut.supervisions = [SupervisionSegment("a", "a", 0, 1.0, text="one")]
+    cut.recording.sources[0] = AudioSource("command", [0], f"cd '{tmp_path}'; touch ran; cat a.wav")
+    CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl")
+    assert run(tmp_path / "cuts.jsonl") == 2
+    assert "the audio of a is the output of a command" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert run(tmp_path / "cuts.jsonl", "--allow-pipes") == 0
+    assert (tmp_path / "ran").exists()
