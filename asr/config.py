@@ -86,9 +86,12 @@ class TrainConfig:
     """How long a rank waits for the others before it reports the missing ones."""
 
     def __post_init__(self) -> None:
-        for name, least in (("keep", 2), ("log_every", 1), ("valid_every", 1), ("save_every", 1)):
+        limits = {"keep": 2, "log_every": 1, "valid_every": 1, "save_every": 1, "threads": 0}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is {self.ema}; expected at least 0 and below 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,7 +141,16 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number, and a key given twice is an error."""
+    """YAML as people write it: 1e-3 is a number; a key given twice is an error, and so is a reference, with
+    which a file of a few lines can be endless."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(
+                None, None, f"*{event.anchor} is a reference, write the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -160,6 +172,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{source}{line}: not YAML: {problem or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: brackets too deep, expected a few") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,9 +43,11 @@ class LossConfig:
     augment.spec_augment.num_time_masks=25 and max_time_share=0.375."""
 
     def __post_init__(self) -> None:
-        for name in ("quantity", "consistency"):
+        for name in ("attention", "quantity", "consistency"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if self.ctc is not None and not self.ctc >= 0:
+            raise ConfigError(f"ctc is {self.ctc}; expected 0 or more, or null for no CTC head")
         if self.consistency and not self.ctc:
             raise ConfigError(
                 f"consistency is {self.consistency} and ctc is {self.ctc}; without a CTC loss "

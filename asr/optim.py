@@ -59,7 +59,7 @@ class OptimConfig:
         for name in ("warmup_steps", "max_steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("clip_norm", "lr_batches", "lr_epochs"):
+        for name in ("lr", "clip_norm", "lr_batches", "lr_epochs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.warmup_start <= 1:

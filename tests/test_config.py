@@ -46,6 +46,14 @@ def write(path: Path, text: str) -> Path:
         ("optim: {type: scaled-adam, weight_decay: 0.1}", "a.yaml: optim: weight_decay is 0.1; scaled-adam"),
         ("optim: {lr: 1, lr: 2}", "a.yaml:1: not YAML: lr is given twice"),
         ("a: {b", "a.yaml:1: not YAML"),
+        ("optim: {lr: -1}", "a.yaml: optim: lr is -1.0; expected more than 0"),
+        ("optim: {lr: .nan}", "a.yaml: optim: lr is nan; expected more than 0"),
+        ("loss: {ctc: -1}", "a.yaml: loss: ctc is -1.0; expected 0 or more"),
+        ("data: {num_workers: -1}", "a.yaml: data: num_workers is -1; expected 0 or more"),
+        ("train: {ema: 2}", "a.yaml: train: ema is 2.0; expected at least 0 and below 1"),
+        ("train: {threads: -1}", "a.yaml: train: threads is -1; expected at least 0"),
+        ("encoder: &x {dim: *x}", "a.yaml:1: not YAML: *x is a reference, write the value itself"),
+        ("a: " + "[" * 3000, "a.yaml: brackets too deep"),
         ("- a", "a.yaml: a list, expected a mapping of features, encoder"),
     ],
 )
@@ -86,7 +94,7 @@ def test_an_override_without_a_value_is_no_text() -> None:
     ("text", "value"), [("1e-3", 0.001), ("1.5E-4", 0.00015), (".5e2", 50.0), ("3", 3.0), ("-2e+3", -2000.0)]
 )
 def test_numbers_are_read_as_people_write_them(text: str, value: float) -> None:
-    assert load_config([], [f"optim.lr={text}"]).optim.lr == value
+    assert load_config([], [f"optim.weight_decay={text}"]).optim.weight_decay == value
 
 
 @pytest.mark.parametrize("text", ["optim.lr", "=3", "optim.lr={"])

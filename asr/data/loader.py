@@ -92,6 +92,8 @@ class DataConfig:
                 f"max_batch_s {self.max_batch_s} is less than max_utterance_s {self.max_utterance_s}; "
                 "a batch must hold at least one utterance"
             )
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers is {self.num_workers}; expected 0 or more")
         if not 0 <= self.text_power <= 1:
             raise ConfigError(f"text_power is {self.text_power}; expected a number between 0 and 1")
         for name in ("join_words", "join_pause_s"):

@@ -58,6 +58,9 @@ def build_model(
         raise ConfigError(
             "loss.ctc: null, and decoder.type is none: there is nothing to learn; set one of them"
         )
+    _check_sizes("encoder", encoder)
+    if decoder.type != "none":
+        _check_sizes("decoder", decoder)
     _, encoder_class = ENCODERS[encoder.type]
     _, decoder_class = DECODERS[decoder.type]
     built = encoder_class(encoder, features.num_bins)
@@ -68,3 +71,13 @@ def build_model(
             replace(decoder, num_layers=decoder.reverse_layers, reverse_layers=0), num_tokens, built.dim
         )
     return HybridModel(features, built, forwards, loss, num_tokens, backwards)
+
+
+def _check_sizes(part: str, config: EncoderConfig | DecoderConfig) -> None:
+    for name in ("dim", "num_layers", "num_heads", "ff_dim", "kernel_size", "subsampling_channels"):
+        value = getattr(config, name, 1)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"{part}.{name} is {value}; expected at least 1")
+    dropout = getattr(config, "dropout", 0.0)
+    if isinstance(dropout, float) and not 0 <= dropout < 1:
+        raise ConfigError(f"{part}.dropout is {dropout}; expected at least 0 and below 1")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from asr.config import load_config
+from asr.errors import ConfigError
 from asr.features import FbankConfig
 from asr.losses import LossConfig
 from asr.model.build import DECODERS, ENCODERS, build_model
@@ -27,6 +28,19 @@ def test_encoder_and_decoder_may_have_different_sizes():
     assert model.ctc.out_features == model.decoder.out.out_features == 7
     assert model.encoder.dim == 16
     assert model.cmvn.mean.shape == (20,)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "message"),
+    [
+        ({"dim": 0}, {}, "encoder.dim is 0; expected at least 1"),
+        ({"dropout": 2.0}, {}, "encoder.dropout is 2.0; expected at least 0 and below 1"),
+        ({}, {"num_layers": 0}, "decoder.num_layers is 0; expected at least 1"),
+    ],
+)
+def test_sizes_that_no_model_has_are_named(encoder, decoder, message):
+    with pytest.raises(ConfigError, match=message):
+        build_model(FbankConfig(), ConformerConfig(**encoder), DecoderConfig(**decoder), LossConfig(), 7)
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
