@@ -25,7 +25,15 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from asr.containers import MAGIC, MAX_CHANNELS, Patched, check_format, check_head, how_to_convert, warn
+from asr.containers import (
+    MAX_CHANNELS,
+    Patched,
+    check_format,
+    check_head,
+    has_header,
+    how_to_convert,
+    warn,
+)
 from asr.errors import AudioError, AudioTooLong
 
 Floats = NDArray[np.float32]
@@ -334,7 +342,7 @@ def _raw_samples(stream: BinaryIO, dtype: np.dtype[Any], block_s: float, rate: i
     size = max(1, round(block_s * rate)) * dtype.itemsize
     rest, at = b"", 0
     while data := read_some(size):
-        if not at and (rest + data).startswith(MAGIC[:4]):
+        if not at and has_header(rest + data):
             raise AudioError("raw samples: found a sound file with a header; give its path instead")
         rest += data
         end = len(rest) - len(rest) % dtype.itemsize
@@ -344,3 +352,5 @@ def _raw_samples(stream: BinaryIO, dtype: np.dtype[Any], block_s: float, rate: i
             raise AudioError(f"raw samples: number {first} is NaN or infinite; is the encoding right?")
         rest, at = rest[end:], at + len(samples)
         yield samples / np.float32(32768) if dtype.kind == "i" else samples
+    if not at:
+        warn("raw samples: none arrived")

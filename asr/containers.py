@@ -34,6 +34,12 @@ _LOOKS_LIKE = {
     b"\x1f\x8b": "a gzip archive: unpack it",
     b"\x1aE\xdf\xa3": "WebM or Matroska",
 }
+TAG_BYTES = 1024
+"""So much may follow the audio without being a chunk: tags that some programs append."""
+MP3_FRAMES = 3
+"""Successive headers of MP3 frames that are no coincidence."""
+_MP3_KBPS = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 0)
+_MP3_LOW_KBPS = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 0)
 _WAV_CODECS = {1: "PCM", 3: "float", 6: "A-law", 7: "mu-law"}
 
 
@@ -75,6 +81,30 @@ def check_head(stream: BinaryIO, name: str) -> tuple[Patched, int | None]:
         raise AudioError(f"{name}: {_looks_like(head)}; {how_to_convert(name)}")
     stream.seek(0)
     return Patched(stream), None
+
+
+def has_header(data: bytes) -> bool:
+    """Whether data is the beginning of a file with a header, rather than samples."""
+    if data.startswith(MAGIC) or data.startswith(b"\x1a\x45\xdf\xa3") or data[4:8] == b"ftyp":
+        return True
+    at = 0
+    for _ in range(MP3_FRAMES):  # a single one could be a sample
+        if not (size := _mp3_frame_bytes(data[at : at + 4])):
+            return False
+        at += size
+    return True
+
+
+def _mp3_frame_bytes(head: bytes) -> int:
+    """The length of the frame of MPEG audio, layer III, that these four bytes begin; 0 if they do not."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
+        return 0
+    version, rate_hz = head[1] >> 3 & 3, (44100, 48000, 32000, 0)[head[2] >> 2 & 3]
+    kbps = (_MP3_KBPS if version == 3 else _MP3_LOW_KBPS)[head[2] >> 4]
+    if version == 1 or not rate_hz or not kbps:
+        return 0
+    samples, divisor = (1152, 1) if version == 3 else (576, 2 if version == 2 else 4)
+    return samples // 8 * 1000 * kbps * divisor // rate_hz + (head[2] >> 1 & 1)
 
 
 def _looks_like(head: bytes) -> str:
@@ -148,6 +178,11 @@ def _wav_data(
     if size >= _UNKNOWN_SIZE:
         return Patched(stream), None
     if size or not present or _is_chunk_list(stream, start, start + present):
+        is_more = size and present > size + TAG_BYTES
+        if is_more and not _is_chunk_list(stream, start + size + size % 2, start + present):
+            warn(
+                f"{name}: the header says {size:,} bytes of audio, {present:,} are there; the rest is unused"
+            )
         stream.seek(0)
         return Patched(stream), size // frame_bytes
     warn(f"{name}: the header says 0 bytes of audio, {present} are there and are used")

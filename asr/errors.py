@@ -14,7 +14,6 @@ AsrError
 A message is `where: what is, what was expected; what to do`: lower case after the colon, no full stop.
 """
 
-
 import errno
 import os
 from collections.abc import Iterator

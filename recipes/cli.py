@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -76,7 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = bool(os.environ.get("ASR_DEBUG"))
     if args[:1] == ["--debug"]:
         args, debug = args[1:], True
+    _open_standard_streams()
     return guard(lambda: _dispatch(args), debug)
+
+
+def _open_standard_streams() -> None:
+    """Files must not take the place of closed streams, and any file name can be printed, in any locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def guard(program: Callable[[], int | None], debug: bool = False) -> int:

@@ -33,7 +33,9 @@ def prepare(
     test: Annotated[str, typer.Option(help="leave out the speakers of this manifest")] = "",
     store_audio: Annotated[str, typer.Option(help="decode once, to 16 kHz WAV files in this folder")] = "",
     headers_only: Annotated[bool, typer.Option("--headers-only", help="read only headers of audio")] = False,
-    allow_pipes: Annotated[bool, typer.Option("--allow-pipes", help="run the commands in wav.scp and in manifests")] = False,
+    allow_pipes: Annotated[
+        bool, typer.Option("--allow-pipes", help="run the commands in wav.scp and in manifests")
+    ] = False,
     jobs: Annotated[int, typer.Option(help="processes that read audio; 0: one per core")] = 0,
 ) -> None:
     """Check a corpus, print what is in it, and write a manifest of the utterances fit for training.

@@ -113,6 +113,11 @@ WARNED = {
         124,
         "16 % of the declared audio is there; the file was cut off",
     ),
+    "data size too small": (
+        wav(PCM * 3, size=len(PCM)),
+        400,
+        "the header says 800 bytes of audio, 2,400 are there; the rest is unused",
+    ),
     "data size 0": (wav(PCM, size=0), 400, "says 0 bytes of audio, 800 are there and are used"),
     "beyond 1": (with_value(200, 1e6), 400, r"float samples up to 1e\+06, beyond \[-1, 1\]; scaled down"),
     "clipped": (wav(b"\xff\x7f" * 300 + PCM[:200]), 400, "75 % of the samples are at full scale"),
@@ -122,6 +127,7 @@ ACCEPTED = {
     "plain": wav(PCM),
     "data size 0xFFFFFFFF": wav(PCM, size=0xFFFFFFFF),
     "data size of sox in a pipe": wav(PCM, size=0x7FFFF000),
+    "a tag after the audio": wav(PCM + b"TAG" + bytes(125), size=len(PCM)),
     "odd trailing byte": wav(PCM + b"\x01"),
     "24 bit": encode(FLOATS, subtype="PCM_24"),
     "32 bit": encode(FLOATS, subtype="PCM_32"),
@@ -353,6 +359,15 @@ def test_raw_samples_are_resampled():
     ("data", "options", "message"),
     [
         (wav(PCM), {}, "found a sound file with a header; give its path instead"),
+        (encode(tone(9000), format="MP3", subtype="MPEG_LAYER_III"), {}, "found a sound file with a header"),
+        (
+            encode(tone(9000), rate=44100, format="MP3", subtype="MPEG_LAYER_III"),
+            {},
+            "found a sound file with a header",
+        ),
+        (b"ID3\x03" + bytes(99), {}, "found a sound file with a header"),
+        (bytes(4) + b"ftypM4A " + bytes(99), {}, "found a sound file with a header"),
+        (b"\x1a\x45\xdf\xa3" + bytes(99), {}, "found a sound file with a header"),
         (PCM, {"encoding": "u8"}, "encoding 'u8' is not one of s16le, f32le"),
         (PCM, {"sample_rate": 100}, "sample rate is 100 Hz"),
         (
@@ -368,7 +383,13 @@ def test_wrong_raw_samples_are_refused(data, options, message):
 
 
 def test_no_raw_samples_are_no_blocks():
-    assert list(raw_blocks(io.BytesIO(b""))) == list(raw_blocks(io.BytesIO(b"\1"))) == []
+    with pytest.warns(AudioWarning, match="raw samples: none arrived"):
+        assert list(raw_blocks(io.BytesIO(b""))) == list(raw_blocks(io.BytesIO(b"\1"))) == []
+
+
+def test_a_sample_that_looks_like_an_mp3_frame_is_a_sample():
+    data = encode(tone(9000), format="MP3", subtype="MPEG_LAYER_III")[:4] + PCM
+    assert sum(map(len, raw_blocks(io.BytesIO(data)))) == 402
 
 
 # Writing

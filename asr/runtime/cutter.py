@@ -50,7 +50,7 @@ class CutConfig:
     """... and at which it continues."""
 
     def __post_init__(self) -> None:
-        if self.max_s < 5:
+        if not 5 <= self.max_s < math.inf:
             raise ConfigError(f"max_s is {self.max_s}, expected 5 seconds or more")
         if not 0 < self.goes_on <= self.begins < 1:
             raise ConfigError(f"goes_on is {self.goes_on}, begins {self.begins}; expected 0 to 1, in order")

@@ -111,7 +111,7 @@ def test_a_damaged_gzip_file_is_named(corpus: Corpus) -> None:
     for damaged in (whole[:-12], b"no gzip" + whole, whole[:30] + b"\xff" * 40 + whole[70:]):
         path.write_bytes(damaged)
         for read in (list, len):
-            with pytest.raises(ManifestError, match="train.jsonl.gz: not a complete gzip file"):
+            with pytest.raises(ManifestError, match=r"train\.jsonl\.gz: not a complete gzip file"):
                 read(Manifest(path))
 
 

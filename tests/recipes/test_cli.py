@@ -1,5 +1,7 @@
 """The command line: every verb has its help, and every kind of exit its status."""
 
+import errno
+import io
 import re
 import subprocess
 import sys
@@ -167,3 +169,29 @@ def python(program: str) -> str:
         [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True
     )
     return done.stdout
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_like_dev_null(closed):
+    command = f'"{sys.executable}" -m recipes.cli --version {closed}'
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_name_that_is_not_utf8_can_be_printed(verb, monkeypatch):
+    def knead() -> None:
+        print("caf\udce9.wav")
+
+    verb(knead)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["knead"]) == 0
+    assert out.buffer.getvalue() == b"caf\\udce9.wav\n"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_full_disk_is_one_line(verb, capsys, named):
+    verb(raises(OSError(errno.ENOSPC, "No space left on device", *(["x.txt"] if named else []))))
+    assert cli.main(["knead"]) == 2
+    name = "x.txt" if named else "output"
+    assert capsys.readouterr().err == f"asr: {name}: no space left on device\n"

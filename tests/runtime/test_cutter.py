@@ -127,6 +127,7 @@ def test_no_speech_is_no_piece():
     ("options", "message"),
     [
         ({"max_s": 3.0}, "max_s is 3.0, expected 5 seconds or more"),
+        ({"max_s": math.inf}, "max_s is inf, expected 5 seconds or more"),
         ({"goes_on": 0.5}, "goes_on is 0.5, begins 0.4"),
         ({"padding_s": 3.0}, "silence_s is 2.0, expected twice padding_s"),
     ],
