@@ -298,9 +298,13 @@ def check_tokens_hash(file: Path, about: dict[str, Any], tokens: Path) -> None:
 
 def _find_weights(exp_dir: Path, which: str) -> tuple[Path, dict[str, Any]]:
     """The safetensors file that `which` of `load_model` names, and its metadata."""
-    named = {"average": exp_dir / AVERAGE, "best": pointed(exp_dir, "best")}
-    named |= dict.fromkeys(("latest", "ema"), newest_valid(exp_dir, warnings.warn))
-    path = named.get(which) if which in named else Path(which)
+    path: Path | None = Path(which)
+    if which == "average":
+        path = exp_dir / AVERAGE
+    elif which == "best":
+        path = pointed(exp_dir, "best")
+    elif which in ("latest", "ema"):
+        path = newest_valid(exp_dir, warnings.warn)
     if path is None:
         raise CheckpointError(f"{folder_of(exp_dir)}: no {which} checkpoint; train first")
     if not path.exists() and (folder_of(exp_dir) / which).is_dir():

@@ -157,6 +157,14 @@ def test_an_average_of_equal_checkpoints_changes_nothing(experiment: Any, lab: A
     assert all(torch.equal(average[name], weights[name]) for name in average)
 
 
+def test_an_average_needs_none_of_its_checkpoints(experiment: Any) -> None:
+    exp_dir, _ = experiment
+    average_checkpoints(exp_dir, checkpoint.checkpoints(exp_dir))
+    for path in checkpoint.checkpoints(exp_dir):
+        os.truncate(path / "model.safetensors", 100)
+    load_model(exp_dir)
+
+
 def test_an_average_says_what_it_is_made_of_and_loads(experiment: Any) -> None:
     exp_dir, _ = experiment
     with pytest.raises(
