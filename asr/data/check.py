@@ -22,8 +22,8 @@ from lhotse.audio import AudioSource
 from lhotse.cut import Cut, MonoCut
 from lhotse.utils import fastcopy
 
-from asr.data.cuts import ctc_frames, ctc_frames_needed, cut_speaker, cut_text, read_cut
-from asr.data.importers import LeftOut
+from asr.data.cuts import ctc_frames, ctc_frames_needed, cut_speaker, cut_text, read_cut, spoken
+from asr.data.importers import TOLERANCE_S, LeftOut
 from asr.errors import AudioError, naming_full_disk
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ def _judge(cut: Cut, rules: Rules, seen: set[str]) -> tuple[str, str]:
         return f"shorter than {rules.min_s:g} s", seconds
     if cut.duration > rules.max_s:
         return f"longer than {rules.max_s:g} s", seconds
+    outside_s = max((max(-s.start, s.end - cut.duration) for s in spoken(cut.supervisions)), default=0.0)
+    if outside_s > TOLERANCE_S:
+        return "text of more than the audio", f"{outside_s:.2f} s of it are outside"
     if cut_speaker(cut) in rules.test_speakers:
         return "speaker of the test set", cut_speaker(cut)
     if rules.tokenizer:

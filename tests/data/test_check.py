@@ -20,6 +20,21 @@ def reasons(report: Report) -> dict[str, str]:
     return {item.id: item.reason for item in report.left_out}
 
 
+@pytest.mark.parametrize(
+    ("start", "duration", "is_kept"), [(0.0, 0.54, True), (0.0, 0.6, False), (-0.1, 0.6, False)]
+)
+def test_a_text_that_is_not_all_in_the_audio_is_left_out(
+    corpus: Corpus, start: float, duration: float, is_kept: bool
+) -> None:
+    (cut,) = open_cuts(corpus([0.5]))
+    cut.supervisions[0].start, cut.supervisions[0].duration = start, duration
+    _, report = validate([cut], Rules())
+    assert report.num_kept == is_kept
+    if not is_kept:
+        assert report.left_out[0].reason == "text of more than the audio"
+        assert report.left_out[0].detail == "0.10 s of it are outside"
+
+
 def test_each_rule_leaves_out_what_breaks_it_and_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = []
     for name, seconds, text in [
