@@ -31,6 +31,18 @@ CHUNKS_PER_CALL = 4
 FINISHED_WITH_FAILURES = 3
 
 
+def _list_devices(wanted: bool) -> None:
+    """Called before the arguments are checked: no bundle is needed."""
+    if wanted:
+        print_devices()
+        raise typer.Exit
+
+
+ListDevices = Annotated[
+    bool, typer.Option("--list-devices", is_eager=True, callback=_list_devices, help="list the microphones")
+]
+
+
 def transcribe(
     bundle: Annotated[Path, typer.Argument(help="folder of the bundle, or of an experiment that has one")],
     sources: Annotated[
@@ -38,7 +50,7 @@ def transcribe(
     ] = None,
     mic: Annotated[bool, typer.Option("--mic", help="listen to the microphone")] = False,
     device: Annotated[str, typer.Option(help="microphone: number or part of its name")] = "",
-    list_devices: Annotated[bool, typer.Option("--list-devices", help="list the microphones")] = False,
+    list_devices: ListDevices = False,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="file to write; for several sources a folder")
     ] = None,
@@ -73,9 +85,6 @@ def transcribe(
     """
     from asr.runtime import Bundle
 
-    if list_devices:
-        print_devices()
-        return
     _check_options(format_, mic, bool(sources), vad, realtime)
     config = stream_config(mode, chunk_ms, left_chunks, look_ahead, search)
     settings = Settings(channel=channel, rate=rate, encoding=encoding, realtime=realtime, device=device)

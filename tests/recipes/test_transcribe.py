@@ -315,6 +315,7 @@ def test_the_microphone_is_transcribed_until_an_interrupt(
     assert out.splitlines() == expected(tiny_bundles, folder / "a.wav")
     assert err.count("3.0 s behind") == 1
     assert asr("--list-devices")[1] == "  0  Built-in  (default)\n  3  Headset\n"
+    assert main(["transcribe", "--list-devices"]) == 0  # without a bundle
 
 
 def test_a_microphone_that_is_pulled_out_leaves_what_was_said_and_is_told(
