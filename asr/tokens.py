@@ -394,10 +394,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> Tokenizer:
         (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
         unfinished = folder / f"{name}.tmp"
-        try:
-            with naming_full_disk(folder / name):
-                unfinished.write_bytes(data)
-            unfinished.replace(folder / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with naming_full_disk(folder / name):
+            unfinished.write_bytes(data)
+        unfinished.replace(folder / name)
     return load_tokenizer(folder)
