@@ -34,7 +34,7 @@ def prepare(
     store_audio: Annotated[str, typer.Option(help="decode once, to 16 kHz WAV files in this folder")] = "",
     headers_only: Annotated[bool, typer.Option("--headers-only", help="read only headers of audio")] = False,
     allow_pipes: Annotated[
-        bool, typer.Option("--allow-pipes", help="run the commands in wav.scp and in manifests")
+        bool, typer.Option("--allow-pipes", help="run commands of wav.scp and manifests; needs --store-audio")
     ] = False,
     jobs: Annotated[int, typer.Option(help="processes that read audio; 0: one per core")] = 0,
 ) -> None:
@@ -48,7 +48,10 @@ def prepare(
 
     from asr.data.check import Report, check_audio, screen
     from asr.data.check import store_audio as store
+    from asr.errors import ConfigError
 
+    if allow_pipes and not store_audio:
+        raise ConfigError("--allow-pipes: needs --store-audio DIR, as no other verb runs commands")
     report = Report()
     read = partial(store, folder=Path(store_audio)) if store_audio else None if headers_only else check_audio
     rules = _rules(tokens, subsampling, min_s, max_s, test)
@@ -91,7 +94,7 @@ def _import(
         elif kind == "kaldi":
             yield from importers.from_kaldi(path, left_out, allow_pipes)
         elif kind == "cuts":
-            yield from importers.without_pipes(open_cuts(path), path, allow_pipes)
+            yield from open_cuts(path, allow_pipes)
         else:
             raise ConfigError(f"--from {kind}: no such source; expected one of {', '.join(KINDS)}")
 

@@ -15,8 +15,9 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from lhotse import CutSet
@@ -39,16 +40,19 @@ os.environ.setdefault("LHOTSE_AUDIO_DURATION_MISMATCH_TOLERANCE", "0.1")
 MAX_LINE_BYTES = 16 << 20
 """A file with a longer line is refused: it is not a manifest."""
 
+RUNS_COMMANDS = ("command", "url")
+"""Types of lhotse's AudioSource that run what the manifest says, the second for URLs such as `pipe:rm a`."""
+
 
 class Manifest:
     """The cuts of a `.jsonl` or `.jsonl.gz` file, read line by line in every iteration."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, allow_pipes: bool = False) -> None:
+        self.path, self.allow_pipes = path, allow_pipes
 
     def __iter__(self) -> Iterator[Cut]:
         for number, line in enumerate(self._lines(), 1):
-            yield _parse(line, f"{self.path}:{number}")
+            yield _parse(line, f"{self.path}:{number}", self.allow_pipes)
 
     def __len__(self) -> int:
         return sum(1 for _ in self._lines())
@@ -70,11 +74,16 @@ class Manifest:
             raise ManifestError(f"{self.path}: {error.strerror}; make it with `asr prepare`") from None
 
 
-def _parse(line: bytes, where: str) -> Cut:
+def _parse(line: bytes, where: str, allow_pipes: bool) -> Cut:
     if len(line) >= MAX_LINE_BYTES and not line.endswith(b"\n"):
         raise ManifestError(f"{where}: longer than {MAX_LINE_BYTES >> 20} MiB; this is not a manifest")
     try:
-        cut = deserialize_item(decode_json_line(line))
+        data = decode_json_line(line)
+        if not allow_pipes:
+            _refuse_commands(data, where)
+        cut = deserialize_item(data)
+    except ManifestError:
+        raise
     except Exception as error:  # lhotse raises whatever the first surprising value leads to
         raise ManifestError(
             f"{where}: not a lhotse cut ({type(error).__name__}: {error}); make it with `asr prepare`"
@@ -102,19 +111,43 @@ def _nonsense(cut: Cut) -> str:
     return "" if wrong is None else f"text is {wrong!r}, expected a string"
 
 
-def open_cuts(path: str | Path) -> CutSet:
+def _refuse_commands(cut: Any, where: object) -> None:
+    """ManifestError if any audio in the fields of a cut, impulse responses included, is not just a file."""
+    fields = [cut]
+    while fields:
+        value = fields.pop()
+        if isinstance(value, list | tuple):
+            fields += value
+        elif isinstance(value, dict):
+            fields += value.values()
+            if "source" in value and value.get("type") in RUNS_COMMANDS:
+                raise ManifestError(
+                    f"{where}: audio of type {value['type']}, which may run commands on this machine; if you "
+                    "trust it, store the audio with `asr prepare --allow-pipes --store-audio DIR`"
+                )
+
+
+def _checked(cut: Cut, folder: Path) -> Cut:
+    _refuse_commands(cut.to_dict(), folder)
+    return cut
+
+
+def open_cuts(path: str | Path, allow_pipes: bool = False) -> CutSet:
     """The cuts of a manifest (`.jsonl`, `.jsonl.gz`) or of a lhotse Shar folder, lazily.
+
+    allow_pipes: whether audio may come from commands and URLs.
 
     Raises ManifestError, here or during iteration, with the file, the line and what to do.
     """
     path = Path(path)
     if path.is_dir() and any(path.glob("cuts.*.jsonl*")):
-        return CutSet.from_shar(in_dir=path)
+        cuts = CutSet.from_shar(in_dir=path)
+        return cuts if allow_pipes else cuts.map(partial(_checked, folder=path))
     if path.is_dir() or not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ManifestError(f"{path}: not a manifest (.jsonl.gz); make one from it with `asr prepare`")
     if not path.exists():
         raise ManifestError(f"{path}: no such manifest; make it with `asr prepare`")
-    return CutSet(Manifest(path))
+    return CutSet(Manifest(path, allow_pipes))
 
 
 def count_cuts(path: str | Path) -> int:

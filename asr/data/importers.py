@@ -20,7 +20,7 @@ from pathlib import Path
 import soundfile
 from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.audio import AudioSource
-from lhotse.cut import Cut, MixedCut, MonoCut, MultiCut
+from lhotse.cut import Cut, MonoCut, MultiCut
 
 from asr.data.augment import AUDIO_SUFFIXES
 from asr.errors import ManifestError
@@ -231,19 +231,6 @@ def _kaldi_audio(value: str, folder: Path, where: str, allow_pipes: bool) -> str
             "audio as files, or pass --allow-pipes if you trust this directory"
         )
     return value
-
-
-def without_pipes(cuts: Iterable[Cut], path: Path, allow_pipes: bool = False) -> Iterator[Cut]:
-    """The same cuts; ManifestError at one whose audio is the output of a command, unless `allow_pipes`."""
-    for cut in cuts:
-        tracks = [track.cut for track in cut.tracks] if isinstance(cut, MixedCut) else [cut]
-        recordings = [x.recording for x in tracks if getattr(x, "has_recording", False)]
-        if not allow_pipes and any(s.type == "command" for x in recordings for s in x.sources):
-            raise ManifestError(
-                f"{path}: the audio of {cut.id} is the output of a command, which would run on this machine; "
-                "store the audio as files, or pass --allow-pipes if you trust this manifest"
-            )
-        yield cut
 
 
 def from_lhotse(recordings: RecordingSet, supervisions: SupervisionSet) -> Iterator[Cut]:

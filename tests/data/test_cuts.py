@@ -105,6 +105,19 @@ def test_a_value_that_makes_no_sense_is_named(
         list(open_cuts(path))
 
 
+def test_commands_in_a_shar_folder_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    with gzip.open(corpus([0.2]), "rb") as file:
+        row = json.loads(file.read())
+    row["recording"]["sources"] = [{"type": "command", "channels": [0], "source": f"touch {tmp_path}/ran"}]
+    folder = tmp_path / "shar"
+    folder.mkdir()
+    with gzip.open(folder / "cuts.000000.jsonl.gz", "wt") as out:
+        out.write(json.dumps(row) + "\n")
+    assert len(list(open_cuts(folder, allow_pipes=True))) == 1
+    with pytest.raises(ManifestError, match="audio of type command"):
+        list(open_cuts(folder))
+
+
 def test_a_damaged_gzip_file_is_named(corpus: Corpus) -> None:
     path = corpus([0.2])
     whole = path.read_bytes()

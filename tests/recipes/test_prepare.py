@@ -110,16 +110,31 @@ def test_refusals_are_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("command", "touch ran; cat a.wav"), ("url", "pipe:touch ran; cat a.wav")],
+)
+@pytest.mark.parametrize("is_response", [False, True])
 def test_a_command_in_a_manifest_is_run_only_if_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    source: str,
+    is_response: bool,
 ) -> None:
-    soundfile.write(tmp_path / "a.wav", np.zeros(8000), 8000)
-    cut = Recording.from_file(tmp_path / "a.wav").to_cut()
-    cut.supervisions = [SupervisionSegment("a", "a", 0, 1.0, text="one")]
-    cut.recording.sources[0] = AudioSource("command", [0], f"cd '{tmp_path}'; touch ran; cat a.wav")
-    CutSet.from_cuts([cut]).to_file(tmp_path / "cuts.jsonl")
-    assert run(tmp_path / "cuts.jsonl") == 2
-    assert "the audio of a is the output of a command" in capsys.readouterr().err
-    assert not (tmp_path / "ran").exists()
-    assert run(tmp_path / "cuts.jsonl", "--allow-pipes") == 0
-    assert (tmp_path / "ran").exists()
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.ones(8000) / 9, 8000)
+    recording, crafted = Recording.from_file("a.wav"), Recording.from_file("a.wav")
+    crafted.sources[0] = AudioSource(kind, [0], source)
+    cut = (recording.reverb_rir(crafted) if is_response else crafted).to_cut()
+    cut.supervisions = [SupervisionSegment("a", cut.recording_id, 0, 1.0, text="one")]
+    CutSet.from_cuts([cut]).to_file("cuts.jsonl")
+    assert run(Path("cuts.jsonl")) == 2
+    assert f"cuts.jsonl:1: audio of type {kind}, which may run commands" in capsys.readouterr().err
+    assert run(Path("cuts.jsonl"), "--allow-pipes") == 2
+    assert "--allow-pipes: needs --store-audio" in capsys.readouterr().err
+    assert not Path("ran").exists()
+    assert run(Path("cuts.jsonl"), "--allow-pipes", "--store-audio", "wav", "-o", "cuts") == 0
+    assert Path("ran").exists()
+    assert len(list(open_cuts("cuts.jsonl.gz"))) == 1
