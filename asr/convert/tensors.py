@@ -33,6 +33,7 @@ READING = (
 """What torch.load raises for files that are damaged or not checkpoints at all."""
 
 HALVES = (torch.float16, torch.bfloat16)
+FULL = (torch.float32, torch.float64)
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -60,29 +61,53 @@ def _is_stored_zip(path: Path) -> bool:
     """Whether it is a zip by torch, whose members are never compressed, so it holds no more than its size."""
     try:
         with zipfile.ZipFile(path) as opened:
-            squeezed = [x.filename for x in opened.infolist() if x.compress_type != zipfile.ZIP_STORED]
-    except (OSError, zipfile.BadZipFile, NotImplementedError):
+            problem = _zip_problem(opened, path.stat().st_size)
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError):
         return False
-    if squeezed:
-        raise CheckpointError(f"{path}: {squeezed[0]} in it is compressed, which torch never does; refused")
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
     return True
+
+
+def _zip_problem(opened: zipfile.ZipFile, size: int) -> str:
+    """What is wrong with a zip of so many bytes; empty if nothing is."""
+    members = opened.infolist()
+    if any("/code/" in x.filename for x in members):
+        return "a TorchScript program, expected tensors; convert the checkpoint that it was made from"
+    if squeezed := [x.filename for x in members if x.compress_type != zipfile.ZIP_STORED]:
+        return f"{squeezed[0]} in it is compressed, which torch never does; refused"
+    if sum(x.file_size for x in members) > size:
+        return "its members overlap, which those of torch never do; refused"
+    if any(x.CRC for x in members) and (damaged := opened.testzip()):  # torch can leave out all of them
+        return f"{damaged} in it is damaged; download it again"
+    return ""
 
 
 def _explain(path: Path, error: str) -> str:
     if code := re.search(r"(?:GLOBAL|global|type|class) ([\w.]+\.[\w.]+)", error):
         return f"refused: it holds {code[1]}, which is code; expected tensors and plain values only"
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as unreadable:
-        return (unreadable.strerror or str(unreadable)).lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "a pointer to a file that git lfs has not fetched; run git lfs pull"
-    if start.lstrip()[:1] == b"<":
-        return "a web page; download the file itself"
+    start = first_bytes(path)
+    if other := no_download(start):
+        return other
     if start.startswith(b"PK"):
         return "damaged, or only a part of it; download it again"
     return "not a checkpoint that torch.save wrote, or only a part of one; download it again"
+
+
+def first_bytes(path: Path) -> bytes:
+    """The beginning of a file, to tell what it is; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError:
+        return b""
+
+
+def no_download(start: bytes) -> str:
+    """What a file is that was fetched in place of the one that was wanted; empty if that is unclear."""
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer to a file that git lfs has not fetched; run git lfs pull"
+    return "a web page; download the file itself" if start.lstrip()[:1] == b"<" else ""
 
 
 class Tensors(NamedTuple):
@@ -136,6 +161,11 @@ def state_dict(found: Any, where: Path, *keys: str, halves: bool = False) -> Ten
     return Tensors(weights, tuple(notes), others)
 
 
+def _is_odd(kind: torch.dtype) -> bool:
+    """Whether it is complex, or has less than 16 bits."""
+    return kind.is_complex or (kind.is_floating_point and kind not in (*HALVES, *FULL))
+
+
 def _refuse_training(others: Mapping[str, Any], where: Path, key: str) -> None:
     """Reject checkpoints for resuming: they hold the last weights, where often the average is to be used."""
     full = [name for name, value in others.items() if isinstance(value, Mapping | list) and value]
@@ -150,9 +180,11 @@ def _problems(found: Mapping[Any, Any]) -> Iterator[str]:
     for name, x in found.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
             yield f"{name!r} is {type(x).__name__}, expected tensors by name; name the file of the weights"
-        elif x.layout != torch.strided or x.is_quantized or x.is_complex():
-            yield f"{name} {tuple(x.shape)} is {x.dtype}, {x.layout}; expected plain floating point numbers"
+        elif not name.isprintable():
+            yield f"{name!r}, expected names that can be printed"
+        elif x.is_nested or x.is_meta or x.layout != torch.strided or x.is_quantized or _is_odd(x.dtype):
+            yield f"{name} is {x.dtype}, {x.layout}, on {x.device}; expected plain floating point numbers"
         elif x.numel() * x.element_size() > x.untyped_storage().nbytes():
             yield f"{name} {tuple(x.shape)} has fewer numbers in the file than its shape says"
-        elif x.is_floating_point() and not bool(x.isfinite().all()):
+        elif x.is_floating_point() and not bool(x.float().isfinite().all()):
             yield f"{name} {tuple(x.shape)} holds what is no finite number; damaged, or its training diverged"
