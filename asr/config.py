@@ -141,16 +141,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number; a key given twice is an error, and so is a reference, with
-    which a file of a few lines can be endless."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, f"*{event.anchor} is a reference, write the value itself", event.start_mark
-            )
-        return super().compose_node(parent, index)
+    """YAML as people write it: 1e-3 is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -165,15 +156,34 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, source: str) -> Any:
+class _PlainLoader(_Loader):
+    """A reference is an error, too: with them, a file of a few lines can be endless."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.constructor.ConstructorError(
+                None, None, f"*{event.anchor} is a reference, write the value itself", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, source: str, references: bool = False) -> Any:
+    """What a YAML text holds. references: whether it may have them, as those that programs write.
+
+    Raises ConfigError, which begins with `source`.
+    """
     try:
-        return _Loader(text).get_single_data()
+        return (_Loader if references else _PlainLoader)(text).get_single_data()
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not YAML: {problem or error}") from None
+        reason = problem or getattr(error, "reason", None) or error
+        raise ConfigError(f"{source}{line}: not YAML: {reason}") from None
     except RecursionError:
-        raise ConfigError(f"{source}: brackets too deep, expected a few") from None
+        raise ConfigError(f"{source}: not YAML of ours: nested too deeply") from None
+    except (ArithmeticError, AttributeError, LookupError, ValueError) as error:  # !!int x, 2024-99-99
+        raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

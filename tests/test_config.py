@@ -53,7 +53,7 @@ def write(path: Path, text: str) -> Path:
         ("train: {ema: 2}", "a.yaml: train: ema is 2.0; expected at least 0 and below 1"),
         ("train: {threads: -1}", "a.yaml: train: threads is -1; expected at least 0"),
         ("encoder: &x {dim: *x}", "a.yaml:1: not YAML: *x is a reference, write the value itself"),
-        ("a: " + "[" * 3000, "a.yaml: brackets too deep"),
+        ("a: " + "[" * 3000, "a.yaml: not YAML of ours: nested too deeply"),
         ("- a", "a.yaml: a list, expected a mapping of features, encoder"),
     ],
 )

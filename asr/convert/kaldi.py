@@ -30,8 +30,9 @@ def read_cmvn(data: bytes, num_bins: int, where: str) -> tuple[Tensor, Tensor]:
     sums, squares, count = _json(data, where) if data.lstrip()[:1] == b"{" else _matrix(data, where)
     if len(sums) != num_bins or len(squares) != num_bins:
         raise CheckpointError(f"{where}: statistics of {len(sums)} features, the model has {num_bins}")
-    mean = sums / count if count > 0 else np.full(num_bins, math.nan)
-    variance = squares / count - mean**2 if count > 0 else mean
+    is_number = 0 < count < math.inf
+    mean = sums / count if is_number else np.full(num_bins, math.nan)
+    variance = squares / count - mean**2 if is_number else mean
     if not np.isfinite(mean).all() or not np.isfinite(variance).all():
         raise CheckpointError(f"{where}: statistics of {count:g} frames with no finite mean")
     istd = np.maximum(variance, LEAST_VARIANCE) ** -0.5
@@ -43,7 +44,7 @@ def _json(data: bytes, where: str) -> tuple[np.ndarray, np.ndarray, float]:
         found = json.loads(data)
         sums, squares = (np.array(found[key], dtype=np.float64) for key in ("mean_stat", "var_stat"))
         return sums.reshape(-1), squares.reshape(-1), float(found["frame_num"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: not statistics in JSON: {error}") from None
 
 

@@ -20,7 +20,7 @@ def read_units(text: str, where: str) -> list[str]:
         if not line.strip():
             continue
         symbol, _, i = line.rstrip(" \t\r").rpartition(" ")
-        if not (i.isascii() and i.isdigit()) or int(i) in symbols:
+        if not (i.isascii() and i.isdigit() and len(i) < 8) or int(i) in symbols:
             raise CheckpointError(f"{where}:{number}: {line[:40]!r}, expected a unit and an id of its own")
         symbols[int(i)] = symbol.rstrip(" \t") or SPACE
     if sorted(symbols) != list(range(len(symbols))):
