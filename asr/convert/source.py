@@ -9,7 +9,7 @@ from typing import Any
 from asr.config import parse_yaml
 from asr.convert.archive import unpack
 from asr.convert.tensors import Tensors, read_checkpoint, state_dict
-from asr.errors import CheckpointError
+from asr.errors import AsrError, CheckpointError
 
 ARCHIVES = (".nemo", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
 
@@ -41,8 +41,12 @@ class Source:
         """The first of some names that exists; CheckpointError if none does."""
         if path := self.maybe(*names):
             return path
-        more = "" if len(names) == 1 else "one of "
-        raise CheckpointError(f"{self.label}: incomplete, expected {more}{', '.join(names)} in it")
+        expected = f"{'' if len(names) == 1 else 'one of '}{', '.join(names)}"
+        if self.main:
+            raise CheckpointError(
+                f"{self.label}: incomplete, expected {expected} beside it; or name a folder that holds both"
+            )
+        raise CheckpointError(f"{self.label}: incomplete, expected {expected} in it")
 
     def maybe(self, *names: str) -> Path | None:
         """The first of some names (or patterns) that exists, in the folder or below it.
@@ -54,7 +58,10 @@ class Source:
                 files = [path for path in found if path.is_file()]
                 if len(files) > 1:
                     shown = ", ".join(str(path.relative_to(self.folder)) for path in files[:5])
-                    raise CheckpointError(f"{self.label}: {len(files)} files {name}: {shown}; name one")
+                    raise CheckpointError(
+                        f"{self.label}: {len(files)} files {name}: {shown}; name the weights, or move the "
+                        "others away"
+                    )
                 if files:
                     return self._use(files[0])
         return None
@@ -96,15 +103,21 @@ class Source:
         return found
 
     def licence(self) -> str:
-        """The licence stated in the header of the model card README.md; "" if none."""
-        card = self.folder / "README.md"
-        if not card.is_file():
-            return ""
-        _, opening, rest = self.text(card).partition("---\n")
-        head, closing, _ = rest.partition("\n---")
-        found = parse_yaml(head, str(card)) if opening and closing else None
-        stated = found.get("license") if isinstance(found, dict) else None
-        return stated if isinstance(stated, str) else ""
+        """The licence stated in the header of the model card README.md, which stands beside the weights or
+        the archive, or at the top of the archive; "" if none."""
+        beside = self.archive.parent if self.archive else self.folder
+        cards = [beside / "README.md", self.folder / "README.md", *sorted(self.folder.glob("*/README.md"))]
+        for card in cards:
+            try:
+                text = self.text(card) if card.is_file() else ""
+                _, opening, rest = text.replace("\r\n", "\n").partition("---\n")
+                found = parse_yaml(rest.partition("\n---")[0], str(card)) if opening else None
+            except AsrError:  # a card that nobody can read states nothing
+                continue
+            stated = found.get("license") if isinstance(found, dict) and text.startswith("---") else None
+            if isinstance(stated, str) and stated.isprintable():
+                return stated
+        return ""
 
     def _use(self, path: Path) -> Path:
         self.used.append(path)
@@ -118,8 +131,11 @@ def open_source(path: Path, scratch: Path, label: str = "") -> Source:
     """
     label = label or str(path)
     if path.is_dir():
-        inside = list(path.glob("*.nemo"))
-        if len(inside) != 1:
+        inside = sorted(path.glob("*.nemo"))
+        if len(inside) > 1:
+            shown = ", ".join(x.name for x in inside[:5])
+            raise CheckpointError(f"{label}: {len(inside)} archives in it: {shown}; name one")
+        if not inside:
             return Source(path, label)
         path = inside[0]
     if not path.is_file():
