@@ -13,6 +13,7 @@ import io
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +68,9 @@ EXTRAS = {
 }
 """Module -> the extra of setup.cfg that installs it, if the base install lacks it."""
 
+CONTROLS = ("Cc", "Cf", "Zl", "Zp")
+"""Categories of Unicode: control and format characters, ends of lines and paragraphs."""
+
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that it cannot parse."""
 
@@ -100,7 +104,7 @@ def guard(program: Callable[[], int | None], debug: bool = False) -> int:
     except AsrError as error:
         if debug:
             traceback.print_exc()
-        print(f"asr: {error}", file=sys.stderr)
+        print(f"asr: {_printable(str(error))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("asr: interrupted", file=sys.stderr)
@@ -119,6 +123,11 @@ def guard(program: Callable[[], int | None], debug: bool = False) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _printable(text: str) -> str:
+    """A message in one line, without what controls a terminal: it may quote a file of a stranger."""
+    return "".join(x if unicodedata.category(x) not in CONTROLS else ascii(x)[1:-1] for x in text)
 
 
 def _dispatch(args: list[str]) -> int:

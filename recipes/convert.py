@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asr.errors import ConfigError
+from asr.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from asr.convert.converted import Converted
@@ -42,16 +42,24 @@ def convert(
         converted = read(family, opened)
         origin = _origin(family, opened, converted, licence)
         folder = Path(scratch) / "experiment"
-        write_experiment(folder, converted, origin)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
+        try:
+            write_experiment(folder, converted, origin)
+            if out.exists():
+                out.rmdir()
+            folder.rename(out)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(folder), str(out))) from None
+        except OSError as error:  # without a file name if the disk is full
+            reason = (error.strerror or str(error)).lower()
+            raise ConfigError(f"{out}: cannot be written: {reason}; nothing is kept") from None
     _report(out, converted, origin)
 
 
 def check_out(out: Path) -> None:
     """Raise ConfigError unless a new experiment can be written to `out`."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.name in ("", ".."):
+        raise ConfigError(f"{out}: expected the name of a new folder; choose one with -o")
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise ConfigError(f"{out}: exists; choose a new folder with -o")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
