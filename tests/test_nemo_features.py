@@ -119,5 +119,5 @@ def test_a_stream_cannot_be_normalised_over_the_utterance():
 )
 def test_features_that_cannot_be_converted_are_refused(options):
     name = next(iter(options))
-    with pytest.raises(CheckpointError, match=f"model_config.yaml: preprocessor.{name} is .*; only"):
+    with pytest.raises(CheckpointError, match=f"model_config.yaml: preprocessor.{name}: .*, expected "):
         features_config({"window_size": 0.025} | options, "model_config.yaml")

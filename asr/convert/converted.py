@@ -1,16 +1,24 @@
 """The result of reading a checkpoint of any family: everything that an experiment needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asr.config import ExperimentConfig
+from asr.errors import CheckpointError
 from asr.losses import LossConfig
 from asr.model.absent import AbsentConfig
 from asr.model.build import build_model
 from asr.model.hybrid import HybridModel
+
+MOST_GROWTH = 3
+"""Ours has two matrices where theirs is used twice, and zeros for biases or a decoder that they lack."""
+
+COMPUTED = 2**25
+"""Numbers that ours computes, such as the matrices of the Fourier transform and the mel bins."""
 
 
 class Tokens(NamedTuple):
@@ -59,6 +67,22 @@ def parts_to_load(model: HybridModel, *others: str) -> nn.ModuleDict:
     return nn.ModuleDict({name: model.get_submodule(name) for name in names})
 
 
-def fresh_model(config: ExperimentConfig, num_tokens: int) -> HybridModel:
-    """The model of a configuration, in eval mode, with all parameters still to be loaded."""
-    return build_model(config.features, config.encoder, config.decoder, config.loss, num_tokens).eval()
+def fresh_model(
+    config: ExperimentConfig, num_tokens: int, weights: Mapping[str, Tensor], where: str
+) -> HybridModel:
+    """The model of a configuration, in eval mode, with all parameters still to be loaded.
+
+    Raises CheckpointError if it would be much larger than the weights for it, before it takes any memory.
+    where: the file, for errors.
+    """
+    parts = (config.features, config.encoder, config.decoder, config.loss, num_tokens)
+    with torch.device("meta"):
+        planned = build_model(*parts)
+    needed = sum(x.numel() for x in [*planned.parameters(), *planned.buffers()])
+    held = sum(x.numel() for x in weights.values())
+    if needed > MOST_GROWTH * held + COMPUTED:
+        raise CheckpointError(
+            f"{where}: options of a model with {needed:,} numbers, the weights have {held:,}; they are of "
+            "different models"
+        )
+    return build_model(*parts).eval()

@@ -9,13 +9,12 @@ our biases are zeros. There is no CTC head.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from asr.config import ExperimentConfig, TrainConfig
 from asr.convert.converted import Converted, Tokens, decoder_alone, fresh_model, parts_to_load
 from asr.convert.kaldi import read_cmvn
-from asr.convert.names import Layers, Names, Units, add_biases, arrange_units, count_layers, load
+from asr.convert.names import Layers, Names, Units, add_biases, arrange_units, count_layers, load, num_rows
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.units import our_symbols, read_units, splitter
@@ -115,7 +114,7 @@ def read(source: Source) -> Converted:
     )
     order = units(args)
     symbols = our_symbols(theirs, order, str(dictionary))
-    model = fresh_model(config, len(symbols))
+    model = fresh_model(config, len(symbols), found.weights, str(file))
     load(parts_to_load(model), tensors(found.weights), NAMES, str(file), order)
     statistics = source.file("cmvn.ark", "cmvn.txt")
     mean, istd = read_cmvn(source.data(statistics), args["idim"], str(statistics))
@@ -134,8 +133,8 @@ def read_args(found: Any, where: str) -> dict[str, Any]:
         )
     options = Options(values, where, "args.")
     args: dict[str, Any] = {name: options.count(name, 0) for name in SIZES}
-    if min(args.values()) < 1 or not max(args["sos_id"], args["eos_id"]) < args["odim"]:
-        raise CheckpointError(f"{where}: args {args}, expected positive numbers, and ids below odim")
+    if not max(args["sos_id"], args["eos_id"]) < args["odim"]:
+        raise CheckpointError(f"{where}: args {args}, expected ids below odim")
     return args | {"residual_dropout": options.number("residual_dropout", 0.1)}
 
 
@@ -145,9 +144,9 @@ def check_layers(weights: Mapping[str, Tensor], args: Mapping[str, Any], where: 
         count = count_layers(weights, f"{part}.layer_stack.")
         if count != args[name]:
             raise CheckpointError(f"{where}: {count} layers of the {part}, args.{name} is {args[name]}")
-    norm = weights.get("decoder.layer_norm_out.weight", torch.zeros(0))
-    if len(norm) != args["d_model"]:
-        raise CheckpointError(f"{where}: {len(norm)} channels, args.d_model is {args['d_model']}")
+    channels = num_rows(weights, "decoder.layer_norm_out.weight")
+    if channels != args["d_model"]:
+        raise CheckpointError(f"{where}: {channels} channels, args.d_model is {args['d_model']}")
 
 
 def tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

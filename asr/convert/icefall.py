@@ -16,7 +16,7 @@ from torch import Tensor
 from asr.config import ExperimentConfig, TrainConfig
 from asr.convert.converted import Converted, Tokens, ctc_alone, fresh_model, parts_to_load
 from asr.convert.icefall_decoder import DECODER, PLACE, decoder_config
-from asr.convert.names import Names, Units, arrange_units, load
+from asr.convert.names import Names, Units, arrange_units, load, num_rows
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.units import find_unit, maybe_unit, our_symbols, read_units, splitter
@@ -79,6 +79,12 @@ MARK = r"^encoder_embed\.convnext\."
 
 KERNEL = "conv_module1.depthwise_conv."
 
+OPTIONS = (
+    *("feature_dim", "num_heads", "query_head_dim", "pos_head_dim", "value_head_dim"),
+    *("attention_decoder_num_heads", "encoder_unmasked_dim"),
+)
+"""What icefall.yaml may hold."""
+
 ASK_FOR_OPTIONS = (
     "write feature_dim, num_heads, query_head_dim, pos_head_dim, value_head_dim, attention_decoder_num_heads "
     "into icefall.yaml beside it, where they are not icefall's defaults"
@@ -90,7 +96,7 @@ def read(source: Source) -> Converted:
     file = source.weights_file("pretrained.pt", "epoch-*.pt", "*.safetensors")
     tensors = source.tensors(file, "model")
     weights = tensors.weights
-    if not any(name.startswith(HEADS["ctc."]) for name in weights):
+    if not (num_units := num_rows(weights, f"{HEADS['ctc.']}weight")):
         raise CheckpointError(f"{file}: no CTC head; a transducer alone cannot be represented")
     options = _options(source, tensors.others, str(file))
     has_decoder = any(name.startswith(PLACE) for name in weights)
@@ -99,8 +105,8 @@ def read(source: Source) -> Converted:
     config = ExperimentConfig(
         features=FbankConfig(num_bins=num_bins), encoder=encoder, train=TrainConfig(cmvn=False), **parts
     )
-    units, tokens = _units(source, len(weights[f"{HEADS['ctc.']}weight"]))
-    model = fresh_model(config, len(tokens.symbols))
+    units, tokens = _units(source, num_units)
+    model = fresh_model(config, len(tokens.symbols), weights, str(file))
     loaded = parts_to_load(model)
     load(loaded, weights, all_names(list(loaded.state_dict())), str(file), units)
     left = [f"{name} {tuple(x.shape)}" for name, x in weights.items() if re.match(TRANSDUCER, name)]
@@ -111,7 +117,11 @@ def read(source: Source) -> Converted:
 def _options(source: Source, others: Mapping[str, Any], where: str) -> Options:
     """What shapes do not determine: the training options, from the checkpoint or from a file."""
     if file := source.maybe("icefall.yaml"):
-        return Options(source.yaml(file), str(file))
+        options = source.yaml(file)
+        for name in options:
+            if name not in OPTIONS:
+                raise CheckpointError(f"{file}: {name}, expected {', '.join(OPTIONS)}")
+        return Options(options, str(file))
     return Options(others, where)
 
 
@@ -149,7 +159,7 @@ def encoder_config(weights: Mapping[str, Tensor], options: Options) -> Zipformer
         query_dims=queries,
         value_dims=values,
         position_head_dims=positions,
-        position_dim=sizes["position_dims"][0],
+        position_dim=sizes["position_dim"][0],
         causal=causal,
         chunk=ChunkConfig(dynamic=causal, max_chunk=32, chunks=[*chunks, 0], left_frames=[32, 64, 128, -1]),
     )
@@ -162,22 +172,27 @@ def _stack_sizes(weights: Mapping[str, Tensor], number: int) -> dict[str, int]:
     depth = _count(weights, rf"^{re.escape(layers)}(\d+)\.")
 
     def shape(name: str, otherwise: str = "") -> list[int]:
-        found = weights.get(f"{layers}0.{name}", weights.get(f"{layers}0.{otherwise}"))
-        if found is None or not found.dim():
-            raise CheckpointError(f"{layers}0.{name} is missing; damaged, or of another Zipformer")
-        return list(found.shape)
+        return _shape(weights, f"{layers}0.{name}", f"{layers}0.{otherwise or name}")
 
     return {
         "dims": shape("norm.bias")[0],
-        "rates": 1 if downsample is None else len(downsample),
+        "rates": 1 if downsample is None else num_rows(weights, f"{place}downsample.bias"),
         "depths": depth,
         "ff_dims": shape("feed_forward2.in_proj.weight")[0],
         "kernel_sizes": shape(f"{KERNEL}weight", f"{KERNEL}chunkwise_conv.weight")[-1],
         "projected": shape("self_attn_weights.in_proj.weight")[0],
         "positions": shape("self_attn_weights.linear_pos.weight")[0],
-        "position_dims": shape("self_attn_weights.linear_pos.weight")[1],
+        "position_dim": shape("self_attn_weights.linear_pos.weight")[-1],
         "valued": shape("self_attn1.in_proj.weight")[0],
     }
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, otherwise: str = "") -> list[int]:
+    """The sizes of a tensor; CheckpointError if it is missing, empty or a single number."""
+    found = weights.get(name, weights.get(otherwise))
+    if found is None or not found.dim() or not found.numel():
+        raise CheckpointError(f"{name} is missing; damaged, or of another Zipformer")
+    return list(found.shape)
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
@@ -190,7 +205,7 @@ def _num_bins(weights: Mapping[str, Tensor], options: Options) -> int:
     """F, which must fit the channels after the front: ((F - 1) // 2 - 1) // 2 for each of its maps."""
     num_bins = options.count("feature_dim", 80)
     out, maps = weights.get("encoder_embed.out.weight"), weights.get("encoder_embed.conv.7.bias")
-    if out is None or maps is None or out.dim() != 2:
+    if out is None or maps is None or out.dim() != 2 or not maps.dim():
         raise CheckpointError(f"{options.where}: no front end of a Zipformer of 2023 or later")
     if out.shape[1] != len(maps) * (((num_bins - 1) // 2 - 1) // 2):
         raise CheckpointError(
@@ -200,14 +215,14 @@ def _num_bins(weights: Mapping[str, Tensor], options: Options) -> int:
 
 
 def _decoder(weights: Mapping[str, Tensor], options: Options) -> DecoderConfig:
-    width = len(weights[f"{PLACE}layers.0.self_attn.linear_q.bias"])
+    width = _shape(weights, f"{PLACE}layers.0.self_attn.linear_q.bias")[0]
     return decoder_config(
         {
-            "decoder_dim": weights[f"{PLACE}embed.weight"].shape[1],
+            "decoder_dim": _shape(weights, f"{PLACE}embed.weight")[-1],
             "attention_dim": width,
             "num_decoder_layers": _count(weights, rf"^{re.escape(PLACE)}layers\.(\d+)\."),
             "num_heads": options.count("attention_decoder_num_heads", 8),
-            "feedforward_dim": len(weights[f"{PLACE}layers.0.feed_forward.0.bias"]),
+            "feedforward_dim": _shape(weights, f"{PLACE}layers.0.feed_forward.0.bias")[0],
         }
     )
 

@@ -116,18 +116,11 @@ def load(
         if missing := [x for x in sources[name] if x not in weights]:
             problems += [f"{x} is missing for {expected}" for x in missing]
             continue
-        parts = [weights[x] for x in sources[name]]
-        value = torch.cat(parts) if len(parts) > 1 else parts[0]
-        order = _order(name, units)
-        taken = _take(value, order) if order and len(value) == max(order) + 1 else value
-        if _sizes(taken) != _sizes(tensor) or (order and taken is value):
-            problems.append(f"{', '.join(sources[name])} {tuple(value.shape)} does not fit {expected}")
-            continue
-        if tensor.is_floating_point() and not value.is_floating_point():
-            kind = str(value.dtype).removeprefix("torch.")
-            problems.append(
-                f"{', '.join(sources[name])} {tuple(value.shape)} of {kind} does not fit {expected}"
-            )
+        parts = {x: weights[x] for x in sources[name]}
+        taken = _taken(list(parts.values()), tensor, _order(name, units))
+        if taken is None:
+            given = ", ".join(f"{x} {tuple(part.shape)}{_kind(part)}" for x, part in parts.items())
+            problems.append(f"{given} does not fit {expected}")
             continue
         found[name] = taken.reshape(tensor.shape)
     if problems:
@@ -140,15 +133,39 @@ def count_layers(weights: Mapping[str, Tensor], place: str) -> int:
     return len({name.removeprefix(place).split(".")[0] for name in weights if name.startswith(place)})
 
 
+def num_rows(weights: Mapping[str, Tensor], name: str) -> int:
+    """The first size of a tensor; 0 if it is missing or a single number."""
+    found = weights.get(name)
+    return found.shape[0] if found is not None and found.dim() else 0
+
+
 def add_biases(weights: Mapping[str, Tensor], pattern: str) -> dict[str, Tensor]:
     """The tensors, plus a zero bias for each matrix that lacks one if its name before ".weight" matches."""
     matching = re.compile(rf"{pattern}\.weight$")
     found = {
-        f"{name.removesuffix('weight')}bias": x.new_zeros(len(x))
+        f"{name.removesuffix('weight')}bias": x.new_zeros(x.shape[:1])
         for name, x in weights.items()
         if matching.search(name)
     }
     return found | dict(weights)
+
+
+def _taken(parts: Sequence[Tensor], wanted: Tensor, order: Sequence[int]) -> Tensor | None:
+    """Their tensors as one, with rows in our order; None if it is not of the size and kind of ours."""
+    if wanted.is_floating_point() and not all(x.is_floating_point() for x in parts):
+        return None
+    if len({(x.dim(), x.shape[1:]) for x in parts}) > 1:
+        return None
+    value = torch.cat(list(parts)) if len(parts) > 1 and parts[0].dim() else parts[0]
+    if order and (not value.dim() or len(value) != max(order) + 1):
+        return None
+    value = _take(value, order) if order else value
+    return value if _sizes(value) == _sizes(wanted) else None
+
+
+def _kind(x: Tensor) -> str:
+    """The type of a tensor for messages, where it is none of a weight."""
+    return "" if x.is_floating_point() else f" of {str(x.dtype).removeprefix('torch.')}"
 
 
 def _order(name: str, units: Units | None) -> list[int]:
@@ -167,4 +184,4 @@ def _take(value: Tensor, order: Sequence[int]) -> Tensor:
 
 def _sizes(x: Tensor) -> list[int]:
     """The shape without dimensions of size 1, which pointwise kernels may or may not have."""
-    return [n for n in x.shape if n > 1]
+    return [n for n in x.shape if n != 1]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asr.convert.names import Layers, Names
+from asr.convert.options import Options
 from asr.errors import CheckpointError
 from asr.features import PREEMPHASIS, FbankConfig
 from asr.model.fast_conformer import FastConformerConfig
@@ -45,8 +46,6 @@ NEMO = Names(
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "subsampling": ("dw_striding",),
-    "self_attention_model": ("rel_pos", "rel_pos_local_attn"),
-    "att_context_style": ("regular", "chunked_limited"),
     "untie_biases": (True,),
     "global_attn_separate": (False,),
     "global_tokens_spacing": (1,),
@@ -55,9 +54,17 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 """Their options that ours lacks, and the values that match our behaviour; the first is the default."""
 
+WITHOUT_EFFECT = (
+    *("_target_", "feat_in", "feat_out", "subsampling_conv_chunking_factor", "pos_emb_max_len"),
+    *("reduction_position", "reduction_factor", "att_context_probs", "att_chunk_context_size"),
+    *("dropout_pre_encoder", "dropout_emb", "dropout_att", "stochastic_depth_mode"),
+    *("stochastic_depth_start_layer", "use_pytorch_sdpa", "use_pytorch_sdpa_backends"),
+    "sync_max_audio_length",
+)
+"""Options of training or speed, or that show in the shapes of tensors."""
+
 PREPROCESSOR: dict[str, tuple[Any, ...]] = {
     "window": ("hann",),
-    "normalize": ("per_feature", "all_features", "NA", None),
     "preemph": (PREEMPHASIS,),
     "log": (True,),
     "log_zero_guard_type": ("add",),
@@ -66,75 +73,89 @@ PREPROCESSOR: dict[str, tuple[Any, ...]] = {
     "mel_norm": ("slaney",),
     "frame_splicing": (1,),
     "exact_pad": (False,),
+    "n_window_size": (None,),
+    "n_window_stride": (None,),
 }
+UNUSED = (
+    *("_target_", "dither", "pad_to", "pad_value", "rng", "nb_augmentation_prob", "nb_max_freq"),
+    *("use_torchaudio", "stft_exact_pad", "stft_conv"),
+)
+"""Options of the preprocessor for training, for padding, or that its versions ignore."""
 
 
-def encoder_config(options: Mapping[str, Any], where: str) -> FastConformerConfig:
+def encoder_config(section: Mapping[str, Any], where: str) -> FastConformerConfig:
     """The section `encoder` of a NeMo model's configuration, as ours.
 
     where: the file, for errors. Raises CheckpointError for what our encoder does not support.
     """
-    _expect(options, OPTIONS, "encoder", where)
-    dim, kernel_size = options["d_model"], options.get("conv_kernel_size", 31)
-    causal = bool(options.get("causal_downsampling", False))
-    if (options.get("conv_context_size") in ("causal", [kernel_size - 1, 0])) != causal:
+    options = Options(section, where, "encoder.")
+    for name, values in OPTIONS.items():
+        options.one_of(name, values)
+    attention = options.one_of("self_attention_model", ("rel_pos", "rel_pos_local_attn"))
+    global_tokens = options.count("global_tokens", 0, least=0)
+    dim, kernel_size = options.count("d_model", 0), options.count("conv_kernel_size", 31)
+    causal = options.switch("causal_downsampling", False)
+    if (options.value("conv_context_size") in ("causal", [kernel_size - 1, 0])) != causal:
         raise CheckpointError(f"{where}: encoder.causal_downsampling and encoder.conv_context_size disagree")
-    sizes = options.get("att_context_size") or [-1, -1]
-    sizes = [sizes] if isinstance(sizes[0], int) else [list(x) for x in sizes]
-    limits, contexts = list(sizes[0]), []
-    if options.get("att_context_style") == "chunked_limited":
-        limits, contexts = [-1, -1], [x for x in sizes if x[1] >= 0]
-    is_local = options.get("self_attention_model") == "rel_pos_local_attn"
-    return FastConformerConfig(
+    limits, contexts = _contexts(options)
+    config = FastConformerConfig(
         dim=dim,
-        num_layers=options["n_layers"],
-        num_heads=options.get("n_heads", 4),
-        ff_dim=dim * options.get("ff_expansion_factor", 4),
+        num_layers=options.count("n_layers", 0),
+        num_heads=options.count("n_heads", 4),
+        ff_dim=dim * options.count("ff_expansion_factor", 4),
         kernel_size=kernel_size,
-        subsampling=options.get("subsampling_factor", 4),
-        subsampling_channels=_positive(options.get("subsampling_conv_channels", -1), dim),
+        subsampling=options.one_of("subsampling_factor", (4, 8)),
+        subsampling_channels=_positive(options.count("subsampling_conv_channels", -1, least=-1), dim),
         causal=causal,
-        norm=options.get("conv_norm_type", "batch_norm"),
-        bias=options.get("use_bias", True),
-        scale_input=options.get("xscaling", True),
+        norm=options.one_of("conv_norm_type", ("batch_norm", "layer_norm")),
+        bias=options.switch("use_bias", True),
+        scale_input=options.switch("xscaling", True),
         context=limits,
-        global_tokens=options.get("global_tokens", 0) if is_local else 0,
-        dropout=options.get("dropout", 0.1),
+        global_tokens=global_tokens if attention == "rel_pos_local_attn" else 0,
+        dropout=options.number("dropout", 0.1),
         chunk=ChunkConfig(dynamic=bool(contexts), contexts=contexts),
     )
+    options.only({}, WITHOUT_EFFECT)
+    return config
 
 
-def features_config(options: Mapping[str, Any], where: str) -> FbankConfig:
+def _contexts(options: Options) -> tuple[list[int], list[list[int]]]:
+    """The frames that a whole utterance sees around itself, and the contexts of training in chunks."""
+    given = options.value("att_context_size") or [-1, -1]
+    sizes = given if isinstance(given, list) and isinstance(given[0], list) else [given]
+    for size in sizes:
+        if not isinstance(size, list) or [type(x) for x in size] != [int, int] or min(size) < -1:
+            raise options.wrong("att_context_size", given, "[left, right] in frames")
+    if options.one_of("att_context_style", ("regular", "chunked_limited")) == "regular":
+        return list(sizes[0]), []
+    return [-1, -1], [list(x) for x in sizes if x[1] >= 0]
+
+
+def features_config(section: Mapping[str, Any], where: str) -> FbankConfig:
     """The section `preprocessor` of a NeMo model's configuration, as ours.
 
     where: the file, for errors. Raises CheckpointError for what our features do not support.
     """
-    sample_rate, window_s = options.get("sample_rate", 16000), options.get("window_size", 0.02)
+    options = Options(section, where, "preprocessor.")
+    sample_rate = options.count("sample_rate", 16000, least=1000)
+    window_s = options.number("window_size", 0.02, least=0.001)
     window_samples = round(sample_rate * window_s)
     expected = PREPROCESSOR | {"n_fft": (None, 1 << (window_samples - 1).bit_length())}
-    _expect(options, expected, "preprocessor", where)
-    normalize = options.get("normalize", "per_feature")
-    return FbankConfig(
+    for name, values in expected.items():
+        options.one_of(name, values)
+    normalize = options.one_of("normalize", ("per_feature", "all_features", "NA", None))
+    config = FbankConfig(
         type="nemo",
         sample_rate=sample_rate,
-        num_bins=options.get("features", 64),
+        num_bins=options.count("features", 64),
         frame_ms=1000 * window_s,
-        shift_ms=1000 * options.get("window_stride", 0.01),
-        low_freq_hz=options.get("lowfreq", 0),
-        high_freq_hz=options.get("highfreq") or 0,
+        shift_ms=1000 * options.number("window_stride", 0.01, least=0.001),
+        low_freq_hz=options.number("lowfreq", 0, most=sample_rate),
+        high_freq_hz=options.number("highfreq", 0, most=sample_rate),
         normalize="none" if normalize in ("NA", None) else normalize,
     )
-
-
-def _expect(
-    options: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], section: str, where: str
-) -> None:
-    for key, values in expected.items():
-        if options.get(key, values[0]) not in values:
-            choice = " or ".join(map(str, values))
-            raise CheckpointError(
-                f"{where}: {section}.{key} is {options[key]}; only {choice} can be converted"
-            )
+    options.only({}, UNUSED)
+    return config
 
 
 def _positive(number: int, otherwise: int) -> int:

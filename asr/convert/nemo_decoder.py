@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from asr.convert.names import Layers, Names
-from asr.errors import ConfigError
+from asr.convert.options import Options
+from asr.errors import CheckpointError
 from asr.model.decoder import DecoderConfig
 
 PLACE = "transf_decoder."
@@ -51,37 +52,55 @@ DECODER = Names(
 )
 
 
+WITHOUT_EFFECT = (
+    *("_target_", "vocab_size", "num_token_types"),
+    *("embedding_dropout", "attn_score_dropout", "attn_layer_dropout"),
+)
+"""Options of training, or that show in the shapes of tensors."""
+
+
 def decoder_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that DECODER expects: keys and values of the encoder's output, and a table to add."""
     found = dict(weights)
-    if TABLE in found:
+    if TABLE in found and found[TABLE].dim() == 2:
         found[TABLE] = found[TABLE] * math.sqrt(found[TABLE].shape[1])
     weight, bias = (found.pop(f"encoder_decoder_proj.{x}", None) for x in ("weight", "bias"))
     if weight is not None and bias is not None:
         for name in [x for x in found if x.endswith(tuple(f"{x}weight" for x in _memory()))]:
             matrix, to = found[name], f"{name.removesuffix('weight')}bias"
+            shapes = [matrix.shape[:1], matrix.shape[1:], bias.shape]
+            if shapes != [found[to].shape, weight.shape[:1], weight.shape[:1]] or weight.dim() != 2:
+                raise CheckpointError(
+                    f"encoder_decoder_proj.weight {tuple(weight.shape)} does not fit {name} "
+                    f"{tuple(matrix.shape)}, or its bias does not"
+                )
             found[name], found[to] = matrix @ weight, matrix @ bias + found[to]
     return found
 
 
-def decoder_config(options: Mapping[str, Any]) -> DecoderConfig:
-    """Our configuration, from their `transf_decoder`. ConfigError for post-norm."""
-    if not options["pre_ln"]:
-        raise ConfigError(
-            "transf_decoder.pre_ln: false, and our decoder has no norms after the modules; expected true"
-        )
-    return DecoderConfig(
-        dim=options["hidden_size"],
-        num_layers=options["num_layers"],
-        num_heads=options["num_attention_heads"],
-        ff_dim=options["inner_size"],
-        activation=options["hidden_act"],
-        positions="learnt" if options["learn_positional_encodings"] else "sinusoid",
-        num_positions=options["max_sequence_length"],
+def decoder_config(section: Mapping[str, Any], where: str) -> DecoderConfig:
+    """Our configuration, from their section `transf_decoder`: its `config_dict`, if there is one.
+
+    where: the file, for errors. Raises CheckpointError for what our decoder does not support.
+    """
+    outer = Options(section, where, "transf_decoder.")
+    options = outer.part("config_dict") if "config_dict" in section else outer
+    if not options.switch("pre_ln", False):
+        raise options.wrong("pre_ln", False, "true, as our decoder has no norms after the modules")
+    config = DecoderConfig(
+        dim=options.count("hidden_size", 0),
+        num_layers=options.count("num_layers", 0),
+        num_heads=options.count("num_attention_heads", 0),
+        ff_dim=options.count("inner_size", 0),
+        activation=options.choice("hidden_act", "relu", ("relu", "gelu", "silu")),
+        positions="learnt" if options.switch("learn_positional_encodings", False) else "sinusoid",
+        num_positions=options.count("max_sequence_length", 512),
         embedding_norm=True,
-        final_norm=options["pre_ln_final_layer_norm"],
-        dropout=options["ffn_dropout"],
+        final_norm=outer.switch("pre_ln_final_layer_norm", True),
+        dropout=options.number("ffn_dropout", 0.0),
     )
+    options.only({}, WITHOUT_EFFECT)
+    return config
 
 
 def _memory() -> tuple[str, ...]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from asr.config import ExperimentConfig, TrainConfig
 from asr.convert import nemo_decoder
 from asr.convert.converted import Converted, Tokens, ctc_alone, decoder_alone, fresh_model, parts_to_load
-from asr.convert.names import MADE_UP, Names, Units, arrange_units, count_layers, load
+from asr.convert.names import MADE_UP, Names, Units, arrange_units, count_layers, load, num_rows
 from asr.convert.nemo import ENCODER, NEMO, encoder_config, features_config
+from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.units import find_unit, maybe_unit, our_symbols, tell_apart
 from asr.errors import CheckpointError
@@ -60,11 +61,11 @@ def read(source: Source) -> Converted:
         names, weights = _decoder_names(), nemo_decoder.decoder_tensors(weights)
     else:
         head = _ctc_head(weights, where)
-        units = _of_ctc(theirs, len(weights[f"{head}weight"]), where)
+        units = _of_ctc(theirs, num_rows(weights, f"{head}weight"), where)
         others = rf"{NEMO.computed}|{TRANSDUCER}" if head.startswith("ctc_") else NEMO.computed
         names = replace(NEMO, heads={**NEMO.heads, "ctc.": head}, computed=others)
     symbols = our_symbols(theirs, units, str(path))
-    model = fresh_model(config, len(symbols))
+    model = fresh_model(config, len(symbols), weights, where)
     load(parts_to_load(model), weights, names, where, units)
     left = [f"{x} {tuple(v.shape)}" for x, v in found.weights.items() if re.match(TRANSDUCER, x)]
     notes = [*found.notes] + [f"the transducer is left out: {', '.join(left)}"] * bool(left)
@@ -80,41 +81,43 @@ def has_decoder(weights: Mapping[str, Tensor]) -> bool:
 def resolved(options: dict[str, Any], where: str) -> dict[str, Any]:
     """The options with `${a.b}`, and `${model.a.b}`, replaced by what they point to."""
 
+    done: dict[int, Any] = {}  # what YAML refers to many times is resolved once
+
     def resolve(value: Any, depth: int) -> Any:
         if depth > 20:
             raise CheckpointError(f"{where}: nested too deeply, or ${{...}} in a circle")
-        if isinstance(value, dict):
-            return {key: resolve(x, depth + 1) for key, x in value.items()}
-        if isinstance(value, list):
-            return [resolve(x, depth + 1) for x in value]
+        if isinstance(value, dict | list) and id(value) not in done:
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            found = {key: resolve(x, depth + 1) for key, x in items}
+            done[id(value)] = found if isinstance(value, dict) else list(found.values())
+        if id(value) in done:
+            return done[id(value)]
         match = re.fullmatch(r"\$\{(?:model\.)?([\w.]+)\}", value) if isinstance(value, str) else None
         if not match:
             return value
-        found: Any = options
+        target: Any = options
         for key in match[1].split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        return resolve(found, depth + 1)
+            target = target.get(key) if isinstance(target, dict) else None
+        return resolve(target, depth + 1)
 
     return resolve(options, 0)
 
 
 def _config(options: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> ExperimentConfig:
-    try:
-        encoder = encoder_config(options["encoder"], where)
-        features = features_config(options["preprocessor"], where)
-        if has_decoder(weights):
-            parts = decoder_alone()
-            inner = options["transf_decoder"].get("config_dict", options["transf_decoder"])
-            parts["decoder"] = nemo_decoder.decoder_config(inner)
-            layers = (parts["decoder"].num_layers, count_layers(weights, f"{DECODER}_decoder.layers."))
-        else:
-            parts, layers = ctc_alone(), (0, 0)
-        both = [(encoder.num_layers, count_layers(weights, "encoder.layers.")), layers]
-        norm = weights.get("encoder.layers.0.norm_out.weight")
-        if any(said != counted for said, counted in both) or norm is None or len(norm) != encoder.dim:
-            raise CheckpointError(f"{where}: layers and channels are not those of the weights: {both}")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{where}: not the options of a Fast Conformer: {error!r}") from None
+    read = Options(options, where)
+    encoder = encoder_config(read.part("encoder").values, where)
+    features = features_config(read.part("preprocessor").values, where)
+    parts, layers = ctc_alone(), (0, 0)
+    if has_decoder(weights):
+        decoder = nemo_decoder.decoder_config(read.part("transf_decoder").values, where)
+        parts = {**decoder_alone(), "decoder": decoder}
+        layers = (decoder.num_layers, count_layers(weights, f"{DECODER}_decoder.layers."))
+    both = [(encoder.num_layers, count_layers(weights, "encoder.layers.")), layers]
+    channels = num_rows(weights, "encoder.layers.0.norm_out.weight")
+    if any(said != counted for said, counted in both) or channels != encoder.dim:
+        raise CheckpointError(
+            f"{where}: layers and channels are not those of the weights: {both}, and {channels} channels"
+        )
     return ExperimentConfig(features=features, encoder=encoder, train=TrainConfig(cmvn=False), **parts)
 
 
@@ -131,7 +134,7 @@ def _units(source: Source, options: Mapping[str, Any], where: str) -> tuple[list
     theirs: list[str] = []
     for part in parts:
         named = part.get("model_path") if isinstance(part, Mapping) else None
-        if not isinstance(named, str):
+        if not isinstance(named, str) or not Path(named.removeprefix("nemo:")).name:
             raise CheckpointError(f"{where}: tokenizer: no model_path of a SentencePiece model")
         file = source.file(
             Path(named.removeprefix("nemo:")).name, *(["*tokenizer.model"] if len(parts) == 1 else [])
@@ -163,15 +166,13 @@ def _of_decoder(
     theirs: list[str], weights: Mapping[str, Tensor], options: Mapping[str, Any], where: str
 ) -> tuple[Units, list[str]]:
     """Our units, and the prompt. Rows after the last unit are kept as `<unused-1>` and so on."""
-    rows = len(weights.get("log_softmax.mlp.layer0.weight", ()))
+    rows = num_rows(weights, "log_softmax.mlp.layer0.weight")
     if not len(theirs) <= rows < len(theirs) + 64:
         raise CheckpointError(
             f"{where}: {rows} units, its tokenizer has {len(theirs)}; it is from another model"
         )
     theirs += [f"<unused-{i}>" for i in range(1, rows - len(theirs) + 1)]
-    kind = options.get("prompt_format", "canary")
-    if kind not in PROMPTS:
-        raise CheckpointError(f"{where}: prompt_format: {kind!r}, expected {' or '.join(PROMPTS)}")
+    kind = Options(options, where).choice("prompt_format", "canary", list(PROMPTS))
     start, end = find_unit(theirs, where, STARTS[kind]), find_unit(theirs, where, *ENDS)
     units = arrange_units(rows, start, end, maybe_unit(theirs, "<pad>"), maybe_unit(theirs, "<unk>"))
     return units, [x for x in PROMPTS[kind] if find_unit(theirs, where, x) >= 0]

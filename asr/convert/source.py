@@ -82,7 +82,7 @@ class Source:
             raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}") from None
 
     def yaml(self, path: Path) -> dict[str, Any]:
-        found = parse_yaml(self.text(path), str(path))
+        found = parse_yaml(self.text(path), str(path), references=True)
         if not isinstance(found, dict):
             raise CheckpointError(f"{path}: {type(found).__name__}, expected options by name")
         return found
@@ -111,7 +111,7 @@ class Source:
             try:
                 text = self.text(card) if card.is_file() else ""
                 _, opening, rest = text.replace("\r\n", "\n").partition("---\n")
-                found = parse_yaml(rest.partition("\n---")[0], str(card)) if opening else None
+                found = parse_yaml(rest.partition("\n---")[0], str(card), references=True) if opening else None
             except AsrError:  # a card that nobody can read states nothing
                 continue
             stated = found.get("license") if isinstance(found, dict) and text.startswith("---") else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from asr.config import ExperimentConfig, TrainConfig
 from asr.convert.converted import Converted, Tokens, fresh_model
 from asr.convert.kaldi import read_cmvn
-from asr.convert.names import Layers, Names, arrange_units, count_layers, load
+from asr.convert.names import Layers, Names, arrange_units, count_layers, load, num_rows
 from asr.convert.options import Options
 from asr.convert.source import Source
 from asr.convert.units import find_unit, our_symbols, read_units, splitter
@@ -104,7 +104,8 @@ DECODER_OPTIONS = LAYER_OPTIONS | {
     "activation_type": "relu",
     "tie_word_embedding": False,
 }
-"""Options of their layers, and the values that we support."""
+FBANK_OPTIONS: dict[str, Any] = {"feature_type": "fbank", "using_pitch": False, "window_type": "povey"}
+"""Options of their layers and features, and the values that we support."""
 
 TRAINING_ONLY = (
     *("dropout_rate", "positional_dropout_rate", "attention_dropout_rate", "self_attention_dropout_rate"),
@@ -128,7 +129,7 @@ def read(source: Source) -> Converted:
     _check_sizes(config, weights, len(theirs), str(file), str(units_file))
     units = arrange_units(len(theirs), *_special(options, theirs, str(units_file)))
     symbols = our_symbols(theirs, units, str(units_file))
-    model = fresh_model(config, len(symbols))
+    model = fresh_model(config, len(symbols), weights, str(file))
     load(model, weights, wenet_names(weights), str(file), units)
     tables = sum(name.endswith(".pe") for name in weights)
     notes += [f"{tables} tables of sinusoids are computed here"] * bool(tables)
@@ -137,10 +138,11 @@ def read(source: Source) -> Converted:
 
 def read_config(options: Options) -> ExperimentConfig:
     """Our configuration, from train.yaml."""
-    options.expect("model", "asr_model")
+    options.choice("model", "asr_model", ("asr_model", "asrmodel"))
     options.expect("encoder", "conformer")
     kind = options.choice("decoder", "bitransformer", ("transformer", "bitransformer"))
     head = options.part("model_conf")
+    head.expect("apply_non_blank_embedding", False)
     share = head.number("ctc_weight", 0.5)
     encoder = _encoder(options.part("encoder_conf"))
     decoder = _decoder(options.part("decoder_conf"), encoder.dim, kind == "bitransformer")
@@ -164,14 +166,16 @@ def _features(options: Options) -> FbankConfig:
     data = options.part("dataset_conf", "collate_conf")
     data.expect("feats_type", "fbank")
     fbank = data.part("fbank_conf", "feature_extraction_conf")
+    for name, value in FBANK_OPTIONS.items():
+        fbank.expect(name, value)
     num_bins = fbank.count("num_mel_bins", fbank.count("mel_bins", 80))
     if options.count("input_dim", num_bins) != num_bins:
         raise CheckpointError(f"{options.where}: input_dim is not the {num_bins} mel bins of fbank_conf")
     return FbankConfig(
-        sample_rate=data.part("resample_conf").count("resample_rate", 16000),
+        sample_rate=data.part("resample_conf").count("resample_rate", 16000, least=1000),
         num_bins=num_bins,
-        frame_ms=fbank.number("frame_length", 25.0),
-        shift_ms=fbank.number("frame_shift", 10.0),
+        frame_ms=fbank.number("frame_length", 25.0, least=1.0, most=1000.0),
+        shift_ms=fbank.number("frame_shift", 10.0, least=1.0, most=1000.0),
         high_freq_hz=0.0,
         snip_edges=True,
         scale=32768.0,
@@ -179,7 +183,7 @@ def _features(options: Options) -> FbankConfig:
 
 
 def _encoder(options: Options) -> WenetConformerConfig:
-    static = options.count("static_chunk_size", 0)
+    static = options.count("static_chunk_size", 0, least=-1)
     causal = options.switch("causal", False)
     dynamic = options.switch("use_dynamic_chunk", False)
     config = WenetConformerConfig(
@@ -203,7 +207,7 @@ def _encoder(options: Options) -> WenetConformerConfig:
 
 
 def _decoder(options: Options, dim: int, both: bool) -> DecoderConfig:
-    reverse_layers = options.count("r_num_blocks", 0)
+    reverse_layers = options.count("r_num_blocks", 0, least=0)
     config = DecoderConfig(
         dim=dim,
         num_layers=options.count("num_blocks", 6),
@@ -240,32 +244,38 @@ def _check_sizes(
     config: ExperimentConfig, weights: Mapping[str, Tensor], num_units: int, file: str, units_file: str
 ) -> None:
     """Reject sizes that would otherwise fail tensor by tensor, or build a model larger than any file."""
-    layers = count_layers(weights, "encoder.encoders.")
-    if layers != config.encoder.num_layers:
-        raise CheckpointError(f"{file}: {layers} layers of the encoder, train.yaml says otherwise")
-    rows = len(weights.get("ctc.ctc_lo.weight", ()))
+    names = wenet_names(weights).layers
+    for part, expected in (
+        ("encoder", config.encoder.num_layers),
+        ("decoder", config.decoder.num_layers),
+        ("reverse_decoder", config.decoder.reverse_layers),
+    ):
+        layers = count_layers(weights, names[f"{part}."].place)
+        if layers != expected:
+            raise CheckpointError(f"{file}: {layers} layers of the {part}, train.yaml says {expected}")
+    rows = num_rows(weights, "ctc.ctc_lo.weight")
     if rows and rows != num_units:
         raise CheckpointError(
             f"{units_file}: {num_units} units, the checkpoint has {rows}; it is from another model"
         )
-    dim = weights.get("encoder.after_norm.weight")
-    if dim is not None and len(dim) != config.encoder.dim:
-        raise CheckpointError(f"{file}: {len(dim)} channels, train.yaml says {config.encoder.dim}")
+    dim = num_rows(weights, "encoder.after_norm.weight")
+    if dim != config.encoder.dim:
+        raise CheckpointError(f"{file}: {dim} channels, train.yaml says {config.encoder.dim}")
 
 
 def _special(options: Options, theirs: list[str], where: str) -> tuple[int, int, int, int]:
     """Ids of sos, eos, blank and unk."""
     named = options.part("tokenizer_conf").part("special_tokens")
     last = len(theirs) - 1
-    blank = options.part("ctc_conf").count("ctc_blank_id", named.count("<blank>", 0))
+    blank = options.part("ctc_conf").count("ctc_blank_id", named.count("<blank>", 0, least=0), least=0)
     found = [
-        named.count("<sos>", last),
-        named.count("<eos>", last),
+        named.count("<sos>", last, least=0),
+        named.count("<eos>", last, least=0),
         blank,
-        named.count("<unk>", find_unit(theirs, where, "<unk>", "<UNK>", "[UNK]")),
+        named.count("<unk>", find_unit(theirs, where, "<unk>", "<UNK>", "[UNK]"), least=0),
     ]
     for i in found:
-        if not 0 <= i <= last:
+        if i > last:
             raise CheckpointError(f"{where}: {len(theirs)} units, and no id {i}, which {options.where} names")
     sos, eos, _, unk = found
     if len({eos, blank, unk}) < 3 or sos in (blank, unk):

@@ -63,6 +63,8 @@ ENCODER = Names(
 
 NAMES = Names({**ENCODER.heads, **DECODER.heads}, {**ENCODER.layers, **DECODER.layers}, ENCODER.computed)
 
+SHARDS = "model.safetensors.index.json"
+
 FRAME_S = 0.01
 """Frame shift of the features."""
 
@@ -76,17 +78,19 @@ ENGLISH_ONLY = 51864
 
 def read(source: Source) -> Converted:
     """Read a Whisper checkpoint. Raises CheckpointError or TokensError for what is not supported."""
+    if not (source.main or source.maybe("model.safetensors")) and (index := source.maybe(SHARDS)):
+        raise CheckpointError(f"{index}: weights in several files; save them as one model.safetensors")
     file = source.weights_file("model.pt", "*.pt", "model.safetensors", "*.safetensors")
     found = source.tensors(file, "model_state_dict", halves=True)
     heads: list[list[int]] = []
     if is_of_hub(found.weights):
         heads = hub_alignment_heads(source)
-        weights, dims = hub_weights(found.weights), hub_dims(source, found.weights)
+        weights, dims = hub_weights(found.weights, str(file)), hub_dims(source, found.weights)
+        check_shapes(dims, weights, str(file))
         symbols, num_ranks = name_units(dims, hub_pieces(source), source.label)
     else:
         weights, dims = found.weights, read_dims(found.others.get("dims"), found.weights, str(file))
-        ranks_file = source.file("multilingual.tiktoken", "gpt2.tiktoken", "*.tiktoken")
-        symbols, num_ranks = our_units(dims, ranks_file)
+        symbols, num_ranks = our_units(dims, find_ranks(source, dims["n_vocab"]))
     config = ExperimentConfig(
         features=features_config(dims),
         encoder=encoder_config(dims),
@@ -94,12 +98,18 @@ def read(source: Source) -> Converted:
         train=TrainConfig(cmvn=False),
         **decoder_alone(),
     )
-    model = fresh_model(config, len(symbols))
+    model = fresh_model(config, len(symbols), weights, str(file))
     units = whisper_units(dims["n_vocab"], num_ranks + 1, num_ranks)
     load(parts_to_load(model), tensors(weights, str(file)), NAMES, str(file), units)
     notes = [note for note in found.notes if note != "not carried over: dims"]
     asked = "mode whisper finds the language out; --search language=en, task=translate, timestamps=true"
     return Converted(config, Tokens(symbols), model, (*notes, asked))
+
+
+def find_ranks(source: Source, num_units: int) -> Path:
+    """The file with the ranks of so many units, of which a folder may have both, as OpenAI's has."""
+    names = ["multilingual.tiktoken", "gpt2.tiktoken"]
+    return source.file(*(names[::-1] if num_units == ENGLISH_ONLY else names), "*.tiktoken")
 
 
 def our_units(dims: Mapping[str, int], ranks_file: Path) -> tuple[list[str], int]:
@@ -129,6 +139,12 @@ def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
         )
     options = Options(found, where, "dims.")
     dims = {name: options.count(name, 0) for name in DIMS}
+    check_shapes(dims, weights, where)
+    return dims
+
+
+def check_shapes(dims: Mapping[str, int], weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError if the sizes of a checkpoint are not those of its tensors."""
     shapes = {
         "encoder.conv1.weight": (dims["n_audio_state"], dims["n_mels"], 3),
         POSITIONS: (dims["n_audio_ctx"], dims["n_audio_state"]),
@@ -141,7 +157,6 @@ def read_dims(found: Any, weights: Mapping[str, Tensor], where: str) -> dict[str
     for part, key in (("encoder", "n_audio_layer"), ("decoder", "n_text_layer")):
         if (count := count_layers(weights, f"{part}.blocks.")) != dims[key]:
             raise CheckpointError(f"{where}: {count} layers of the {part}, dims say {dims[key]}")
-    return dims
 
 
 def encoder_config(dims: Mapping[str, Any]) -> WhisperConfig:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asr.convert.source import Source
@@ -45,29 +46,33 @@ def is_of_hub(weights: Mapping[str, Tensor]) -> bool:
     return any(re.search(r"(^|\.)embed_tokens\.weight$", name) for name in weights)
 
 
-def hub_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names of the reference implementation."""
-    return {_renamed(name): x for name, x in weights.items() if name != TIED}
+def hub_weights(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The tensors under the names of the reference implementation. CheckpointError if the output layer is
+    stored, and is not the embedding."""
+    found = {_renamed(name): x for name, x in weights.items() if name != TIED}
+    if TIED in weights and not torch.equal(weights[TIED], found["decoder.token_embedding.weight"]):
+        raise CheckpointError(f"{where}: {TIED} is not the embedding, as it is in Whisper")
+    return found
 
 
 def hub_dims(source: Source, weights: Mapping[str, Tensor]) -> dict[str, int]:
     """The sizes of a model, from its shapes; the numbers of heads from config.json, or by the usual channels
     per head. CheckpointError if that file is missing, or if the shapes are not those of a Whisper model."""
     options = _json(source, "config.json")
-    found = hub_weights(weights)
+    found = {_renamed(name): x for name, x in weights.items()}
     dims: dict[str, int] = {}
     try:
         for part, name in (("encoder", "audio"), ("decoder", "text")):
             length, dim = found[f"{part}.positional_embedding"].shape
             numbers = {x.split(".")[2] for x in found if x.startswith(f"{part}.blocks.")}
             heads = options.get(f"{part}_attention_heads", dim // CHANNELS_PER_HEAD)
-            if not isinstance(heads, int) or heads < 1:
+            if type(heads) is not int or heads < 1:
                 raise CheckpointError(
                     f"{source.label}: config.json: {part}_attention_heads: {heads!r}, expected a size"
                 )
             dims |= {f"n_{name}_ctx": length, f"n_{name}_state": dim}
             dims |= {f"n_{name}_head": heads, f"n_{name}_layer": len(numbers)}
-        mels, units = found["encoder.conv1.weight"].shape[1], len(found["decoder.token_embedding.weight"])
+        mels, units = found["encoder.conv1.weight"].shape[1], found["decoder.token_embedding.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{source.label}: not a Whisper model: {error}") from None
     return dims | {"n_mels": mels, "n_vocab": units}
@@ -118,7 +123,7 @@ def _json(source: Source, name: str) -> dict[str, Any]:
     file = source.file(name)
     try:
         found = json.loads(source.text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{file}: {type(found).__name__}, expected values by name")

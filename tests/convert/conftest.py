@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from asr.convert.converted import fresh_model
 from asr.convert.options import Options
 from asr.convert.wenet import read_config, wenet_names
+from asr.model.build import build_model
 from recipes.cli import main
 
 from .sources import GoldenSet, train_yaml, write_wenet
@@ -99,7 +99,9 @@ def tiny_source(tmp_path: Path) -> Path:
     """A folder in WeNet's layout with random weights, which needs no reference data."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = fresh_model(read_config(Options(train_yaml(TINY), "tiny")), TINY["vocab_size"])
+        config = read_config(Options(train_yaml(TINY), "tiny"))
+        parts = (config.features, config.encoder, config.decoder, config.loss)
+        model = build_model(*parts, TINY["vocab_size"]).eval()
         for x in model.state_dict().values():
             x.copy_(torch.randn_like(x))
     weights = {}

@@ -117,9 +117,11 @@ def nemo_options(config: dict[str, Any]) -> dict[str, Any]:
     tokenizer = {"dir": None, "type": "bpe", "model_path": "nemo:12ab_tokenizer.model"}
     rate = preprocessor["sample_rate"]
     model = {"sample_rate": rate, "preprocessor": preprocessor | {"sample_rate": "${model.sample_rate}"}}
-    parts = (
-        {"transf_decoder": {"config_dict": config["transf_decoder"]}} if "transf_decoder" in config else {}
-    )
+    parts: dict[str, Any] = {}
+    if "transf_decoder" in config:
+        inner = dict(config["transf_decoder"])
+        outer = {"pre_ln_final_layer_norm": inner.pop("pre_ln_final_layer_norm"), "encoder": None}
+        parts["transf_decoder"] = outer | {"config_dict": inner | {"vocab_size": config["vocab_size"]}}
     return model | {"encoder": config["encoder"], "tokenizer": tokenizer} | parts
 
 

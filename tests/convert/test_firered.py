@@ -62,6 +62,11 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
         (lambda x: saved_again(x, d_model=996), "channels, args.d_model is 996"),
         (lambda x: saved_again(x, d_model="big"), "args.d_model: 'big', expected a whole number"),
         (lambda x: saved_again(x, odim=998), "units, the checkpoint has 998; it is from another model"),
+        (
+            lambda x: saved_again(x, residual_dropout=-1),
+            "args.residual_dropout: -1, expected a number from 0",
+        ),
+        (lambda x: saved_again(x, idim=10**6), "they are of different models"),
         (lambda x: saved_again(x, kernel_size=95), "does not fit encoder.layers.0.convolution.depthwise"),
         (
             lambda x: torch.save({"model_state_dict": {"a": torch.ones(1)}}, x / "model.pth.tar"),

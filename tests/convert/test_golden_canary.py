@@ -77,7 +77,7 @@ def canary(golden_set: Callable) -> Iterator[Canary]:
     options = golden.config
     units = arrange_units(options["vocab_size"], options["bos"], options["eos"], blank=options["pad"])
     weights = {name: x for name, x in golden.weights.items() if name.startswith(PARTS)}
-    config = nemo_decoder.decoder_config(options["transf_decoder"])
+    config = nemo_decoder.decoder_config(options["transf_decoder"], "config.json")
     encoder = ConformerConfig(dim=options["encoder"]["d_model"], num_layers=1, num_heads=1)
     model = build_model(FbankConfig(), encoder, config, LossConfig(), len(units.inputs)).eval()
     parts = nn.ModuleDict({"decoder": model.decoder})

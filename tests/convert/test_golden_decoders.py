@@ -92,7 +92,7 @@ def of_nemo(golden_set) -> Forced:
     parts = ("transf_decoder.", "log_softmax.", "encoder_decoder_proj.")
     weights = only(nemo_decoder.decoder_tensors(only(golden.weights, *parts)), *parts)
     units = arrange_units(options["vocab_size"], options["bos"], options["eos"], blank=options["pad"])
-    config = nemo_decoder.decoder_config(options["transf_decoder"])
+    config = nemo_decoder.decoder_config(options["transf_decoder"], "config.json")
     decoder = build(config, nemo_decoder.DECODER, weights, units, options["encoder"]["d_model"])
     alone = [
         (golden[f"alone{i}.encoder_out"].transpose(1, 2), golden[f"alone{i}.log_probs"])
@@ -225,7 +225,7 @@ def test_published_nemo_models_have_our_tensors(full_size):
         options, parts = model["options"], ("transf_decoder.", "log_softmax.")
         with torch.device("meta"):
             decoder = build(
-                nemo_decoder.decoder_config(options["decoder"]),
+                nemo_decoder.decoder_config(options["decoder"], "config.json"),
                 nemo_decoder.DECODER,
                 only(nemo_decoder.decoder_tensors(weights), *parts),
                 arrange_units(options["vocab_size"], sos=4, eos=3, blank=2, unk=0),

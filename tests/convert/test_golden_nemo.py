@@ -193,9 +193,9 @@ def test_every_tensor_of_the_public_models_has_its_place(full_size: Callable) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"subsampling": "striding"}, r"encoder\.subsampling is striding; only dw_striding can be converted"),
-        ({"untie_biases": False}, "encoder.untie_biases is False; only True"),
-        ({"global_attn_separate": True}, "encoder.global_attn_separate is True"),
+        ({"subsampling": "striding"}, r"encoder\.subsampling: 'striding', expected dw_striding, as"),
+        ({"untie_biases": False}, "encoder.untie_biases: False, expected True"),
+        ({"global_attn_separate": True}, "encoder.global_attn_separate: True"),
         ({"causal_downsampling": True}, r"causal_downsampling and encoder.conv_context_size disagree"),
     ],
 )

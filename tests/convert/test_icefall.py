@@ -97,6 +97,13 @@ def test_what_shapes_do_not_say_may_stand_in_a_file(asr, reference, source, tmp_
     assert set(origin.files) == {"exp/pretrained.pt", "icefall.yaml", "data/lang_bpe/tokens.txt"}
 
 
+def test_a_wrong_name_in_the_file_is_told(asr, source, tmp_path):
+    (source / "icefall.yaml").write_text("attention_decoder_heads: 4\n")
+    status, _, err = asr("convert", "icefall", source, "-o", tmp_path / "exp")
+    assert status == 2
+    assert f"{source}/icefall.yaml: attention_decoder_heads, expected feature_dim, " in err
+
+
 def without(prefix: str):
     return lambda weights: {name: x for name, x in weights.items() if not name.startswith(prefix)}
 
@@ -115,6 +122,12 @@ def without_a_norm(weights: dict) -> dict:
         (without("encoder.encoders.0."), "no stacks of layers numbered from 0"),
         (without_a_norm, "norm.bias is missing"),
         (without("encoder.downsample_output"), "encoder.downsample_output.bias is missing for"),
+        (without(f"{DECODER}decoder.embed."), "attention_decoder.decoder.embed.weight is missing"),
+        (
+            lambda w: w | {f"{DECODER}decoder.embed.weight": torch.zeros(0)},
+            "embed.weight is missing; damaged",
+        ),
+        (lambda w: w | {"ctc_output.1.weight": torch.tensor(1.0)}, "no CTC head"),
         (lambda w: w | {"encoder.new": torch.zeros(2, 3)}, "encoder.new (2, 3) is unused"),
         (lambda w: w | {"ctc_output.1.weight": torch.zeros(997, 3)}, " units, the checkpoint has 997"),
     ],

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor, tensor
 
 from asr.convert.names import arrange_units
+from asr.convert.nemo_read import resolved
 from asr.convert.origin import read_origin
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
@@ -142,11 +143,18 @@ def test_units_of_several_languages_may_be_written_alike(asr, canary, tmp_path):
     assert [word for word, _, _ in tokenizer.words([ours[1], spaces[-1], ours[2]])] == ["a", "a"]
 
 
+def test_options_that_refer_to_each_other_many_times_are_resolved_once():
+    options: dict = {"a0": ["x"] * 9}
+    for i in range(1, 15):
+        options[f"a{i}"] = [options[f"a{i - 1}"]] * 9
+    assert resolved({"b": "${a14}", **options}, "model_config.yaml")["b"][0][0] is not None
+
+
 WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
     (lambda o, w: o["encoder"].update(subsampling="striding"), "encoder.subsampling"),
     (lambda o, w: o["encoder"].update(n_layers=99), "layers and channels are not those of the weights"),
-    (lambda o, w: o["encoder"].update(d_model="wide"), "layers and channels are not"),
-    (lambda o, w: o.pop("encoder"), "not the options of a Fast Conformer"),
+    (lambda o, w: o["encoder"].update(d_model="wide"), "encoder.d_model: 'wide', expected a whole number"),
+    (lambda o, w: o.pop("encoder"), "encoder.d_model: 0, expected a whole number"),
     (lambda o, w: o["preprocessor"].update(window="hamming"), "preprocessor.window"),
     (lambda o, w: o.pop("tokenizer"), "neither tokenizer nor decoder.vocabulary"),
     (lambda o, w: o["tokenizer"].update(model_path=3), "no model_path of a SentencePiece model"),
@@ -154,6 +162,16 @@ WRONG: list[tuple[Callable[[dict, dict], object], str]] = [
     (lambda o, w: w.update({"decoder.decoder_layers.0.weight": torch.zeros(5, 2, 1)}), "5 units with blank"),
     (lambda o, w: w.update({"encoder.more": torch.zeros(2, 3)}), "encoder.more (2, 3) is unused"),
     (lambda o, w: o.update(a="${model.b}", b="${a}"), "in a circle"),
+    (lambda o, w: o["encoder"].update(new_trick=3), "encoder.new_trick: 3, an option that is not known"),
+    (lambda o, w: o["encoder"].update(n_heads="x"), "encoder.n_heads: 'x', expected a whole number"),
+    (lambda o, w: o["encoder"].update(ff_expansion_factor=10**6), "they are of different models"),
+    (lambda o, w: o["preprocessor"].update(features=[1]), "preprocessor.features: [1], expected a whole"),
+    (lambda o, w: o["preprocessor"].update(n_window_size=400), "preprocessor.n_window_size: 400"),
+    (lambda o, w: o["tokenizer"].update(model_path=""), "no model_path of a SentencePiece model"),
+    (
+        lambda o, w: w.update({"encoder.layers.0.conv.batch_norm.num_batches_tracked": torch.zeros(0)}),
+        "num_batches_tracked (0,) does not fit",
+    ),
 ]
 
 

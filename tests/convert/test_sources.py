@@ -1,10 +1,13 @@
 """Untrusted downloads run no code and write nothing outside their folder; errors in them are named."""
 
 import argparse
+import gzip
 import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -127,6 +130,23 @@ def stretched(source: Path) -> None:
     changed(source, **{"ctc.ctc_lo.weight": torch.ones(1).expand(10**7, 10**5)})
 
 
+def flipped(source: Path) -> None:
+    """One bit of a weight is another."""
+    data = bytearray((source / "final.pt").read_bytes())
+    data[data.index(weights_of(source)["ctc.ctc_lo.weight"].numpy().tobytes())] ^= 1
+    (source / "final.pt").write_bytes(data)
+
+
+def program(source: Path) -> None:
+    torch.jit.script(torch.nn.ReLU()).save(source / "final.pt")
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+BOMB += "dataset_conf: *a11\n"
+"""A few lines of YAML, and gigabytes if written in full."""
+
 WRONG: list[tuple[Callable[[Path], object], str]] = [
     (half, "final.pt: damaged, or only a part of it; download it again"),
     (squeezed, "is compressed, which torch never does; refused"),
@@ -154,6 +174,34 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.zeros(9).fill_(torch.nan)}), "no finite number"),
     (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.zeros(9).to_sparse()}), "expected plain floating"),
     (lambda x: changed(x, step=3), "'step' is int, expected tensors by name"),
+    (flipped, "in it is damaged; download it again"),
+    (program, "a TorchScript program, expected tensors"),
+    (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.ones(9, device="meta")}), "on meta; expected plain"),
+    (lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.ones(9).to(torch.float8_e5m2)}), "float8_e5m2, "),
+    (
+        lambda x: changed(x, **{"ctc.ctc_lo.bias": torch.full((9,), 1e300, dtype=torch.float64)}),
+        "no finite number",
+    ),
+    (lambda x: changed(x, **{"ctc.ctc_lo.weight": torch.tensor(1.0)}), "ctc.ctc_lo.weight () does not fit"),
+    (
+        lambda x: changed(x, **{"encoder.encoders.0.self_attn.linear_q.bias": torch.tensor(1.0)}),
+        "linear_q.bias (), encoder.encoders.0.self_attn.linear_k.bias (8,), ",
+    ),
+    (
+        lambda x: changed(x, **{"encoder.encoders.0.self_attn.linear_q.bias": torch.ones(8).long()}),
+        "linear_q.bias (8,) of int64, ",
+    ),
+    (lambda x: changed(x, **{"a\n\x1b[2J": torch.ones(1)}), "'a\\n\\x1b[2J', expected names that can be"),
+    (written("train.yaml", b"[" * 50_000), "train.yaml: not YAML of ours: nested too deeply"),
+    (written("train.yaml", b"a: !!int x"), "train.yaml: not YAML: invalid literal"),
+    (written("train.yaml", b"a: \0"), "train.yaml: not YAML: special characters are not allowed"),
+    (written("train.yaml", BOMB.encode()), "train.yaml: dataset_conf: [[[...], "),
+    (written("global_cmvn", b'{"mean_stat": ' + b"[" * 100_000), "global_cmvn: not statistics in JSON"),
+    (
+        written("global_cmvn", b'{"mean_stat": [1], "var_stat": [1], "frame_num": 1' + b"0" * 400 + b"}"),
+        "JSON",
+    ),
+    (written("units.txt", b"<blank> " + b"9" * 5000), "units.txt:1: '<blank> 999"),
     (lambda x: torch.save([1], x / "final.pt"), "list in it, expected tensors by name"),
     (lambda x: torch.save({}, x / "final.pt"), "nothing in it, expected tensors"),
 ]
@@ -281,6 +329,115 @@ def test_an_archive_that_reaches_outside_is_refused(asr, tmp_path, monkeypatch, 
         "in/a.tar.gz",
         "out",
     ]
+
+
+def packed(source: Path, file: Path) -> Path:
+    with tarfile.open(file, "w:gz") as opened:
+        opened.add(source, "exp")
+    return file
+
+
+@pytest.mark.parametrize("place", [-6, None])
+def test_an_archive_with_a_wrong_checksum_is_told(asr, tiny_source, tmp_path, place):
+    """Whether its last bytes or those of the weights were changed on the way."""
+    file = packed(tiny_source, tmp_path / "a.tar.gz")
+    data = bytearray(file.read_bytes())
+    data[place or len(data) // 2] ^= 0x55
+    file.write_bytes(data)
+    status, _, err = asr("convert", "wenet", file, "-o", tmp_path / "exp")
+    assert status == 2
+    assert f"{file}: incomplete archive: " in err
+    assert err.endswith("download it again\n")
+    assert sorted(tmp_path.iterdir()) == [file, tiny_source]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_of_an_archive_that_would_fill_the_memory_is_refused(asr, tmp_path, kind):
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as out:
+        out.write(member("x", kind, 2**30).tobuf(tarfile.GNU_FORMAT))
+    status, _, err = asr("convert", "wenet", tmp_path / "a.tar.gz", "-o", tmp_path / "exp")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{tmp_path}/a.tar.gz: a header of 1,073,741,824 bytes, at most 1,048,576 are read" in err
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"version https://git-lfs", "run git lfs pull"),
+        (b"x", "not a tar"),
+    ],
+)
+def test_what_is_no_archive_is_told_in_one_line(asr, tmp_path, data, expected):
+    (tmp_path / "a.nemo").write_bytes(data)
+    status, _, err = asr("convert", "nemo", tmp_path / "a.nemo", "-o", tmp_path / "exp")
+    assert (status, err.count("\n")) == (2, 1)
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("# A title\n---\nA rule: and: another\n---\n", "not stated"),
+        ("---\nlicense: [\n---\n", "not stated"),
+        ("caf\xe9", "not stated"),
+        ('---\nlicense: "a\\e[2J"\n---\n', "not stated"),
+    ],
+)
+def test_any_model_card_lets_a_model_be_converted(tiny_source, tmp_path, card, expected):
+    (tiny_source / "README.md").write_text(card, encoding="latin-1", newline="")
+    origin = read_origin(converted(tiny_source, tmp_path / "exp"))
+    assert origin
+    assert origin.licence == expected
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_card_of_an_archive_stands_beside_it_or_in_it(tiny_source, tmp_path, beside):
+    (tmp_path / "repository").mkdir()
+    card = (tmp_path / "repository" if beside else tiny_source) / "README.md"
+    card.write_text("---\nlicense: cc-by-4.0\n---\n")
+    origin = read_origin(
+        converted(packed(tiny_source, tmp_path / "repository" / "a.tar.gz"), tmp_path / "exp")
+    )
+    assert origin
+    assert origin.licence == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 10_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_source, tmp_path, limit):
+    program = f"""
+import resource, sys
+from recipes.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(["convert", "wenet", {str(tiny_source)!r}, "-o", {str(tmp_path / "exp")!r}]))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith(f"asr: {tmp_path}/exp")
+    assert "cannot be written: file too large" in ended.stderr
+    assert sorted(tmp_path.iterdir()) == [tiny_source]
+
+
+@pytest.mark.parametrize("name", [".", "..", "link"])
+def test_where_no_folder_can_be_made_is_told_before_anything_is_read(asr, tmp_path, monkeypatch, name):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "in")
+    status, _, err = asr("convert", "wenet", "/none", "-o", name)
+    assert status == 2
+    assert err.startswith(f"asr: {name}: ")
+    assert err.endswith("with -o\n")
+
+
+def test_the_remedy_fits_where_files_are_missing_or_too_many(asr, tiny_source, tmp_path):
+    (tiny_source / "units.txt").rename(tmp_path / "units.txt")
+    err = asr("convert", "wenet", tiny_source / "final.pt", "-o", tmp_path / "exp")[2]
+    assert "dict.txt beside it; or name a folder that holds both" in err
+    for name in ("a.nemo", "b.nemo"):
+        (tiny_source / name).touch()
+    err = asr("convert", "nemo", tiny_source, "-o", tmp_path / "exp")[2]
+    assert "2 archives in it: a.nemo, b.nemo; name one" in err
 
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".nemo"])

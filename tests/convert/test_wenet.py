@@ -166,17 +166,23 @@ def edited(source: Path, **changes: object) -> None:
     (source / "train.yaml").write_text(yaml.safe_dump(options))
 
 
+def test_the_recipes_of_its_version_3_name_the_model_otherwise(asr, source, tmp_path):
+    edited(source, model="asrmodel", cmvn="global_cmvn", cmvn_conf={"cmvn_file": "x", "is_json_cmvn": True})
+    assert asr("convert", "wenet", source, "-o", tmp_path / "exp")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"encoder": "ebranchformer"}, "encoder: 'ebranchformer', expected 'conformer'"),
-        ({"model": "transducer"}, "model: 'transducer', expected 'asr_model'"),
+        ({"model": "transducer"}, "model: 'transducer', expected asr_model"),
         ({"decoder": "rnn"}, "decoder: 'rnn', expected transformer or bitransformer"),
         ({"encoder_conf__activation_type": "relu"}, "encoder_conf.activation_type: 'relu', expected 'swish'"),
         ({"encoder_conf__new_trick": 3}, "encoder_conf.new_trick: 3, an option that is not known"),
+        ({"encoder_conf__a\n\x1b": 3}, r"encoder_conf.a\n\x1b: 3, an option that is not known"),
         ({"encoder_conf__num_blocks": "many"}, "encoder_conf.num_blocks: 'many', expected a whole number"),
         ({"encoder_conf__num_blocks": 10**9}, "encoder_conf.num_blocks: 1000000000, expected a whole"),
-        ({"encoder_conf__num_blocks": 77}, "layers of the encoder, train.yaml says otherwise"),
+        ({"encoder_conf__num_blocks": 77}, "layers of the encoder, train.yaml says 77"),
         ({"encoder_conf__output_size": 4096}, "channels, train.yaml says 4096"),
         ({"encoder_conf__linear_units": 7}, "does not fit encoder.layers.0.feed_forward_1.1.weight (7, "),
         ({"decoder_conf__input_layer": "linear"}, "decoder_conf.input_layer: 'linear', expected 'embed'"),
@@ -185,6 +191,17 @@ def edited(source: Path, **changes: object) -> None:
         ({"dataset_conf": 3}, "dataset_conf: 3, expected options by name"),
         ({"tokenizer_conf__special_tokens": {"<eos>": 999}}, "no id 999"),
         ({"tokenizer_conf__special_tokens": {"<eos>": 0}}, "are not distinct"),
+        (
+            {"encoder_conf__attention_heads": 0},
+            "encoder_conf.attention_heads: 0, expected a whole number from 1",
+        ),
+        ({"encoder_conf__dropout_rate": 3}, "encoder_conf.dropout_rate: 3, expected a number from 0 to 1"),
+        ({"model_conf__ctc_weight": 10**400}, "model_conf.ctc_weight: 1000"),
+        ({"encoder_conf__linear_units": 10**6}, "they are of different models"),
+        ({"decoder_conf__num_blocks": 10**6}, "layers of the decoder, train.yaml says 1000000"),
+        ({"dataset_conf__fbank_conf__frame_length": float("nan")}, "frame_length: nan, expected a number"),
+        ({"dataset_conf__fbank_conf__window_type": "hamming"}, "window_type: 'hamming', expected 'povey'"),
+        ({"model_conf__apply_non_blank_embedding": True}, "apply_non_blank_embedding: True, expected False"),
     ],
 )
 def test_what_ours_cannot_be_is_refused(asr, source, tmp_path, changes, expected):

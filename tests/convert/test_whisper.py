@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from asr.convert.whisper import NUM_MARKS, our_units, whisper_units
+from asr.convert.source import Source
+from asr.convert.whisper import NUM_MARKS, find_ranks, our_units, whisper_units
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.errors import CheckpointError
@@ -88,6 +89,15 @@ def test_published_units_are_those_of_the_model(tmp_path, num_units, num_pieces,
     start = symbols.index("<|startoftranscript|>")
     assert symbols.index("<|translate|>") - start - 1 == languages
     assert len(symbols) == num_units - 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("num_units", "name"), [(51864, "gpt2"), (51865, "multilingual"), (51866, "multilingual")]
+)
+def test_of_both_files_of_ranks_the_one_of_the_model_is_read(tmp_path, num_units, name):
+    for other in ("gpt2", "multilingual"):
+        (tmp_path / f"{other}.tiktoken").touch()
+    assert find_ranks(Source(tmp_path, "here"), num_units).name == f"{name}.tiktoken"
 
 
 def changed(source: Path, **dims: int) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import tensor
 
 from asr.byte_tokens import symbol_of
@@ -217,8 +217,8 @@ def test_names_of_the_hub_are_known(tmp_path):
         assert any(re.search(theirs, name.removeprefix("model.")) for name in names), theirs
     assert any(re.search(MARK, name) for name in names)
     ours = random_weights(DIMS)
-    assert set(hub_weights(names)) == set(ours)
-    assert set(hub_weights(ours)) == set(ours)
+    assert set(hub_weights(names, "model.safetensors")) == set(ours)
+    assert set(hub_weights(ours, "model.safetensors")) == set(ours)
     assert any(re.search(MARK, name) for name in ours)
 
 
@@ -264,4 +264,30 @@ def test_heads_that_follow_the_speech_come_along(tmp_path, heads, message):
     assert [guide.of(layer) for layer in range(2)] == [[1], [0, 1]]
     file.write_text(json.dumps({"alignment_heads": heads}))
     with pytest.raises((CheckpointError, ConfigError), match=message):
+        read(source)
+
+
+def test_an_output_layer_that_is_not_the_embedding_is_refused(tmp_path):
+    source = write_of_hub(tmp_path / "hub")
+    weights = load_file(tmp_path / "hub" / "model.safetensors")
+    weights["proj_out.weight"] += 1
+    save_file(weights, tmp_path / "hub" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: proj_out\.weight is not the embedding"):
+        read(source)
+
+
+def test_weights_in_several_files_are_told(tmp_path):
+    source = write_of_hub(tmp_path / "hub")
+    (tmp_path / "hub" / "model.safetensors").rename(tmp_path / "hub" / "model-00001-of-00002.safetensors")
+    (tmp_path / "hub" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="weights in several files; save them as one"):
+        read(source)
+
+
+def test_sizes_of_the_hub_are_checked_with_the_tensors(tmp_path):
+    source = write_of_hub(tmp_path / "hub")
+    weights = load_file(tmp_path / "hub" / "model.safetensors")
+    weights["model.decoder.embed_tokens.weight"] = weights["proj_out.weight"] = torch.zeros(7)
+    save_file({x: y.clone() for x, y in weights.items()}, tmp_path / "hub" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"decoder\.token_embedding\.weight is \(7, 16\)"):
         read(source)
