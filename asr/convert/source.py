@@ -111,7 +111,8 @@ class Source:
             try:
                 text = self.text(card) if card.is_file() else ""
                 _, opening, rest = text.replace("\r\n", "\n").partition("---\n")
-                found = parse_yaml(rest.partition("\n---")[0], str(card), references=True) if opening else None
+                head = rest.partition("\n---")[0]
+                found = parse_yaml(head, str(card), references=True) if opening else None
             except AsrError:  # a card that nobody can read states nothing
                 continue
             stated = found.get("license") if isinstance(found, dict) and text.startswith("---") else None
