@@ -59,7 +59,9 @@ class OptimConfig:
         for name in ("warmup_steps", "max_steps", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("lr", "clip_norm", "lr_batches", "lr_epochs"):
+        if not self.lr >= 0:
+            raise ConfigError(f"lr is {self.lr}; expected 0 or more")
+        for name in ("clip_norm", "lr_batches", "lr_epochs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not 0 <= self.warmup_start <= 1:
