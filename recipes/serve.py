@@ -72,7 +72,7 @@ def serve(
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", stream=sys.stderr)
     model = Bundle.load(bundle, threads)
-    with listen(host, port) as listener:
+    with listen(host, port, config.send_s) as listener:
         asyncio.run(_serve(Hub(model, config), listener))
 
 

@@ -52,7 +52,7 @@ def running(bundle: Bundle, config: ServeConfig) -> Iterator[Background]:
                 raise
             opened.set_exception(error)
 
-    with listen("127.0.0.1", 0) as listener:
+    with listen("127.0.0.1", 0, config.send_s) as listener:
         thread = threading.Thread(target=work, name="server")
         thread.start()
         try:

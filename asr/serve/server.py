@@ -72,11 +72,17 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any. ConfigError if that is not possible."""
+def listen(host: str, port: int, send_s: float) -> socket.socket:
+    """A listening socket; port 0 takes any. ConfigError if that is not possible.
+
+    A connection ends if the client takes nothing of what is sent for send_s seconds, or has vanished.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise ConfigError(f"{host}:{port}: {reason}; choose another with --host and --port") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; asyncio waits for ever for what it closes to be read
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * send_s))
+    return listener

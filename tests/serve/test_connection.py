@@ -133,7 +133,7 @@ def test_who_reads_nothing_is_sent_away(bundle: Bundle, sound: Floats):
         client = _raw(server, buffer=4096)
         heard = json.dumps({"type": "x" * 50})
         frame = bytes([0x81, 0x80 | len(heard)]) + bytes(4) + heard.encode()
-        with pytest.raises(OSError, match=r"reset|pipe|timed out"):
+        with pytest.raises(OSError, match=r"reset|pipe"):
             _send_for_ever(client, frame)  # each is answered by an error, until the answers fill the way back
         wait(server, lambda: server.hub.engine.num_streams == 0)
         client.close()
@@ -211,6 +211,7 @@ def test_audio_may_wait_for_minutes(bundle: Bundle, sound: Floats, text: str, mo
         model.clear()
         for block in np.array_split(sound, 9):
             client.send(_floats(block))
+        wait(server, lambda: server.hub.engine.audio_s > 1)  # a second to warm up
         for _ in range(9):
             _age(server, 60)
         model.set()
