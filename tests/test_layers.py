@@ -71,7 +71,7 @@ TORCH_FREE = {"asr", "asr.decode", "asr.runtime", "asr.serve"} | {
         "latency",
     )
 }
-OWN_EXTRAS = {"asr.microphone": {"sounddevice"}, "asr.serve": {"starlette", "uvicorn"}}
+OWN_EXTRAS = {"asr.microphone": {"sounddevice"}, "asr.serve": {"starlette", "uvicorn", "websockets"}}
 NOT_IN_THE_LIBRARY = {"argparse", "typer", "click", "rich"}
 OURS = {"asr", "recipes", "export", "egs", "tools", "tests"}
 UNSAFE_FOR_A_REASON = {

@@ -5,8 +5,11 @@ import math
 import socket
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 from asr.errors import ConfigError
 from asr.serve.app import make_app
@@ -14,8 +17,25 @@ from asr.serve.hub import GRACE_S, Hub
 
 MAX_MESSAGE_BYTES = 2**20
 
+MAX_FRAMES = 2**12
+"""Pings, pongs and parts of a message that a client may send before the message is complete."""
 
-class _Http(H11Protocol):
+READ_BYTES = 2**14
+"""What is read of a connection at once; to parse tiny frames takes long, and meanwhile the others wait."""
+
+
+class _InSips(asyncio.Protocol, asyncio.BufferedProtocol):
+    """Reads READ_BYTES at a time, instead of asyncio's 256 KiB."""
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        self._buffer = bytearray(READ_BYTES)
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(memoryview(self._buffer)[:nbytes]))
+
+
+class _Http(_InSips, H11Protocol):
     """A connection on which no request arrives is closed; uvicorn would wait for it for ever."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -35,6 +55,43 @@ class _Http(H11Protocol):
 
         self.loop.call_later(self.config.timeout_keep_alive, close)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        super().handle_websocket_upgrade(event)
+        protocol = self.transport.get_protocol()
+        assert isinstance(protocol, _WebSocket)
+        if not protocol.handshake_initiated:  # websockets is silent about headers that are too long for it
+            self.send_400_response("Invalid WebSocket request received.")
+
+
+class _WebSocket(_InSips, WebSocketsSansIOProtocol):
+    """Has limits for what is no message: pings, and parts of messages."""
+
+    _num_frames = 0
+    """Since the last message."""
+
+    def handle_ping(self) -> None:
+        self._count()
+        answers = self.conn.data_to_send()
+        if self.writable.is_set() and not self.transport.is_closing():  # or they would fill the memory
+            self.transport.write(b"".join(answers))
+
+    def handle_pong(self, event: Frame) -> None:
+        self._count()
+        super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        self._count()
+        super().handle_cont(event)
+
+    def send_receive_event_to_app(self) -> None:
+        self._num_frames = 0
+        super().send_receive_event_to_app()
+
+    def _count(self) -> None:
+        self._num_frames += 1
+        if self._num_frames == MAX_FRAMES:
+            self.transport.abort()
+
 
 class Server(uvicorn.Server):
     """Serves an open hub until it is told to leave."""
@@ -44,7 +101,7 @@ class Server(uvicorn.Server):
             make_app(hub),
             lifespan="off",
             http=_Http,
-            ws="websockets-sansio",
+            ws=_WebSocket,
             ws_max_size=MAX_MESSAGE_BYTES,
             ws_ping_interval=None,  # an answer may wait behind minutes of audio; the hub has its own limits
             ws_per_message_deflate=False,  # a megabyte of it can hold a gigabyte

@@ -1,0 +1,123 @@
+"""Clients that mean harm: they get no memory, no time of the others, and no line of the log of their own."""
+
+import contextlib
+import socket
+import struct
+from typing import Any
+
+import pytest
+
+from asr.runtime import Bundle
+from asr.serve import server as listening
+from asr.serve.background import Background
+
+from .clients import held, served, wait
+
+CONTINUATION, TEXT, BINARY, PING, PONG = 0, 1, 2, 9, 10
+
+UPGRADE = (
+    "Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+)
+
+
+def _frame(kind: int, data: bytes = b"", is_last: bool = True) -> bytes:
+    size = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + struct.pack(">H", len(data))
+    return bytes([0x80 * is_last | kind]) + size + bytes(4) + data
+
+
+def _connected(server: Background, request: bytes, buffer: int = 0) -> socket.socket:
+    """A client that has sent a request."""
+    client = socket.socket()
+    if buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", server.port))
+    client.sendall(request)
+    return client
+
+
+def _upgraded(server: Background, buffer: int = 0) -> socket.socket:
+    client = _connected(server, f"GET /sherpa HTTP/1.1\r\n{UPGRADE}\r\n".encode(), buffer)
+    _until(client, b"\r\n\r\n")
+    return client
+
+
+def _until(client: socket.socket, end: bytes = b"") -> bytes:
+    """What the server says until `end`, or until it closes the connection."""
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        while not (end and said.endswith(end)) and (data := client.recv(1 if end else 4096)):
+            said += data
+    return said
+
+
+def _done(client: socket.socket) -> bytes:
+    """The last messages of a sherpa client."""
+    client.sendall(_frame(TEXT, b"Done"))
+    return _until(client, b"Done!")
+
+
+def test_answers_to_pings_that_nobody_reads_are_dropped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    waiting = []
+
+    def watched(protocol: Any) -> None:
+        answer(protocol)
+        waiting.append(protocol.transport.get_write_buffer_size())
+
+    answer = listening._WebSocket.handle_ping
+    monkeypatch.setattr(listening, "MAX_FRAMES", 10**9)
+    monkeypatch.setattr(listening._WebSocket, "handle_ping", watched)
+    with served(bundle) as server:
+        client = _upgraded(server, buffer=4096)
+        for _ in range(200):
+            client.sendall(_frame(PING, bytes(125)) * 400)
+        wait(server, lambda: len(waiting) == 80_000)
+        client.close()
+    assert 2**16 < max(waiting) < 2**18
+
+
+@pytest.mark.parametrize("kind", [PING, PONG, CONTINUATION])
+def test_frames_without_a_message_have_a_limit(
+    server: Background, monkeypatch: pytest.MonkeyPatch, kind: int
+):
+    monkeypatch.setattr(listening, "MAX_FRAMES", 10)
+    if kind == CONTINUATION:
+        begin, part = _frame(BINARY, is_last=False), _frame(CONTINUATION, is_last=False)
+        few, many = begin + part * 8 + _frame(CONTINUATION), begin + part * 10
+    else:
+        few, many = _frame(kind) * 9 + _frame(BINARY), _frame(kind) * 10
+    client = _upgraded(server)
+    client.sendall(few * 5)
+    assert b'"is_eof": true' in _done(client)
+    client.close()
+    client = _upgraded(server)
+    client.sendall(many)
+    assert b"Done!" not in _until(client)
+    wait(server, lambda: not server.hub.engine.num_streams)
+
+
+def test_a_connection_is_read_little_by_little(server: Background, monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+
+    def watched(protocol: Any, data: bytes) -> None:
+        sizes.append(len(data))
+        read(protocol, data)
+
+    read = listening._WebSocket.data_received
+    monkeypatch.setattr(listening._WebSocket, "data_received", watched)
+    client = _upgraded(server)
+    with held(server):
+        client.sendall(_frame(PING) * 4000)
+    assert _done(client)
+    client.close()
+    assert max(sizes) <= listening.READ_BYTES < sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    ["Cookie: " + "a" * 9000, "\r\n".join(f"X-{n}: a" for n in range(150)), "Content-Length: 4"],
+)
+def test_requests_that_websockets_does_not_read_are_refused(server: Background, headers: str):
+    client = _connected(server, f"GET /sherpa HTTP/1.1\r\n{UPGRADE}{headers}\r\n\r\n".encode())
+    assert _until(client).startswith(b"HTTP/1.1 400 ")
