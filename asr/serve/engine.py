@@ -28,7 +28,7 @@ class _Job:
 
     stream: AnyStream
     samples: Floats | None
-    events: asyncio.Future[list[Event]]
+    events: asyncio.Future[list[Event] | Exception]
 
 
 class Engine:
@@ -50,12 +50,13 @@ class Engine:
             await self._is_due.wait()
             self._is_due.clear()
             jobs, self._jobs = self._jobs, []
-            for job, result in zip(jobs, await loop.run_in_executor(self._thread, _do, jobs), strict=True):
-                if job.events.done():  # the client has gone
-                    continue
-                if isinstance(result, Exception):
-                    job.events.set_exception(result)
-                else:
+            results: Sequence[list[Event] | Exception]
+            try:
+                results = await loop.run_in_executor(self._thread, _do, jobs)
+            except Exception as error:  # else all clients would wait for ever
+                results = [error] * len(jobs)
+            for job, result in zip(jobs, results, strict=True):
+                if not job.events.done():  # else the client has gone
                     job.events.set_result(result)
 
     async def warm_up(self) -> None:
@@ -80,10 +81,13 @@ class Engine:
 
     async def do(self, stream: AnyStream, samples: Floats | None) -> list[Event]:
         """The events of a stream's next samples, or of its end."""
-        events: asyncio.Future[list[Event]] = asyncio.get_running_loop().create_future()
+        events: asyncio.Future[list[Event] | Exception] = asyncio.get_running_loop().create_future()
         self._jobs.append(_Job(stream, samples, events))
         self._is_due.set()
-        return await events
+        result = await events
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def close(self) -> None:
         """Wait for the thread."""

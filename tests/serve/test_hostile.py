@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from asr.audio import Floats
 from asr.runtime import Bundle
+from asr.runtime.utterance import Utterance
+from asr.serve import engine
 from asr.serve import server as listening
 from asr.serve.background import Background
 
@@ -121,3 +124,32 @@ def test_a_connection_is_read_little_by_little(server: Background, monkeypatch: 
 def test_requests_that_websockets_does_not_read_are_refused(server: Background, headers: str):
     client = _connected(server, f"GET /sherpa HTTP/1.1\r\n{UPGRADE}{headers}\r\n\r\n".encode())
     assert _until(client).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "error"),
+    [(Utterance, "advance", StopIteration()), (engine, "_do", RuntimeError("secret"))],
+)
+def test_no_error_stops_the_engine(
+    server: Background,
+    sound: Floats,
+    monkeypatch: pytest.MonkeyPatch,
+    target: Any,
+    name: str,
+    error: Exception,
+):
+    """A future may not hold StopIteration; and the code around the streams may have bugs, too."""
+
+    def broken(*args: Any) -> Any:
+        raise error
+
+    samples = _frame(BINARY, sound[:15000].astype("<f4").tobytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, broken)
+        client = _upgraded(server)
+        client.sendall(samples)
+        assert _until(client, b"internal error")
+        client.close()
+    client = _upgraded(server)
+    client.sendall(samples)
+    assert b'"is_eof": true' in _done(client)
