@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -95,16 +95,20 @@ class Engine:
 
 
 class ServedStream:
-    """`asr.runtime.Stream` for a client: the same, but it waits its turn."""
+    """`asr.runtime.Stream` for a client: the same, but it waits its turn, and may begin anew.
+
+    Times count from its first sample, also after that.
+    """
 
     def __init__(self, engine: Engine, config: StreamConfig, stream: AnyStream) -> None:
         self._engine, self._config, self._stream = engine, config, stream
-        self._num_samples = 0
+        self._num_samples = self._num_before = 0
+        """Of the present stream, and of those that have ended."""
         self.sample_rate = engine.bundle.info.features.sample_rate
 
     @property
     def duration_s(self) -> float:
-        """Seconds of audio accepted so far."""
+        """Seconds of audio accepted since the start, or since `restart`."""
         return self._num_samples / self.sample_rate
 
     async def accept(self, samples: Floats) -> list[Event]:
@@ -115,19 +119,29 @@ class ServedStream:
         size = round(BLOCK_S * self.sample_rate)
         events: list[Event] = []
         for start in range(0, len(samples), size):
-            events += await self._engine.do(self._stream, samples[start : start + size])
+            events += await self._do(samples[start : start + size])
         return events
 
     async def finish(self) -> list[Event]:
         """End the stream: the events of the audio not yet encoded, and the last final one."""
-        return await self._engine.do(self._stream, None)
+        return await self._do(None)
 
     async def restart(self, config: StreamConfig | None = None) -> list[Event]:
         """`finish`, and begin another; with another configuration only if streams do not share calls."""
         events = await self.finish()
         self._config = config or self._config
-        self._stream, self._num_samples = await self._engine.open(self._config), 0
+        self._stream = await self._engine.open(self._config)
+        self._num_before, self._num_samples = self._num_before + self._num_samples, 0
         return events
+
+    async def _do(self, samples: Floats | None) -> list[Event]:
+        begin_s = self._num_before / self.sample_rate
+        return [_later(event, begin_s) for event in await self._engine.do(self._stream, samples)]
+
+
+def _later(event: Event, by_s: float) -> Event:
+    words = tuple(x._replace(start_s=x.start_s + by_s, end_s=x.end_s + by_s) for x in event.words)
+    return replace(event, start_s=event.start_s + by_s, end_s=event.end_s + by_s, words=words)
 
 
 def _do(jobs: Sequence[_Job]) -> list[list[Event] | Exception]:

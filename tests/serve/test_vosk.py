@@ -93,6 +93,21 @@ def test_a_reset_begins_anew(server: Background, sound: Floats):
     assert texts[0] == texts[1] != ""
 
 
+def test_times_count_from_the_beginning_after_a_reset_too(
+    server: Background, sound: Floats, finals: list[Event]
+):
+    with connect(server.websocket("/vosk")) as client:
+        _configure(client, words=True)
+        found = []
+        for _ in range(3):
+            said = [*_blocks(sound), json.dumps({"reset": 1})]
+            found += [x for message in said for x in _say(client, message).get("result", [])]
+    words = [word for event in finals for word in event.words]
+    expected = [round(word.start_s + 5.0 * n, 3) for n in range(3) for word in words]
+    assert [x["start"] for x in found] == expected
+    assert [x["end"] for x in found][-1] == round(words[-1].end_s + 10.0, 3)
+
+
 def test_a_path_in_the_configuration_is_ignored(server: Background, sound: Floats, text: str):
     with connect(server.websocket("/vosk")) as client:
         _configure(client, model="/etc/passwd", phrase_list=["x"], other=1)
