@@ -30,12 +30,7 @@ async def talk(connection: Connection, stream: ServedStream) -> None:
     session = _Session(connection, stream)
     await session.tell("session.created", session=session.describe())
     while (message := await connection.receive()) is not None:
-        try:
-            await session.take(message)
-        except Refusal as refusal:
-            await session.complain(refusal)
-        except AsrError as error:
-            await session.complain(Refusal(400, str(error), "audio", "invalid_audio"))
+        await session.take(message)
     await session.end()
 
 
@@ -55,6 +50,7 @@ class _Session:
         """Seconds of audio since the last item."""
         self._takes: dict[str, Callable[[dict[str, Any]], Awaitable[None]]] = {
             "session.update": self._update,
+            "transcription_session.update": self._update_beta,
             "input_audio_buffer.append": self._append,
             "input_audio_buffer.commit": self._commit,
             "input_audio_buffer.clear": self._clear,
@@ -65,30 +61,25 @@ class _Session:
         self._num_told += 1
         await self._connection.send({"type": kind, "event_id": f"event_{self._num_told}", **content})
 
-    async def complain(self, refusal: Refusal) -> None:
-        """Say what is wrong with a message."""
-        await self.tell("error", error={**refusal.body(), "event_id": None})
-
     def describe(self) -> dict[str, Any]:
         """The session as it is."""
-        turns = {"type": "server_vad"} if self._has_turns else None
-        transcription = {"model": self._connection.hub.config.name}
-        audio = {"format": {"type": "audio/pcm", "rate": self._rate}, "transcription": transcription}
+        audio = {"format": {"type": "audio/pcm", "rate": self._rate}, "transcription": self._model()}
         return {
             "type": "transcription",
             "id": "sess_1",
             "object": "realtime.transcription_session",
-            "audio": {"input": {**audio, "turn_detection": turns}},
+            "audio": {"input": {**audio, "turn_detection": self._turns()}},
         }
 
     async def take(self, message: str | bytes) -> None:
-        """Do what a message asks for. Raises Refusal or AsrError."""
+        """Do what a message asks for, or say what is wrong with it."""
         content = parse(message)
-        kind = content.get("type")
-        if not isinstance(kind, str) or kind not in self._takes:
-            problem = f"expected an object whose type is one of {', '.join(self._takes)}"
-            raise Refusal(400, problem, "type", "unknown_type")
-        await self._takes[kind](content)
+        try:
+            await self._take(content)
+        except Refusal as refusal:
+            await self._complain(refusal, content)
+        except AsrError as error:
+            await self._complain(Refusal(400, str(error), "audio", "invalid_audio"), content)
 
     async def end(self) -> None:
         """The last item."""
@@ -97,19 +88,53 @@ class _Session:
         if self._texts:
             await self._complete()
 
+    def _model(self) -> dict[str, Any]:
+        return {"model": self._connection.hub.config.name}
+
+    def _turns(self) -> dict[str, Any] | None:
+        return {"type": "server_vad"} if self._has_turns else None
+
+    async def _take(self, content: dict[str, Any]) -> None:
+        kind = content.get("type")
+        if not isinstance(kind, str) or kind not in self._takes:
+            problem = f"expected an object whose type is one of {', '.join(self._takes)}"
+            raise Refusal(400, problem, "type", "unknown_type")
+        await self._takes[kind](content)
+
+    async def _complain(self, refusal: Refusal, content: dict[str, Any]) -> None:
+        """Say what is wrong with a message, and with which."""
+        given = content.get("event_id")
+        event_id = given if isinstance(given, str) and given.isascii() else None
+        await self.tell("error", error={**refusal.body(), "event_id": event_id})
+
     async def _update(self, content: dict[str, Any]) -> None:
         wanted = _inside(content, "session", "audio", "input")
-        given = _inside(wanted, "format")
-        rate = given.get("rate", self._rate)
-        if given.get("type", "audio/pcm") != "audio/pcm" or not isinstance(rate, int):
+        self._configure(_inside(wanted, "format"), wanted)
+        await self.tell("session.updated", session=self.describe())
+
+    async def _update_beta(self, content: dict[str, Any]) -> None:
+        """As in the interface's beta, which many clients still speak."""
+        wanted = _inside(content, "session")
+        kind = wanted.get("input_audio_format", "pcm16")
+        self._configure({"type": "audio/pcm" if kind == "pcm16" else kind, "rate": RATE}, wanted)
+        audio = {"input_audio_format": "pcm16", "input_audio_transcription": self._model()}
+        await self.tell("transcription_session.updated", session={**audio, "turn_detection": self._turns()})
+
+    def _configure(self, format_: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """Take a format of audio, and settings of which only turn_detection matters, or change nothing."""
+        rate = format_.get("rate", self._rate)
+        if format_.get("type", "audio/pcm") != "audio/pcm" or not isinstance(rate, int):
             message = "expected audio/pcm with a rate in Hz"
             raise Refusal(400, message, "session.audio.input.format", "invalid_value")
         check_format("session.audio.input.format", rate, 1)
+        turns = wanted.get("turn_detection", self._turns())
+        kind = turns.get("type", "server_vad") if isinstance(turns, dict) else turns
+        if kind not in ("server_vad", "semantic_vad", None):
+            message = "expected an object whose type is server_vad or semantic_vad, or null"
+            raise Refusal(400, message, "turn_detection", "invalid_value")
+        self._has_turns = turns is not None
         if rate != self._rate:
             self._rate, self._resampler = rate, Resampler(rate, self._stream.sample_rate)
-        if "turn_detection" in wanted:
-            self._has_turns = wanted["turn_detection"] is not None
-        await self.tell("session.updated", session=self.describe())
 
     async def _append(self, content: dict[str, Any]) -> None:
         try:
@@ -126,8 +151,10 @@ class _Session:
     async def _commit(self, _: dict[str, Any]) -> None:
         if not self._stream.duration_s:
             raise Refusal(400, "there is no audio to commit", code="input_audio_buffer_commit_empty")
+        num_items = self._num_items
         await self._hear(await self._restart())
-        if self._texts or not self._has_turns:
+        if self._num_items == num_items:  # with turns, too, if nothing was said: the client waits for an item
+            self._is_speaking = False
             await self._complete()
 
     async def _clear(self, _: dict[str, Any]) -> None:

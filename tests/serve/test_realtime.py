@@ -1,6 +1,7 @@
 """OpenAI's Realtime websocket for transcription, by OpenAI's own client."""
 
 import base64
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ import numpy as np
 import openai
 import pytest
 
-from asr.audio import Floats
+from asr.audio import Floats, Resampler
 from asr.runtime import Bundle, Event, open_stream
+from asr.runtime.utterance import Utterance
 from asr.serve.background import Background
 
 from .clients import SOME, pcm
@@ -105,8 +107,78 @@ def test_with_turns_only_what_had_ended_is_told(
     assert [x.transcript for x in after if x.type == f"{KIND}.completed"] == [x.text for x in finals[:-1]]
 
 
+def test_times_count_from_the_beginning_of_the_session(
+    server: Background, sound: Floats, finals: list[Event]
+):
+    with _session(server, "server_vad") as connection:
+        _append(connection, sound)
+        connection.input_audio_buffer.clear()
+        _until(connection, "input_audio_buffer.cleared")
+        events = []
+        for _ in range(2):
+            _append(connection, sound)
+            connection.input_audio_buffer.commit()
+            events += [x for _ in finals for x in _until(connection, f"{KIND}.completed")]
+    for edge, when in (("started", "start"), ("stopped", "end")):
+        kind = f"input_audio_buffer.speech_{edge}"
+        found = [getattr(x, f"audio_{when}_ms") for x in events if x.type == kind]
+        times = [getattr(x, f"{when}_s") for x in finals]
+        assert found == [round(1000 * (5.0 * n + time)) for n in (1, 2) for time in times]
+
+
+@pytest.mark.parametrize("turns", ["server_vad", "semantic_vad", None])
+def test_each_commit_has_an_item(server: Background, monkeypatch: pytest.MonkeyPatch, turns: str | None):
+    """Even if nothing was said: the client waits for it."""
+    monkeypatch.setattr(Utterance, "advance", lambda *_: [])
+    monkeypatch.setattr(Utterance, "end", lambda *_: [])
+    with _session(server, turns) as connection:
+        for number in (1, 2):
+            _append(connection, np.zeros(80, np.float32))
+            connection.input_audio_buffer.commit()
+            events = _until(connection, f"{KIND}.completed")
+            assert (events[0].type, events[0].item_id) == ("input_audio_buffer.committed", f"item_{number}")
+            assert events[-1].transcript == ""
+
+
+def test_sessions_of_the_beta(server: Background, sound: Floats):
+    """As `client.beta.realtime` of OpenAI's client, and most voice agents, speak of transcription."""
+    narrow = Resampler(16000, 24000)
+    samples = np.concatenate([narrow.accept(sound), narrow.finish()])
+    client = openai.OpenAI(api_key="any", base_url=f"{server.http}/v1")
+    with client.realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        assert connection.recv().type == "session.created"
+        transcription = {"model": "gpt-4o-transcribe", "language": "en", "prompt": ""}
+        wanted = {"input_audio_format": "pcm16", "input_audio_transcription": transcription}
+        for turns in ({"type": "server_vad", "threshold": 0.5}, None):
+            session = {**wanted, "turn_detection": turns}
+            connection._connection.send(
+                json.dumps({"type": "transcription_session.update", "session": session})
+            )
+            updated = json.loads(connection._connection.recv())
+            assert updated["type"] == "transcription_session.updated"
+            assert updated["session"]["input_audio_format"] == "pcm16"
+            assert bool(updated["session"]["turn_detection"]) == bool(turns)
+        _append(connection, samples)
+        connection.input_audio_buffer.commit()
+        events = _until(connection, f"{KIND}.completed")
+    assert [x.type for x in events].count(f"{KIND}.completed") == 1
+    assert events[-1].transcript
+    assert events[-1].usage.seconds == 5.0
+
+
+def test_an_error_names_the_event(server: Background):
+    with _session(server) as connection:
+        for given, told in (("mine", "mine"), (7, None), ("\ud800", None)):
+            connection._connection.send(json.dumps({"type": "x", "event_id": given}))
+            assert connection.recv().error.event_id == told
+
+
 def _with_format(**format_: Any) -> dict[str, Any]:
     return {"type": "session.update", "session": {"audio": {"input": {"format": format_}}}}
+
+
+def _with_turns(turns: Any) -> dict[str, Any]:
+    return {"type": "session.update", "session": {"audio": {"input": {"turn_detection": turns}}}}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +195,13 @@ def _with_format(**format_: Any) -> dict[str, Any]:
         (_with_format(type="audio/pcmu"), "invalid_value"),
         (_with_format(rate="x"), "invalid_value"),
         (_with_format(rate=1), "invalid_audio"),
+        (_with_turns(False), "invalid_value"),
+        (_with_turns({"type": "none"}), "invalid_value"),
+        (_with_turns({"type": ["server_vad"]}), "invalid_value"),
+        (
+            {"type": "transcription_session.update", "session": {"input_audio_format": "g711_ulaw"}},
+            "invalid_value",
+        ),
     ],
 )
 def test_the_session_goes_on_after_an_error(
