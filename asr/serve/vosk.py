@@ -66,7 +66,8 @@ def _samples(message: bytes) -> Floats:
 
 def _configured(config: Any) -> _Settings:
     """Settings from the first message; those that are not ours are ignored, above all paths of models."""
-    known = config if isinstance(config, dict) else {}
+    given = config if isinstance(config, dict) else {}
+    known = {name: value for name, value in given.items() if value is not None}
     try:
         settings = _Settings(
             int(known.get("sample_rate", _Settings.sample_rate)),
@@ -83,18 +84,12 @@ def _final(events: list[Event], settings: _Settings) -> dict[str, Any]:
     """The result of utterances that ended within one message, mostly one."""
     text = " ".join(event.text for event in events if event.text)
     words = [word for event in events for word in event.words]
+    timed = [{"start": round(x.start_s, 3), "end": round(x.end_s, 3), "word": x.word} for x in words]
     if settings.max_alternatives > 0:
         confidence = min((word.confidence for word in words), default=1.0)
-        return {"alternatives": [{"text": text, "confidence": round(confidence, 4)}]}
+        found = {"text": text, "confidence": round(confidence, 4)}
+        return {"alternatives": [found | ({"result": timed} if settings.words and words else {})]}
     if not settings.words or not words:
         return {"text": text}
-    result = [
-        {
-            "conf": round(word.confidence, 4),
-            "start": round(word.start_s, 3),
-            "end": round(word.end_s, 3),
-            "word": word.word,
-        }
-        for word in words
-    ]
+    result = [{"conf": round(x.confidence, 4)} | word for x, word in zip(words, timed, strict=True)]
     return {"result": result, "text": text}

@@ -66,6 +66,22 @@ def test_alternatives(server: Background, sound: Floats):
         answers = [_say(client, block) for block in _blocks(sound)] + [_say(client, EOF)]
     finals = [x["alternatives"] for x in answers if "alternatives" in x]
     assert any(x[0]["text"] and 0 < x[0]["confidence"] < 1 for x in finals)
+    assert all("result" not in x[0] for x in finals)
+
+
+def test_alternatives_with_words(server: Background, sound: Floats, finals: list[Event]):
+    with connect(server.websocket("/vosk")) as client:
+        _configure(client, max_alternatives=3, words=True)
+        answers = [_say(client, block) for block in _blocks(sound)] + [_say(client, EOF)]
+    words = [word for x in answers if "alternatives" in x for word in x["alternatives"][0].get("result", [])]
+    assert [x["word"] for x in words] == [word.word for event in finals for word in event.words]
+    assert {key for x in words for key in x} == {"start", "end", "word"}
+
+
+def test_null_is_as_good_as_nothing(server: Background, sound: Floats):
+    with connect(server.websocket("/vosk")) as client:
+        _configure(client, words=None, max_alternatives=None, sample_rate=None)
+        assert "partial" in _say(client, pcm(sound[:1600]))
 
 
 def test_samples_are_8_khz_unless_told_otherwise(server: Background, bundle: Bundle, sound: Floats):
