@@ -96,11 +96,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _keys(path: Path) -> tuple[str, ...]:
-    """The lines of a file; ConfigError if there are none."""
+    """The lines of a file; ConfigError if there are none, or some that no client could send."""
     try:
-        keys = tuple(path.read_text(encoding="utf-8").split())
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {(getattr(error, 'strerror', None) or 'not UTF-8').lower()}") from None
+    keys = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if not keys:
         raise ConfigError(f"{path}: holds no keys; write one per line")
-    return keys
+    for number, key in keys.items():
+        if len(key.split()) > 1 or key.startswith("#"):
+            raise ConfigError(f"{path}:{number}: expected a key without spaces, and no comments")
+    return tuple(keys.values())

@@ -18,6 +18,9 @@ log = logging.getLogger("asr.serve")
 DONE, LEAVING, WRONG_TYPE, WRONG_DATA, IDLE, BROKEN = 1000, 1001, 1003, 1007, 1008, 1011
 """Codes with which a websocket is closed (RFC 6455, section 7.4.1)."""
 
+PROTOCOL = "realtime"
+"""What OpenAI's JavaScript calls the protocol."""
+
 
 class UnknownMessage(Exception):
     """The client sent something that the protocol does not know; the connection ends."""
@@ -89,7 +92,8 @@ async def serve(websocket: WebSocket, talk: Talk) -> None:
     try:
         hub.check_key(websocket)
         async with hub.stream() as stream:
-            await websocket.accept()
+            # a browser that offers protocols wants one of them
+            await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope["subprotocols"] else None)
             code, reason = await _end_of(talk(Connection(websocket, hub), stream), hub)
     except Refusal as refusal:
         await websocket.send_denial_response(refusal.response())

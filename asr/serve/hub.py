@@ -15,6 +15,9 @@ from asr.serve.refusal import Refusal
 
 COMPAT = ("sherpa", "vosk")
 
+KEY_PROTOCOL = "openai-insecure-api-key."
+"""OpenAI's JavaScript gives the key as a subprotocol, since browsers let it set no header."""
+
 GRACE_S = 5.0
 """How long clients have to read their last results."""
 
@@ -112,13 +115,21 @@ class Hub:
 
     def check_key(self, client: HTTPConnection) -> None:
         """Refusal unless the client has a key, if any is needed: in the header Authorization, or for a
-        browser's websocket as api_key in the URL."""
-        scheme, _, given = client.headers.get("authorization", "").partition(" ")
-        if client.scope["type"] == "websocket" and not scheme:
-            given = client.query_params.get("api_key", "")
-        elif scheme.lower() not in ("bearer", "token"):
-            given = ""
-        matches = [hmac.compare_digest(given.encode(), key.encode()) for key in self.config.keys]
+        browser's websocket as api_key in the URL, or as OpenAI's JavaScript has it."""
+        given = _key_of(client)
+        matches = [hmac.compare_digest(given, key.encode()) for key in self.config.keys]
         if matches and not any(matches):
             message = "a key is missing or wrong; send the header Authorization: Bearer KEY"
             raise Refusal(401, message, code="invalid_api_key")
+
+
+def _key_of(client: HTTPConnection) -> bytes:
+    scheme, _, key = client.headers.get("authorization", "").partition(" ")
+    if scheme.lower() in ("bearer", "token"):
+        return key.encode("latin-1")  # as headers are decoded
+    if scheme or client.scope["type"] != "websocket":
+        return b""
+    offered = [
+        x.removeprefix(KEY_PROTOCOL) for x in client.scope["subprotocols"] if x.startswith(KEY_PROTOCOL)
+    ]
+    return (offered or [client.query_params.get("api_key", "")])[0].encode()

@@ -12,7 +12,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from asr.errors import ConfigError
 from recipes.cli import main
+from recipes.serve import _keys
 
 
 def test_sigterm_lets_clients_finish(tiny_bundles: Path):
@@ -36,6 +38,28 @@ def test_sigterm_lets_clients_finish(tiny_bundles: Path):
         log = program.communicate()[1]
     assert "Traceback" not in log
     assert "WEBSOCKET /sherpa" in log
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("", "KEYS: holds no keys"),
+        ("first\n\n  # of the second client\nsecond\n", "KEYS:3: expected a key without spaces"),
+        ("#first\n", "KEYS:1: expected a key without spaces, and no comments"),
+        ("first\nsome words\n", "KEYS:2: expected a key without spaces"),
+    ],
+)
+def test_a_file_of_keys_holds_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: str, message: str
+):
+    """Each word would let clients in."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("KEYS")
+    path.write_text("\ufefffirst\r\n second \n\n", encoding="utf-8")
+    assert _keys(path) == ("first", "second")
+    path.write_text(keys)
+    with pytest.raises(ConfigError, match=message):
+        _keys(path)
 
 
 @pytest.mark.parametrize(

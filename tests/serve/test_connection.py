@@ -79,6 +79,7 @@ def test_a_websocket_needs_a_key(bundle: Bundle, path: str):
             (path, {"Authorization": "Bearer wrong"}),
             (path, {"Authorization": "Basic secret"}),
             (f"{path}?api_key=wrong", {}),
+            (path, {"Sec-WebSocket-Protocol": "realtime, openai-insecure-api-key.wrong"}),
         ):
             with pytest.raises(InvalidStatus) as refused:
                 connect(server.websocket(url), additional_headers=headers)
@@ -87,6 +88,9 @@ def test_a_websocket_needs_a_key(bundle: Bundle, path: str):
             pass
         with connect(server.websocket(f"{path}?api_key=secret")):
             pass
+        protocols: list[Any] = ["realtime", "openai-insecure-api-key.secret"]  # OpenAI's JavaScript
+        with connect(server.websocket(path), subprotocols=protocols) as client:
+            assert client.subprotocol == "realtime"
 
 
 def test_keys_are_not_logged(bundle: Bundle, caplog: pytest.LogCaptureFixture):

@@ -238,6 +238,15 @@ def test_a_key_is_needed_if_there_are_any(bundle: Bundle, sound: Floats, text: s
             assert answer.status == 200
 
 
+def test_a_key_may_have_any_letters(bundle: Bundle):
+    with served(bundle, keys=("schlüssel",)) as server:
+        for key, status in (("schlüssel", b"200"), ("schlussel", b"401"), ("schlÃ¼ssel", b"401")):
+            head = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+                client.sendall(head.encode())
+                assert client.recv(4096).startswith(b"HTTP/1.1 " + status)
+
+
 def test_a_model_that_cannot_stream_is_served_too(whole_bundle: Path, sound: Floats):
     from asr.runtime import StreamConfig, open_stream
 
