@@ -24,6 +24,9 @@ log = logging.getLogger("asr.serve")
 PROTOCOLS = {"sherpa": sherpa.talk, "vosk": vosk.talk}
 """What clients that know no path may speak."""
 
+STARTS = ("http.response.start", "websocket.http.response.start", "websocket.accept")
+"""Messages that begin an answer, with its headers."""
+
 
 def make_app(hub: Hub) -> ASGIApp:
     """The application of one hub, which must be open."""
@@ -98,9 +101,9 @@ class _Log:
 
         async def tell(message: Message) -> None:
             nonlocal status
-            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+            if message["type"] in STARTS:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-                status = message["status"]
+                status = message.get("status", 0)
             elif message["type"] == "websocket.close":
                 status = message.get("code", 1000)
             await send(message)
@@ -110,4 +113,5 @@ class _Log:
         finally:
             seconds = time.monotonic() - started
             what = scope.get("method", "WEBSOCKET")
-            log.info("%s %s %s %s, %.3f s", request_id, what, scope["path"], status or "gone", seconds)
+            path = scope["raw_path"].decode()[:200]  # still encoded: it may hold line breaks
+            log.info("%s %s %s %s, %.3f s", request_id, what, path, status or "gone", seconds)

@@ -1,11 +1,13 @@
 """Clients that mean harm: they get no memory, no time of the others, and no line of the log of their own."""
 
 import contextlib
+import re
 import socket
 import struct
 from typing import Any
 
 import pytest
+from websockets.sync.client import connect
 
 from asr.audio import Floats
 from asr.runtime import Bundle
@@ -124,6 +126,25 @@ def test_a_connection_is_read_little_by_little(server: Background, monkeypatch: 
 def test_requests_that_websockets_does_not_read_are_refused(server: Background, headers: str):
     client = _connected(server, f"GET /sherpa HTTP/1.1\r\n{UPGRADE}{headers}\r\n\r\n".encode())
     assert _until(client).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_path_is_one_line_of_the_log(server: Background, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        client = _connected(server, b"GET /x%0Afake%1b HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        _until(client)
+        client = _connected(server, f"GET /y%0Afake HTTP/1.1\r\n{UPGRADE}\r\n".encode())
+        _until(client)
+        wait(server, lambda: "/y" in caplog.text)
+    assert " GET /x%0Afake%1b 404, " in caplog.text
+    assert " WEBSOCKET /y%0Afake " in caplog.text
+
+
+def test_the_log_and_the_client_have_the_same_id(server: Background, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"), connect(server.websocket("/sherpa")) as client:
+        assert client.response
+        request_id = client.response.headers["x-request-id"]
+    wait(server, lambda: request_id in caplog.text)
+    assert re.fullmatch("[0-9a-f]{32}", request_id)
 
 
 @pytest.mark.parametrize(
