@@ -13,11 +13,11 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from asr.errors import AsrError, AudioTooLong
+from asr.errors import AsrError
 from asr.serve import files, realtime, sherpa, vosk
 from asr.serve.connection import Talk, serve
 from asr.serve.hub import Hub
-from asr.serve.refusal import Refusal
+from asr.serve.refusal import Refusal, broken, refusal_of
 
 log = logging.getLogger("asr.serve")
 
@@ -73,9 +73,8 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 
 async def _unusable(_: Request, error: Exception) -> Response:
-    """What the library says of a file is the client's to mend."""
-    status = 413 if isinstance(error, AudioTooLong) else 400
-    return Refusal(status, str(error), "file", "invalid_audio").response()
+    assert isinstance(error, AsrError)
+    return refusal_of(error).response()
 
 
 async def _http(_: Request, error: Exception) -> Response:
@@ -84,7 +83,7 @@ async def _http(_: Request, error: Exception) -> Response:
 
 
 async def _broken(_: Request, __: Exception) -> Response:
-    return Refusal(500, "internal error", code="internal_error").response()
+    return broken().response()
 
 
 class _Log:

@@ -42,18 +42,12 @@ class Connection:
         if self.hub.leaving.is_set():
             return None
         timeout_s = self.hub.config.idle_s if self._has_heard else self.hub.config.first_audio_s
-        arrival = asyncio.create_task(self._websocket.receive())
-        leaving = asyncio.create_task(self.hub.leaving.wait())
         try:
-            await asyncio.wait({arrival, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if not arrival.done():
-                if leaving.done():
-                    return None
-                raise TimeoutError(f"nothing was heard for {timeout_s:g} s")
-            message = arrival.result()
-        finally:
-            arrival.cancel()
-            leaving.cancel()
+            message = await self.hub.unless_leaving(self._websocket.receive(), timeout_s)
+        except TimeoutError:
+            raise TimeoutError(f"nothing was heard for {timeout_s:g} s") from None
+        if message is None:
+            return None
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message["code"])
         content: str | bytes = message["bytes" if message.get("text") is None else "text"]
@@ -95,14 +89,17 @@ async def serve(websocket: WebSocket, talk: Talk) -> None:
             # a browser that offers protocols wants one of them
             await websocket.accept(PROTOCOL if PROTOCOL in websocket.scope["subprotocols"] else None)
             code, reason = await _end_of(talk(Connection(websocket, hub), stream), hub)
+            if websocket.client_state is WebSocketState.CONNECTED:
+                await _close(websocket, code, reason, hub.config.send_s)
     except Refusal as refusal:
         await websocket.send_denial_response(refusal.response())
-        return
-    if websocket.client_state is WebSocketState.CONNECTED:
-        try:
-            await asyncio.wait_for(websocket.close(code, reason[:120]), hub.config.send_s)
-        except (TimeoutError, WebSocketDisconnect, RuntimeError):  # it is gone
-            log.info("websocket %s: gone before it was closed", websocket.url.path)
+
+
+async def _close(websocket: WebSocket, code: int, reason: str, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(websocket.close(code, reason[:120]), timeout_s)
+    except (TimeoutError, WebSocketDisconnect, RuntimeError):  # it is gone
+        log.info("websocket %s: gone before it was closed", websocket.url.path)
 
 
 async def _end_of(talking: Awaitable[None], hub: Hub) -> tuple[int, str]:

@@ -9,15 +9,18 @@ Errors of the client are 4xx, as the official client sends the whole file three 
 
 import asyncio
 import json
+import logging
 import math
+import re
 import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.types import Message, Receive
 
@@ -27,12 +30,17 @@ from asr.runtime import Event
 from asr.runtime.transcript import to_srt, to_vtt
 from asr.serve.engine import BLOCK_S, ServedStream
 from asr.serve.hub import Hub, ServeConfig
-from asr.serve.refusal import Refusal
+from asr.serve.refusal import Refusal, broken, gone, leaving, refusal_of
+
+log = logging.getLogger("asr.serve")
 
 MAX_DECODED_BYTES = 4 * 2**30
 """A small file may claim any sample rate and number of channels, so its decoded size is limited, too."""
 
 MAX_FILES, MAX_FIELDS, MAX_FIELD_BYTES = 4, 64, 2**16
+
+UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""For proxies, which would collect the messages of an event stream."""
 
 Format = Literal["json", "text", "srt", "vtt", "verbose_json"]
 
@@ -54,17 +62,19 @@ async def transcriptions(request: Request) -> Response:
     hub.check_key(request)
     async with AsyncExitStack() as stack:
         stream = await stack.enter_async_context(hub.stream())
-        form = await stack.enter_async_context(_form(request, hub.config))
+        form = await stack.enter_async_context(_form(request, hub))
         wish = _wish(form, hub.config)
         if wish.language and hub.engine.bundle.info.decoder_type == "whisper":
             search = replace(hub.config.stream.search, language=wish.language)
             await stream.restart(replace(hub.config.stream, search=search))
-        events = _events(request, stream, wish.file, hub)
+        end = asyncio.create_task(_end(request))
+        stack.callback(end.cancel)
+        events = _events(end, stream, wish.file, hub)
         if not wish.is_streamed:
             return _answer(wish, [event async for event in events], stream.duration_s)
         messages = _messages(events, stack.pop_all())
         first = await anext(messages)  # what is wrong with the file shows before the answer begins
-    return StreamingResponse(_after(first, messages), media_type="text/event-stream")
+    return StreamingResponse(_after(first, messages), headers=UNBUFFERED, media_type="text/event-stream")
 
 
 async def models(request: Request) -> Response:
@@ -96,22 +106,34 @@ def _check_model(name: str, config: ServeConfig) -> None:
 
 
 @asynccontextmanager
-async def _form(request: Request, config: ServeConfig) -> AsyncIterator[FormData]:
+async def _form(request: Request, hub: Hub) -> AsyncIterator[FormData]:
     """The fields of a request, read within the limits of size and time."""
+    config = hub.config
     _check_size(int(request.headers.get("content-length", 0)), config)
+    _check_charset(request.headers.get("content-type"))
     limited = Request(request.scope, _limited(request.receive, config))
+    reading = limited.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
     try:
-        async with asyncio.timeout(config.upload_s):
-            form = await limited.form(
-                max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
-            )
+        form = await hub.unless_leaving(reading, config.upload_s)
     except TimeoutError:
         message = f"the upload took more than {config.upload_s:g} s"
         raise Refusal(400, message, "file", "upload_timeout") from None
+    except ClientDisconnect:
+        raise gone() from None
+    if form is None:
+        raise leaving()
     try:
         yield form
     finally:
         await form.close()
+
+
+def _check_charset(kind: str | None) -> None:
+    """Other charsets may take seconds to decode, or give what is no text."""
+    _, options = parse_options_header(kind)
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise Refusal(400, f"the form is in {charset[:40]!r}, expected UTF-8", code="invalid_value")
 
 
 def _limited(receive: Receive, config: ServeConfig) -> Receive:
@@ -143,15 +165,22 @@ def _wish(form: FormData, config: ServeConfig) -> _Wish:
     _check_model(_text(form, "model", ""), config)
     _number(form, "temperature")
     format_ = _choice(form, "response_format", get_args(Format), "json")
-    is_streamed = _choice(form, "stream", ("true", "false"), "false") == "true"
-    wanted = frozenset(x for x in form.getlist("timestamp_granularities[]") if isinstance(x, str))
+    is_streamed = _choice(form, "stream", ("true", "false", "1", "0"), "false") in ("true", "1")
+    return _Wish(files[0], format_, is_streamed, _granularities(form), _text(form, "language", ""))
+
+
+def _granularities(form: FormData) -> frozenset[str]:
+    """OpenAI's clients repeat the field; others leave out the brackets, and some write a list."""
+    name = "timestamp_granularities"
+    values = [*form.getlist(f"{name}[]"), *form.getlist(name)]
+    wanted = frozenset(word for value in values for word in re.findall(r"\w+", str(value)))
     if not wanted <= {"word", "segment"}:
-        raise Refusal(400, "expected word, segment or both", "timestamp_granularities[]", "invalid_value")
-    return _Wish(files[0], format_, is_streamed, wanted, _text(form, "language", ""))
+        raise Refusal(400, "expected word, segment or both", f"{name}[]", "invalid_value")
+    return wanted
 
 
 def _text(form: FormData, name: str, default: str) -> str:
-    value = form.get(name, default)
+    value = form.get(name) or default  # many clients send what is not set as an empty field
     if not isinstance(value, str):
         raise Refusal(400, f"{name}: expected text, not a file", name, "invalid_value")
     return value
@@ -176,17 +205,25 @@ def _number(form: FormData, name: str) -> None:
 # Answering it
 
 
-async def _events(request: Request, stream: ServedStream, file: UploadFile, hub: Hub) -> AsyncIterator[Event]:
-    """The final events of a file; fewer if the client has gone. AudioError if it cannot be used."""
+async def _end(request: Request) -> None:
+    """Wait until the client has gone. To ask again and again would let it send on, into our memory."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(
+    end: asyncio.Task[None], stream: ServedStream, file: UploadFile, hub: Hub
+) -> AsyncIterator[Event]:
+    """The final events of a file. AudioError if it cannot be used, Refusal if either side leaves."""
     config = hub.config
     found = blocks(
         file.file, BLOCK_S, stream.sample_rate, max_s=config.max_audio_s, max_bytes=MAX_DECODED_BYTES
     )
     while (block := await asyncio.to_thread(next, found, None)) is not None:
-        if await request.is_disconnected():
-            return
+        if end.done():
+            raise gone()
         if hub.leaving.is_set():
-            raise Refusal(503, "the server is leaving", code="unavailable")
+            raise leaving()
         for event in _finals(await stream.accept(block)):
             yield event
     for event in _finals(await stream.finish()):
@@ -253,10 +290,14 @@ async def _messages(events: AsyncIterator[Event], stack: AsyncExitStack) -> Asyn
                 yield _message({"type": "transcript.text.delta", "delta": delta})
                 upcoming = await anext(events, None)
         except AsrError as error:
-            yield _message({"error": Refusal(400, str(error), "file", "invalid_audio").body()})
+            yield _message({"error": refusal_of(error).body()})
             return
         except Refusal as refusal:
             yield _message({"error": refusal.body()})
+            return
+        except Exception:  # to end the answer early would look like success
+            log.exception("a stream failed")
+            yield _message({"error": broken().body()})
             return
         yield _message({"type": "transcript.text.done", "text": text})
         yield "data: [DONE]\n\n"

@@ -2,9 +2,10 @@
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from starlette.requests import HTTPConnection
 
@@ -12,6 +13,8 @@ from asr.errors import ConfigError
 from asr.runtime import Bundle, StreamConfig
 from asr.serve.engine import Engine, ServedStream
 from asr.serve.refusal import Refusal
+
+T = TypeVar("T")
 
 COMPAT = ("sherpa", "vosk")
 
@@ -104,6 +107,21 @@ class Hub:
             raise Refusal(503, f"{self.config.max_streams} clients are being served", code="overloaded")
         async with self.engine.stream() as stream:
             yield stream
+
+    async def unless_leaving(self, arrival: Awaitable[T], timeout_s: float) -> T | None:
+        """What arrives; None if clients must finish before. TimeoutError if it takes longer."""
+        arriving = asyncio.ensure_future(arrival)
+        leaving = asyncio.create_task(self.leaving.wait())
+        try:
+            await asyncio.wait({arriving, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if arriving.done():
+                return arriving.result()
+            if leaving.done():
+                return None
+            raise TimeoutError
+        finally:
+            arriving.cancel()
+            leaving.cancel()
 
     def drain(self) -> None:
         """Take no more clients, and leave the others some time."""

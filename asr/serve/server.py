@@ -114,18 +114,20 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._hub = hub
-        self._is_told = False
+        self._num_signals = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """What a signal does."""
-        self.should_exit = self._is_told
-        self._is_told = True
+        self._num_signals += 1
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to exit."""
-        if self._is_told:
+        if self._num_signals:
             self._hub.drain()
             self.should_exit |= self._hub.is_overdue or not self._hub.engine.num_streams
+        if self._num_signals > 1:
+            self._hub.leaving.set()
+            self.should_exit = True
         return await super().on_tick(counter)
 
 

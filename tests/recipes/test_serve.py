@@ -1,11 +1,16 @@
 """`asr serve` as a program."""
 
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +43,40 @@ def test_sigterm_lets_clients_finish(tiny_bundles: Path):
         log = program.communicate()[1]
     assert "Traceback" not in log
     assert "WEBSOCKET /sherpa" in log
+
+
+def test_a_second_signal_ends_it_at_once(tiny_bundles: Path):
+    command = [sys.executable, "-m", "recipes.cli", "serve", str(tiny_bundles / "cpu-fp32"), "--port", "0"]
+    program = subprocess.Popen([*command, "--drain-s", "600"], stderr=subprocess.PIPE, text=True)
+    assert program.stderr
+    try:
+        found = re.search(r"http://127\.0\.0\.1:(\d+),", program.stderr.readline())
+        assert found
+        head = "Host: x\r\nContent-Length: 99\r\nContent-Type: multipart/form-data; boundary=b"
+        with socket.create_connection(("127.0.0.1", int(found[1])), timeout=60) as client:
+            client.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode())
+            assert _status(found[1], until=lambda x: x["streams"] == 1)["ready"]
+            program.send_signal(signal.SIGTERM)
+            assert _status(found[1], until=lambda x: not x["ready"])["streams"] == 1
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(60) == 0
+            assert client.recv(4096).startswith(b"HTTP/1.1 503 ")
+    finally:
+        program.kill()
+        log = program.communicate()[1]
+    assert "Traceback" not in log
+
+
+def _status(port: str, until: Callable[[Any], bool]) -> Any:
+    """What /readyz says once something is true of it."""
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz") as answer:
+                status = json.load(answer)
+        except urllib.error.HTTPError as error:
+            status = json.load(error)
+        if until(status):
+            return status
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from starlette.websockets import WebSocket
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from asr.audio import Floats
 from asr.runtime import Bundle
 from asr.runtime.utterance import Utterance
-from asr.serve import engine, hub
+from asr.serve import engine
 from asr.serve.background import Background
 
 from .clients import MULTIPART, closed, served, wait, wav
@@ -295,8 +296,7 @@ def test_a_server_leaves_who_sends_without_end(bundle: Bundle):
         assert isinstance(sending.exception(30), OSError)
 
 
-def test_a_server_leaves_whose_upload_has_no_end(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hub, "GRACE_S", 0.1)
+def test_a_server_leaves_whose_upload_has_no_end(bundle: Bundle):
     head = f"Host: x\r\nContent-Length: 99\r\nContent-Type: {MULTIPART}"
     with (
         served(bundle, drain_s=0.1) as server,
@@ -305,7 +305,30 @@ def test_a_server_leaves_whose_upload_has_no_end(bundle: Bundle, monkeypatch: py
         client.sendall(f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode())
         wait(server, lambda: server.hub.engine.num_streams == 1)
         server.loop.call_soon_threadsafe(server.hub.drain)
-        wait(server, lambda: server.hub.is_overdue)
+        answer = b""
+        while b"the server is leaving" not in answer:
+            data = client.recv(4096)
+            assert data, answer
+            answer += data
+        assert not server.hub.is_overdue
+
+
+def test_who_is_being_told_goodbye_still_counts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch):
+    """A server that leaves once nobody is there would cut it short, with code 1012."""
+    counts = []
+
+    async def watched(websocket: WebSocket, *args: Any) -> None:
+        counts.append(websocket.app.state.hub.engine.num_streams)
+        await close(websocket, *args)
+
+    close = WebSocket.close
+    monkeypatch.setattr(WebSocket, "close", watched)
+    with served(bundle) as server, connect(server.websocket("/sherpa")) as client:
+        client.send("Done")
+        _rest(client)
+        assert closed(client) == (1000, "")
+        wait(server, lambda: server.hub.engine.num_streams == 0)
+    assert counts == [1]
 
 
 def test_a_file_does_not_keep_a_server(bundle: Bundle, sound: Floats):

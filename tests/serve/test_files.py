@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from asr.audio import Floats
+from asr.errors import AudioError, ConfigError
 from asr.runtime import Bundle, Event
 from asr.runtime.transcript import to_srt, to_vtt
 from asr.serve.background import Background
@@ -73,8 +74,20 @@ def test_everything_that_clients_expect_of_a_verbose_answer(
     assert only.words is None
 
 
+@pytest.mark.parametrize("value", ["word", "word,segment", '["word"]'])
+def test_granularities_of_other_clients(client: openai.OpenAI, sound: Floats, value: str):
+    more = {"timestamp_granularities": value}
+    found = _ask(client, wav(sound), response_format="verbose_json", extra_body=more)
+    assert found.words
+    assert bool(found.segments) == ("segment" in value)
+
+
 def test_utterances_come_as_they_end(client: openai.OpenAI, sound: Floats, finals: list[Event], text: str):
-    events = list(_ask(client, wav(sound), stream=True))
+    answer = client.audio.transcriptions.with_raw_response.create(
+        model="tiny", file=("a", wav(sound)), stream=True
+    )
+    assert answer.headers["X-Accel-Buffering"] == "no"
+    events: Any = list(answer.parse())
     assert [x.delta.strip() for x in events[:-1]] == [x.text for x in finals]
     assert "".join(x.delta for x in events[:-1]) == events[-1].text == text
 
@@ -90,6 +103,10 @@ def test_a_recording_without_samples_has_no_text(client: openai.OpenAI):
 def test_unknown_fields_are_ignored(client: openai.OpenAI, sound: Floats, text: str):
     more = {"hotwords": "lion", "chunking_strategy[type]": "server_vad", "languages[]": "en"}
     assert _ask(client, wav(sound), prompt="x", temperature=0.2, extra_body=more).text == text
+    unset = dict.fromkeys(("language", "prompt", "temperature", "response_format", "stream"), "")
+    assert _ask(client, wav(sound), extra_body=unset).text == text
+    events = _ask(client, wav(sound), extra_body={"stream": "1"})
+    assert "transcript.text.done" in str(events)
 
 
 def _nan() -> bytes:
@@ -168,6 +185,8 @@ END = b"--b--\r\n"
         (b"nonsense", MULTIPART, ""),
         (b"", "multipart/form-data", "boundary"),
         (_part("model", b"x", "a") + _part("file", b"x", "a") + END, MULTIPART, "model"),
+        (_part("model", b"+2AA-") + END, f"{MULTIPART}; charset=utf-7", "in 'utf-7', expected UTF-8"),
+        (_part("model", b"x") + END, f"{MULTIPART}; charset=punycode", "in 'punycode', expected UTF-8"),
     ],
 )
 def test_each_wrong_form_is_refused(server: Background, body: bytes, kind: str, message: str):
@@ -257,21 +276,40 @@ def test_a_model_that_cannot_stream_is_served_too(whole_bundle: Path, sound: Flo
         assert _ask(_client(server), wav(sound)).text == " ".join(x.text for x in events)
 
 
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [(AudioError("the rest is gone"), "the rest is gone"), (RuntimeError("secret"), "internal error")],
+)
 def test_an_error_within_a_stream_is_told(
-    client: openai.OpenAI, sound: Floats, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, sound: Floats, monkeypatch: pytest.MonkeyPatch, error: Exception, match: str
 ):
-    from asr.errors import AudioError
     from asr.serve import files
 
     def broken(*args: Any, **options: Any) -> Any:
         yield sound
-        raise AudioError("the rest is gone")
+        raise error
 
     monkeypatch.setattr(files, "blocks", broken)
     events = _ask(client, wav(sound), stream=True)
     assert next(events).type == "transcript.text.delta"
-    with pytest.raises(openai.APIError, match="the rest is gone"):
+    with pytest.raises(openai.APIError, match=match):
         list(events)
+
+
+def test_a_language_that_the_model_does_not_know(
+    client: openai.OpenAI, sound: Floats, monkeypatch: pytest.MonkeyPatch
+):
+    """Whisper says so when it begins to decode."""
+    from asr.serve import files
+
+    def unknown(*args: Any, **options: Any) -> Any:
+        raise ConfigError("language is xx, expected one of en")
+        yield
+
+    monkeypatch.setattr(files, "blocks", unknown)
+    with pytest.raises(openai.BadRequestError, match="language is xx") as caught:
+        _ask(client, wav(sound), language="xx")
+    assert (caught.value.param, caught.value.code) == ("language", "invalid_value")
 
 
 def test_our_own_errors_do_not_show_themselves(

@@ -4,19 +4,22 @@ import contextlib
 import re
 import socket
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 from websockets.sync.client import connect
 
 from asr.audio import Floats
 from asr.runtime import Bundle
 from asr.runtime.utterance import Utterance
-from asr.serve import engine
+from asr.serve import engine, files
 from asr.serve import server as listening
 from asr.serve.background import Background
 
-from .clients import held, served, wait
+from .clients import MULTIPART, held, served, wait, wav
 
 CONTINUATION, TEXT, BINARY, PING, PONG = 0, 1, 2, 9, 10
 
@@ -55,6 +58,16 @@ def _until(client: socket.socket, end: bytes = b"") -> bytes:
         while not (end and said.endswith(end)) and (data := client.recv(1 if end else 4096)):
             said += data
     return said
+
+
+def _post(file: bytes, **fields: str) -> bytes:
+    parts = [f'name="{name}"\r\n\r\n{value}'.encode() for name, value in {"model": "tiny", **fields}.items()]
+    parts.append(b'name="file"; filename="a"\r\n\r\n' + file)
+    body = (
+        b"".join(b"--b\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts) + b"--b--\r\n"
+    )
+    head = f"Host: x\r\nContent-Length: {len(body)}\r\nContent-Type: {MULTIPART}"
+    return f"POST /v1/audio/transcriptions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body
 
 
 def _done(client: socket.socket) -> bytes:
@@ -126,6 +139,72 @@ def test_a_connection_is_read_little_by_little(server: Background, monkeypatch: 
 def test_requests_that_websockets_does_not_read_are_refused(server: Background, headers: str):
     client = _connected(server, f"GET /sherpa HTTP/1.1\r\n{UPGRADE}{headers}\r\n\r\n".encode())
     assert _until(client).startswith(b"HTTP/1.1 400 ")
+
+
+def test_what_follows_a_request_stays_in_the_connection(
+    bundle: Bundle, sound: Floats, monkeypatch: pytest.MonkeyPatch
+):
+    num_read, at_end = [0], []
+
+    def read(protocol: Any, data: bytes) -> None:
+        num_read[0] += len(data)
+        told(protocol, data)
+
+    def answered(*args: Any) -> Any:
+        at_end.append(num_read[0])
+        return answer(*args)
+
+    told, answer = listening._Http.data_received, files._answer
+    monkeypatch.setattr(listening._Http, "data_received", read)
+    monkeypatch.setattr(files, "_answer", answered)
+    request = _post(wav(np.zeros(16000 * 100, np.float32), kind="FLAC"))
+    with served(bundle) as server, ThreadPoolExecutor(1) as pool:
+        client = _connected(server, request)
+        sending = pool.submit(lambda: [client.sendall(bytes(2**16)) for _ in range(200)])
+        assert isinstance(sending.exception(60), OSError)  # in the end it is no request
+    assert at_end[0] - len(request) < 4 * listening.READ_BYTES
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Cleared, it makes the model wait."""
+    is_let_on, told = threading.Event(), engine._do
+    is_let_on.set()
+
+    def wait_and_do(jobs: Any) -> Any:
+        is_let_on.wait(30)
+        return told(jobs)
+
+    monkeypatch.setattr(engine, "_do", wait_and_do)
+    return is_let_on
+
+
+@pytest.mark.parametrize("size", [3000, None])
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_who_goes_before_the_answer_leaves_one_line(
+    bundle: Bundle,
+    sound: Floats,
+    slow: threading.Event,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int | None,
+    stream: str,
+):
+    """size: bytes of the request that are sent."""
+    lost = threading.Event()
+    losing = listening._Http.connection_lost
+    monkeypatch.setattr(listening._Http, "connection_lost", lambda *args: (losing(*args), lost.set()))
+    with caplog.at_level("INFO"), served(bundle) as server:
+        slow.clear()
+        client = _connected(server, _post(wav(sound), stream=stream)[:size])
+        heard_s = 1.0 if size else 2.0
+        wait(server, lambda: server.hub.engine.num_streams == 1 and server.hub.engine.audio_s >= heard_s)
+        client.close()
+        assert lost.wait(30)
+        slow.set()
+        wait(server, lambda: "transcriptions" in caplog.text and not server.hub.engine.num_streams)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert " 499, " in caplog.text
 
 
 def test_a_path_is_one_line_of_the_log(server: Background, caplog: pytest.LogCaptureFixture):
