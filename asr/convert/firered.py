@@ -22,6 +22,7 @@ from asr.errors import CheckpointError
 from asr.features import FbankConfig
 from asr.model.decoder import DecoderConfig
 from asr.model.firered import FireRedConfig
+from asr.tokens import SPACE, TWIN
 
 BLANK, UNK = 0, 1
 """Their ids of these units."""
@@ -100,7 +101,7 @@ def read(source: Source) -> Converted:
     args = read_args(found.others.get("args"), str(file))
     check_layers(found.weights, args, str(file))
     dictionary = source.file("dict.txt", "tokens.txt", "units.txt")
-    theirs = read_units(source.text(dictionary), str(dictionary))
+    theirs = read_dictionary(source.text(dictionary), str(dictionary))
     if len(theirs) != args["odim"]:
         raise CheckpointError(
             f"{dictionary}: {len(theirs)} units, the checkpoint has {args['odim']}; it is from another model"
@@ -122,6 +123,16 @@ def read(source: Source) -> Converted:
     model.cmvn.istd.copy_(istd)
     tokens = Tokens(symbols, splitter(source, symbols, "*.model"))
     return Converted(config, tokens, model, found.notes)
+
+
+def read_dictionary(text: str, where: str) -> list[str]:
+    """The units of dict.txt, as their reader takes them: a line without an id has that of its place, and an
+    empty one or `<space>` is a space, as the space of SentencePiece is, too."""
+    lines = [line.split() or ["<space>"] for line in text.rstrip("\r\n").split("\n")]
+    numbered = (f"{line[0]} {line[1] if len(line) > 1 else i}" for i, line in enumerate(lines))
+    theirs = read_units("\n".join(numbered), where)
+    space = SPACE + TWIN if SPACE in theirs else SPACE
+    return [space if symbol == "<space>" else symbol for symbol in theirs]
 
 
 def read_args(found: Any, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from asr.convert import firered
 from asr.decode.config import SearchConfig
 from asr.decode.modes import decode
 from asr.model.torch_scorer import TorchScorer
+from asr.tokens import SPACE, TWIN
 from asr.train.checkpoint import load_model
 
 from .sources import write_firered
@@ -53,6 +54,19 @@ def test_it_computes_the_same(asr, reference, source, tmp_path):
     assert 2.0 < (1 / model.cmvn.istd).mean() < 4.0
     config = SearchConfig(max_tokens=5)
     assert decode(TorchScorer(model, "cpu"), "unbounded", [samples[0].numpy()], config)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<blank> 0\n<unk> 1\n一 2\n▁A 3\n", ["<blank>", "<unk>", "一", "▁A"]),
+        ("<blank>\r\n<unk>\r\n一\r\n▁A\r\n", ["<blank>", "<unk>", "一", "▁A"]),
+        ("<blank>\n<unk>\n\nA", ["<blank>", "<unk>", SPACE, "A"]),
+        ("<blank>\n<space>\n▁\nA\n", ["<blank>", SPACE + TWIN, SPACE, "A"]),
+    ],
+)
+def test_each_form_of_the_dictionary_is_read(text: str, expected: list[str]):
+    assert firered.read_dictionary(text, "dict.txt") == expected
 
 
 @pytest.mark.parametrize(
