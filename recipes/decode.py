@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asr.context import WHOLE, Context
-from asr.errors import CheckpointError, ConfigError
+from asr.errors import CheckpointError, ConfigError, ManifestError
 from recipes.options import Mode, Search, search_config
 from recipes.sets import (
     FINISHED_WITH_FAILURES,
@@ -210,6 +210,8 @@ def _decode_set(recogniser: Recogniser, manifest: Path, folder: Path, batch_s: f
     from asr.data.cuts import count_cuts
 
     name, total, report = set_name(manifest), count_cuts(manifest), Report()
+    if not total:
+        raise ManifestError(f"{manifest}: no utterances in it")
     progress = Progress("decode", name, total)
     work = partial(_decode_batch, recogniser, failures=report.failures)
     with replacing(folder / "hyp.jsonl") as file:

@@ -172,6 +172,13 @@ def test_sets_of_one_name_and_missing_models_are_refused(exp, manifest, tmp_path
     assert "nothing: no such experiment or bundle" in capsys.readouterr().err
 
 
+def test_an_empty_set_is_an_error(exp, tmp_path, capsys):
+    path = tmp_path / "none.jsonl"
+    path.touch()
+    assert main(["decode", str(exp), str(path)]) == 2
+    assert "none.jsonl: no utterances in it" in capsys.readouterr().err
+
+
 def test_batches_hold_so_many_padded_seconds():
     class Cut:
         def __init__(self, duration):
