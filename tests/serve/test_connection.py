@@ -32,7 +32,7 @@ def _floats(samples: Floats) -> bytes:
 
 def _talk(server: Background, sound: Floats, num_blocks: int = 9) -> str:
     """The text of a sherpa client."""
-    with connect(server.websocket("/sherpa")) as client:
+    with connect(server.websocket("/sherpa"), ping_interval=None) as client:
         for block in np.array_split(sound, num_blocks):
             client.send(_floats(block))
         client.send("Done")
