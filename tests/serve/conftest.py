@@ -1,13 +1,16 @@
 """A server of the tiny model on a socket of this machine, and what its clients should be told."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from asr.audio import Floats
 from asr.runtime import Bundle, Event, open_stream
+from asr.serve import engine
 from asr.serve.background import Background
 from export.verify import made_sound
 
@@ -47,3 +50,17 @@ def finals(bundle: Bundle, sound: Floats) -> list[Event]:
 @pytest.fixture(scope="session")
 def text(finals: list[Event]) -> str:
     return " ".join(event.text for event in finals)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Cleared, it makes the model wait."""
+    is_let_on, told = threading.Event(), engine._do
+    is_let_on.set()
+
+    def slow(jobs: Any) -> Any:
+        is_let_on.wait(30)
+        return told(jobs)
+
+    monkeypatch.setattr(engine, "_do", slow)
+    return is_let_on

@@ -20,7 +20,6 @@ from websockets.sync.client import ClientConnection, connect
 from asr.audio import Floats
 from asr.runtime import Bundle
 from asr.runtime.utterance import Utterance
-from asr.serve import engine
 from asr.serve.background import Background
 
 from .clients import MULTIPART, closed, served, wait, wav
@@ -187,20 +186,6 @@ def test_faster_than_real_time_is_slowed_down(server: Background, sound: Floats)
     """A minute of audio at once: it waits in the connection, not in the server."""
     long = np.tile(sound, 12)
     assert _talk(server, long, 12 * 50) == _talk(server, long, 10)
-
-
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Cleared, it makes the model wait."""
-    is_let_on, told = threading.Event(), engine._do
-    is_let_on.set()
-
-    def slow(jobs: Any) -> Any:
-        is_let_on.wait(30)
-        return told(jobs)
-
-    monkeypatch.setattr(engine, "_do", slow)
-    return is_let_on
 
 
 def _age(server: Background, seconds: float) -> None:

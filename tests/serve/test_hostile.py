@@ -165,26 +165,12 @@ def test_what_follows_a_request_stays_in_the_connection(
     assert at_end[0] - len(request) < 4 * listening.READ_BYTES
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Cleared, it makes the model wait."""
-    is_let_on, told = threading.Event(), engine._do
-    is_let_on.set()
-
-    def wait_and_do(jobs: Any) -> Any:
-        is_let_on.wait(30)
-        return told(jobs)
-
-    monkeypatch.setattr(engine, "_do", wait_and_do)
-    return is_let_on
-
-
 @pytest.mark.parametrize("size", [3000, None])
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_who_goes_before_the_answer_leaves_one_line(
     bundle: Bundle,
     sound: Floats,
-    slow: threading.Event,
+    model: threading.Event,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     size: int | None,
@@ -195,13 +181,13 @@ def test_who_goes_before_the_answer_leaves_one_line(
     losing = listening._Http.connection_lost
     monkeypatch.setattr(listening._Http, "connection_lost", lambda *args: (losing(*args), lost.set()))
     with caplog.at_level("INFO"), served(bundle) as server:
-        slow.clear()
+        model.clear()
         client = _connected(server, _post(wav(sound), stream=stream)[:size])
         heard_s = 1.0 if size else 2.0
         wait(server, lambda: server.hub.engine.num_streams == 1 and server.hub.engine.audio_s >= heard_s)
         client.close()
         assert lost.wait(30)
-        slow.set()
+        model.set()
         wait(server, lambda: "transcriptions" in caplog.text and not server.hub.engine.num_streams)
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert " 499, " in caplog.text
