@@ -143,7 +143,7 @@ def train_until_all_are_asked(lab: Any) -> None:
 
 def test_a_signal_to_the_whole_group_ends_training_with_a_checkpoint(lab: Any, children: Any) -> None:
     child = children.start(train_until_all_are_asked, lab)
-    child.join(40)
+    child.join(120)
     assert child.exitcode == 0
     assert checkpoints(lab.folder / "a") == [path_of(lab.folder / "a", 3)]
 
@@ -161,7 +161,7 @@ def train_until_asked_twice(lab: Any) -> None:
 
 def test_a_second_signal_ends_it_at_once(lab: Any, children: Any) -> None:
     child = children.start(train_until_asked_twice, lab)
-    child.join(20)
+    child.join(120)
     assert child.exitcode == 128 + signal.SIGTERM
 
 
