@@ -14,7 +14,7 @@ from asr.serve import engine
 from asr.serve.background import Background
 from export.verify import made_sound
 
-from .clients import SOME, pcm, served
+from .clients import SOME, pcm, served, wait
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def server(bundle: Bundle) -> Iterator[Background]:
     """The server of all tests that need no other settings."""
     with served(bundle) as found:
         yield found
-        assert found.hub.engine.num_streams == 0
+        wait(found, lambda: found.hub.engine.num_streams == 0)
 
 
 @pytest.fixture(scope="session")

@@ -177,16 +177,22 @@ def test_who_goes_before_the_answer_leaves_one_line(
     stream: str,
 ):
     """size: bytes of the request that are sent."""
-    lost = threading.Event()
-    losing = listening._Http.connection_lost
-    monkeypatch.setattr(listening._Http, "connection_lost", lambda *args: (losing(*args), lost.set()))
-    with caplog.at_level("INFO"), served(bundle) as server:
+    gone = []
+
+    def losing(protocol: Any, error: Any) -> None:
+        lose(protocol, error)
+        gone.append(protocol.client)
+
+    lose = listening._Http.connection_lost
+    monkeypatch.setattr(listening._Http, "connection_lost", losing)
+    with served(bundle) as server, caplog.at_level("INFO"):
         model.clear()
         client = _connected(server, _post(wav(sound), stream=stream)[:size])
         heard_s = 1.0 if size else 2.0
         wait(server, lambda: server.hub.engine.num_streams == 1 and server.hub.engine.audio_s >= heard_s)
+        address = client.getsockname()
         client.close()
-        assert lost.wait(30)
+        wait(server, lambda: address in gone)
         model.set()
         wait(server, lambda: "transcriptions" in caplog.text and not server.hub.engine.num_streams)
     assert [record.levelname for record in caplog.records] == ["INFO"]
@@ -205,10 +211,11 @@ def test_a_path_is_one_line_of_the_log(server: Background, caplog: pytest.LogCap
 
 
 def test_the_log_and_the_client_have_the_same_id(server: Background, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level("INFO"), connect(server.websocket("/sherpa")) as client:
-        assert client.response
-        request_id = client.response.headers["x-request-id"]
-    wait(server, lambda: request_id in caplog.text)
+    with caplog.at_level("INFO"):
+        with connect(server.websocket("/sherpa")) as client:
+            assert client.response
+            request_id = client.response.headers["x-request-id"]
+        wait(server, lambda: request_id in caplog.text)
     assert re.fullmatch("[0-9a-f]{32}", request_id)
 
 
