@@ -227,8 +227,8 @@ def _kaldi_audio(value: str, folder: Path, where: str, allow_pipes: bool) -> str
         return value if Path(value).exists() else str(folder / value)
     if not allow_pipes:
         raise ManifestError(
-            f"{where}: a pipe, which would run {value.split()[0]} on this machine; if you trust this directory, "
-            "store the audio with `asr prepare --allow-pipes --store-audio DIR`"
+            f"{where}: a pipe, which would run {value.split()[0]} on this machine; if you trust this "
+            "directory, store the audio with `asr prepare --allow-pipes --store-audio DIR`"
         )
     return value
 
